@@ -1,0 +1,337 @@
+"""Every message that travels between processes, and their unions by direction.
+
+A message is two frames: a MessagePack header, which is one of these structs, and a payload of raw little-endian
+bytes (empty for most). The structs carry bounds on every field, so that what decodes is also plausible.
+
+Evolution: a field is only ever appended, with a default; anything else raises PROTOCOL_VERSION, which Hello carries.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+MAX_GROUP_SIZE = 4096
+MAX_TOKENS = 1 << 22
+MAX_VERSION_RUNS = 1 << 16
+MAX_REWARD = 1e9
+
+Name = Annotated[str, Meta(max_length=256)]
+Address = Annotated[str, Meta(max_length=512)]
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # snapshot.NO_VERSION before the first one
+Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
+Finite = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]  # NaN and infinities do not pass a bound
+JsonBytes = Annotated[bytes, Meta(max_length=1 << 20)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all messages. Subclasses are tagged with their own name."""
+
+
+# --- rollout server -> coordinator -------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="Hello"):
+    """First message of a rollout server, repeated until answered by Welcome or Refused."""
+
+    protocol: Count
+    server: Name  # for people: metrics and logs name the server by it
+    epoch: Name  # random per process start: a restarted server is another one
+
+
+class Ready(Message, tag="Ready"):
+    """The engine is up with the model that Welcome asked for; leases may be granted."""
+
+    model_fingerprint: Name
+    tokenizer_fingerprint: Name
+    capacity_groups: Annotated[int, Meta(ge=1, le=1 << 20)]
+    capacity_bytes: Count
+
+
+class Heartbeat(Message, tag="Heartbeat"):
+    """Sent about once a second from the work loop, not from an IO thread."""
+
+    progress: Count  # grows whenever the work loop got something done
+    loaded_version: Version
+    running_groups: Count
+    generated_tokens: Count  # since the process started
+    busy_s: Seconds  # time with at least one request running and the engine not paused, since the process started
+    paused_s: Seconds  # time the engine was paused for weight updates, since the process started
+    doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
+
+
+class TrajectoryHeader(Message):
+    """One trajectory of a group; its tokens are in the payload, see codec.py."""
+
+    num_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    reward: Finite
+    terminated: bool
+    turns: Annotated[int, Meta(ge=1, le=1 << 20)]
+    version_runs: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], Annotated[int, Meta(ge=1, le=MAX_TOKENS)]], ...],
+        Meta(max_length=MAX_VERSION_RUNS),
+    ]
+
+
+class GroupHeader(Message):
+    """One group; the payload holds the tokens of its trajectories in the same order."""
+
+    lease_id: Id
+    task_id: Id
+    trajectories: Annotated[tuple[TrajectoryHeader, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
+
+
+class GroupFinished(Message, tag="GroupFinished"):
+    """A lease is fulfilled. Resent until GroupAccepted or GroupRefused answers."""
+
+    group: GroupHeader
+
+
+class LeaseFailed(Message, tag="LeaseFailed"):
+    """A lease could not be fulfilled: `kind` is a short stable word for metrics, `reason` is for people."""
+
+    lease_id: Id
+    kind: Name
+    reason: Text
+
+
+class Leaving(Message, tag="Leaving"):
+    """The server stops; its open leases go to others at once."""
+
+    reason: Text
+
+
+# --- coordinator -> rollout server -------------------------------------------------------------------------------
+
+
+class Welcome(Message, tag="Welcome"):
+    """The server belongs to the run. What it must load, and how it must sample."""
+
+    run_id: Name
+    session: Name  # random per coordinator start: leases of another session are void
+    model: Address  # Hugging Face name or path, as the learner knows it
+    model_fingerprint: Name
+    tokenizer_fingerprint: Name
+    max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    temperature: Annotated[float, Meta(gt=0.0, le=100.0)]
+    weights_address: Address  # where snapshots are pulled from
+    published_version: Version
+
+
+class Refused(Message, tag="Refused"):
+    """The server does not belong here; `reason` says why and what to do. It must not retry unless `retry`."""
+
+    reason: Text
+    retry: bool = False
+
+
+class Lease(Message, tag="Lease"):
+    """A task granted to one server: also its credit for one group of at most `max_group_bytes`."""
+
+    lease_id: Id
+    task_id: Id
+    environment: Address  # "python:module:function"
+    row: JsonBytes  # the dataset row, a JSON object with at least "prompt"
+    group_size: Annotated[int, Meta(ge=1, le=MAX_GROUP_SIZE)]
+    seed: Annotated[int, Meta(ge=0, lt=1 << 63)]  # sample i of the group uses sample_seed(seed, i)
+    min_version: Version  # no token may be sampled by an older policy: it would be too stale when trained
+    max_group_bytes: Count
+
+
+class LeaseCancelled(Message, tag="LeaseCancelled"):
+    """Stop working on the lease; nothing is expected for it any more."""
+
+    lease_id: Id
+    reason: Text
+
+
+class GroupAccepted(Message, tag="GroupAccepted"):
+    """The group is safe with the coordinator; forget it."""
+
+    lease_id: Id
+
+
+class GroupRefused(Message, tag="GroupRefused"):
+    """The group will never be taken; forget it."""
+
+    lease_id: Id
+    reason: Text
+
+
+class Pulse(Message, tag="Pulse"):
+    """Answer to a Heartbeat, also sent at once when a version is published."""
+
+    published_version: Version
+    waiting_for: Text = ""  # what keeps new leases away from this server, for people; empty when nothing does
+
+
+class Finished(Message, tag="Finished"):
+    """The run is over; the server may exit."""
+
+    reason: Text
+
+
+# --- learner <-> coordinator, on a local socket ------------------------------------------------------------------
+
+
+class OpenRun(Message, tag="OpenRun"):
+    """The learner starts or resumes; answered by RunOpened."""
+
+    version: Version
+    model_fingerprint: Name
+    tokenizer_fingerprint: Name
+    max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 31)]
+    weights_address: Address
+    frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
+
+
+class RunOpened(Message, tag="RunOpened"):
+    listen_address: Address  # as bound, with the port that was chosen
+
+
+class TakeBatch(Message, tag="TakeBatch"):
+    """The learner can train version `version` now; answered by Batch when one is complete."""
+
+    version: Version
+
+
+class Batch(Message, tag="Batch"):
+    """Groups for the step that updates `version`, in lease order; the payload holds their tokens in the same order."""
+
+    version: Version
+    groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=1 << 16)]
+
+
+class StepCompleted(Message, tag="StepCompleted"):
+    """The optimizer step is done: `version` is the new one, `lease_ids` were trained."""
+
+    version: Version
+    lease_ids: Annotated[tuple[Id, ...], Meta(max_length=1 << 16)]
+
+
+class SnapshotPublished(Message, tag="SnapshotPublished"):
+    """Snapshot `version` can be pulled."""
+
+    version: Version
+
+
+class TakeFrontier(Message, tag="TakeFrontier"):
+    """Asks for what a checkpoint must hold of the coordinator; answered by Frontier."""
+
+
+class Frontier(Message, tag="Frontier"):
+    version: Version
+    frontier: JsonBytes
+
+
+class ServerStatus(Message):
+    """One rollout server, as the operator wants to see it."""
+
+    server: Name
+    loaded_version: Version
+    running_groups: Count
+    generated_tokens: Count
+    busy_s: Seconds
+    paused_s: Seconds
+    silent_s: Seconds  # since it was last heard of
+    doing: Text
+
+
+class CoordinatorStatus(Message, tag="CoordinatorStatus"):
+    """Sent to the learner about once a second; counts are since the run began."""
+
+    servers: Annotated[tuple[ServerStatus, ...], Meta(max_length=1 << 14)]
+    leased: Count
+    running: Count
+    queued: Count
+    queued_bytes: Count
+    trained: Count
+    failed: dict[Name, Count]
+    cancelled: dict[Name, Count]
+    expired: Count
+    refused: dict[Name, Count]
+    waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
+
+
+class CloseRun(Message, tag="CloseRun"):
+    """The learner is done: tell the servers and exit."""
+
+    reason: Text
+
+
+# --- rollout server <-> snapshot server --------------------------------------------------------------------------
+
+
+class ManifestRequest(Message, tag="ManifestRequest"):
+    """Answered by ManifestReply when a version newer than `newer_than` is published, else by NoNewer."""
+
+    newer_than: Version
+
+
+class ManifestReply(Message, tag="ManifestReply"):
+    """The payload is the encoded manifest, see snapshot.py."""
+
+    version: Version
+
+
+class NoNewer(Message, tag="NoNewer"):
+    version: Version
+
+
+class ChunkRequest(Message, tag="ChunkRequest"):
+    version: Version
+    index: Count
+
+
+class ChunkReply(Message, tag="ChunkReply"):
+    """The payload is the chunk."""
+
+    version: Version
+    index: Count
+
+
+class SnapshotGone(Message, tag="SnapshotGone"):
+    """The version asked for is no longer kept; pull `newest` instead."""
+
+    version: Version
+    newest: Version
+
+
+# --- learner <-> snapshot server, on a local socket --------------------------------------------------------------
+
+
+class SnapshotWritten(Message, tag="SnapshotWritten"):
+    """Version `version` lies complete in slot `slot`; the payload is the encoded layout (a tuple of TensorSpec)."""
+
+    version: Version
+    slot: Count
+    num_bytes: Count
+
+
+class SnapshotReady(Message, tag="SnapshotReady"):
+    """The version is hashed and served."""
+
+    version: Version
+
+
+class SlotReleased(Message, tag="SlotReleased"):
+    """Nothing reads the slot any more."""
+
+    slot: Count
+
+
+ServerToCoordinator = Hello | Ready | Heartbeat | GroupFinished | LeaseFailed | Leaving
+CoordinatorToServer = Welcome | Refused | Lease | LeaseCancelled | GroupAccepted | GroupRefused | Pulse | Finished
+LearnerToCoordinator = OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CloseRun
+CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
+ServerToSnapshots = ManifestRequest | ChunkRequest
+SnapshotsToServer = ManifestReply | NoNewer | ChunkReply | SnapshotGone
+LearnerToSnapshots = SnapshotWritten
+SnapshotsToLearner = SnapshotReady | SlotReleased

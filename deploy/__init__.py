@@ -1,0 +1,1 @@
+"""Launching, installing and operating: everything around the two services."""

@@ -1,0 +1,1 @@
+"""The training side: coordinator, replay queue, PPO on DeepSpeed, snapshots out."""

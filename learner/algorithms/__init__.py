@@ -1,0 +1,1 @@
+"""Losses, advantages and corrections: pure functions, tensors in, tensors and metrics out."""
