@@ -36,7 +36,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 # --- rollout server -> coordinator -------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="Hello"):
+class Hello(Message, frozen=True, tag="Hello"):
     """First message of a rollout server, repeated until answered by Welcome or Refused."""
 
     protocol: Count
@@ -44,7 +44,7 @@ class Hello(Message, tag="Hello"):
     epoch: Name  # random per process start: a restarted server is another one
 
 
-class Ready(Message, tag="Ready"):
+class Ready(Message, frozen=True, tag="Ready"):
     """The engine is up with the model that Welcome asked for; leases may be granted."""
 
     model_fingerprint: Name
@@ -53,7 +53,7 @@ class Ready(Message, tag="Ready"):
     capacity_bytes: Count
 
 
-class Heartbeat(Message, tag="Heartbeat"):
+class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     """Sent about once a second from the work loop, not from an IO thread."""
 
     progress: Count  # grows whenever the work loop got something done
@@ -65,7 +65,7 @@ class Heartbeat(Message, tag="Heartbeat"):
     doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
 
 
-class TrajectoryHeader(Message):
+class TrajectoryHeader(Message, frozen=True):
     """One trajectory of a group; its tokens are in the payload, see codec.py."""
 
     num_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -78,7 +78,7 @@ class TrajectoryHeader(Message):
     ]
 
 
-class GroupHeader(Message):
+class GroupHeader(Message, frozen=True):
     """One group; the payload holds the tokens of its trajectories in the same order."""
 
     lease_id: Id
@@ -86,13 +86,13 @@ class GroupHeader(Message):
     trajectories: Annotated[tuple[TrajectoryHeader, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
 
 
-class GroupFinished(Message, tag="GroupFinished"):
+class GroupFinished(Message, frozen=True, tag="GroupFinished"):
     """A lease is fulfilled. Resent until GroupAccepted or GroupRefused answers."""
 
     group: GroupHeader
 
 
-class LeaseFailed(Message, tag="LeaseFailed"):
+class LeaseFailed(Message, frozen=True, tag="LeaseFailed"):
     """A lease could not be fulfilled: `kind` is a short stable word for metrics, `reason` is for people."""
 
     lease_id: Id
@@ -100,7 +100,7 @@ class LeaseFailed(Message, tag="LeaseFailed"):
     reason: Text
 
 
-class Leaving(Message, tag="Leaving"):
+class Leaving(Message, frozen=True, tag="Leaving"):
     """The server stops; its open leases go to others at once."""
 
     reason: Text
@@ -109,7 +109,7 @@ class Leaving(Message, tag="Leaving"):
 # --- coordinator -> rollout server -------------------------------------------------------------------------------
 
 
-class Welcome(Message, tag="Welcome"):
+class Welcome(Message, frozen=True, tag="Welcome"):
     """The server belongs to the run. What it must load, and how it must sample."""
 
     run_id: Name
@@ -124,14 +124,14 @@ class Welcome(Message, tag="Welcome"):
     published_version: Version
 
 
-class Refused(Message, tag="Refused"):
+class Refused(Message, frozen=True, tag="Refused"):
     """The server does not belong here; `reason` says why and what to do. It must not retry unless `retry`."""
 
     reason: Text
     retry: bool = False
 
 
-class Lease(Message, tag="Lease"):
+class Lease(Message, frozen=True, tag="Lease"):
     """A task granted to one server: also its credit for one group of at most `max_group_bytes`."""
 
     lease_id: Id
@@ -144,34 +144,34 @@ class Lease(Message, tag="Lease"):
     max_group_bytes: Count
 
 
-class LeaseCancelled(Message, tag="LeaseCancelled"):
+class LeaseCancelled(Message, frozen=True, tag="LeaseCancelled"):
     """Stop working on the lease; nothing is expected for it any more."""
 
     lease_id: Id
     reason: Text
 
 
-class GroupAccepted(Message, tag="GroupAccepted"):
+class GroupAccepted(Message, frozen=True, tag="GroupAccepted"):
     """The group is safe with the coordinator; forget it."""
 
     lease_id: Id
 
 
-class GroupRefused(Message, tag="GroupRefused"):
+class GroupRefused(Message, frozen=True, tag="GroupRefused"):
     """The group will never be taken; forget it."""
 
     lease_id: Id
     reason: Text
 
 
-class Pulse(Message, tag="Pulse"):
+class Pulse(Message, frozen=True, tag="Pulse"):
     """Answer to a Heartbeat, also sent at once when a version is published."""
 
     published_version: Version
     waiting_for: Text = ""  # what keeps new leases away from this server, for people; empty when nothing does
 
 
-class Finished(Message, tag="Finished"):
+class Finished(Message, frozen=True, tag="Finished"):
     """The run is over; the server may exit."""
 
     reason: Text
@@ -180,7 +180,7 @@ class Finished(Message, tag="Finished"):
 # --- learner <-> coordinator, on a local socket ------------------------------------------------------------------
 
 
-class OpenRun(Message, tag="OpenRun"):
+class OpenRun(Message, frozen=True, tag="OpenRun"):
     """The learner starts or resumes; answered by RunOpened."""
 
     version: Version
@@ -192,46 +192,46 @@ class OpenRun(Message, tag="OpenRun"):
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
 
 
-class RunOpened(Message, tag="RunOpened"):
+class RunOpened(Message, frozen=True, tag="RunOpened"):
     listen_address: Address  # as bound, with the port that was chosen
 
 
-class TakeBatch(Message, tag="TakeBatch"):
+class TakeBatch(Message, frozen=True, tag="TakeBatch"):
     """The learner can train version `version` now; answered by Batch when one is complete."""
 
     version: Version
 
 
-class Batch(Message, tag="Batch"):
+class Batch(Message, frozen=True, tag="Batch"):
     """Groups for the step that updates `version`, in lease order; the payload holds their tokens in the same order."""
 
     version: Version
     groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=1 << 16)]
 
 
-class StepCompleted(Message, tag="StepCompleted"):
+class StepCompleted(Message, frozen=True, tag="StepCompleted"):
     """The optimizer step is done: `version` is the new one, `lease_ids` were trained."""
 
     version: Version
     lease_ids: Annotated[tuple[Id, ...], Meta(max_length=1 << 16)]
 
 
-class SnapshotPublished(Message, tag="SnapshotPublished"):
+class SnapshotPublished(Message, frozen=True, tag="SnapshotPublished"):
     """Snapshot `version` can be pulled."""
 
     version: Version
 
 
-class TakeFrontier(Message, tag="TakeFrontier"):
+class TakeFrontier(Message, frozen=True, tag="TakeFrontier"):
     """Asks for what a checkpoint must hold of the coordinator; answered by Frontier."""
 
 
-class Frontier(Message, tag="Frontier"):
+class Frontier(Message, frozen=True, tag="Frontier"):
     version: Version
     frontier: JsonBytes
 
 
-class ServerStatus(Message):
+class ServerStatus(Message, frozen=True):
     """One rollout server, as the operator wants to see it."""
 
     server: Name
@@ -244,7 +244,7 @@ class ServerStatus(Message):
     doing: Text
 
 
-class CoordinatorStatus(Message, tag="CoordinatorStatus"):
+class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     """Sent to the learner about once a second; counts are since the run began."""
 
     servers: Annotated[tuple[ServerStatus, ...], Meta(max_length=1 << 14)]
@@ -260,7 +260,7 @@ class CoordinatorStatus(Message, tag="CoordinatorStatus"):
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
 
 
-class CloseRun(Message, tag="CloseRun"):
+class CloseRun(Message, frozen=True, tag="CloseRun"):
     """The learner is done: tell the servers and exit."""
 
     reason: Text
@@ -269,35 +269,35 @@ class CloseRun(Message, tag="CloseRun"):
 # --- rollout server <-> snapshot server --------------------------------------------------------------------------
 
 
-class ManifestRequest(Message, tag="ManifestRequest"):
+class ManifestRequest(Message, frozen=True, tag="ManifestRequest"):
     """Answered by ManifestReply when a version newer than `newer_than` is published, else by NoNewer."""
 
     newer_than: Version
 
 
-class ManifestReply(Message, tag="ManifestReply"):
+class ManifestReply(Message, frozen=True, tag="ManifestReply"):
     """The payload is the encoded manifest, see snapshot.py."""
 
     version: Version
 
 
-class NoNewer(Message, tag="NoNewer"):
+class NoNewer(Message, frozen=True, tag="NoNewer"):
     version: Version
 
 
-class ChunkRequest(Message, tag="ChunkRequest"):
+class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
     version: Version
     index: Count
 
 
-class ChunkReply(Message, tag="ChunkReply"):
+class ChunkReply(Message, frozen=True, tag="ChunkReply"):
     """The payload is the chunk."""
 
     version: Version
     index: Count
 
 
-class SnapshotGone(Message, tag="SnapshotGone"):
+class SnapshotGone(Message, frozen=True, tag="SnapshotGone"):
     """The version asked for is no longer kept; pull `newest` instead."""
 
     version: Version
@@ -307,7 +307,7 @@ class SnapshotGone(Message, tag="SnapshotGone"):
 # --- learner <-> snapshot server, on a local socket --------------------------------------------------------------
 
 
-class SnapshotWritten(Message, tag="SnapshotWritten"):
+class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
     """Version `version` lies complete in slot `slot`; the payload is the encoded layout (a tuple of TensorSpec)."""
 
     version: Version
@@ -315,13 +315,13 @@ class SnapshotWritten(Message, tag="SnapshotWritten"):
     num_bytes: Count
 
 
-class SnapshotReady(Message, tag="SnapshotReady"):
+class SnapshotReady(Message, frozen=True, tag="SnapshotReady"):
     """The version is hashed and served."""
 
     version: Version
 
 
-class SlotReleased(Message, tag="SlotReleased"):
+class SlotReleased(Message, frozen=True, tag="SlotReleased"):
     """Nothing reads the slot any more."""
 
     slot: Count

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,9 +49,11 @@ class Trajectory:
     def version_runs(self) -> list[tuple[int, int]]:
         """token_versions of the sampled tokens as (version, length) runs, in order."""
         sampled = self.token_versions[self.token_versions != NOT_SAMPLED]
-        starts = np.flatnonzero(np.concatenate(([True], sampled[1:] != sampled[:-1]))) if sampled.size else []
-        ends = [*starts[1:], sampled.size] if sampled.size else []
-        return [(int(sampled[start]), int(end - start)) for start, end in zip(starts, ends, strict=True)]
+        if sampled.size == 0:
+            return []
+        changes = np.flatnonzero(sampled[1:] != sampled[:-1]) + 1
+        bounds = [0, *changes.tolist(), int(sampled.size)]
+        return [(int(sampled[start]), end - start) for start, end in pairwise(bounds)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
