@@ -139,7 +139,7 @@ class Lease(Message, frozen=True, tag="Lease"):
     environment: Address  # "python:module:function"
     row: JsonBytes  # the dataset row, a JSON object with at least "prompt"
     group_size: Annotated[int, Meta(ge=1, le=MAX_GROUP_SIZE)]
-    seed: Annotated[int, Meta(ge=0, lt=1 << 63)]  # sample i of the group uses sample_seed(seed, i)
+    seed: Id  # sample i of the group uses sample_seed(seed, i)
     min_version: Version  # no token may be sampled by an older policy: it would be too stale when trained
     max_group_bytes: Count
 
