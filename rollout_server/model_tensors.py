@@ -1,0 +1,50 @@
+"""Which tensors a model consists of, and whether a snapshot brings exactly those."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.snapshot import SnapshotError
+from rollout_server.inference import LocalSnapshot
+
+MAX_NAMES_SHOWN = 5
+
+
+def expected_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model directory or Hugging Face name, by name; tied ones once. Reads no weights."""
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def check_snapshot(snapshot: LocalSnapshot, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Raises SnapshotError unless the snapshot holds every parameter of the model, and nothing else.
+
+    An engine that loads tensors by name keeps old values for names that it does not get, without saying so.
+    """
+    manifest = snapshot.manifest
+    where = f"snapshot {manifest.version}"
+    names = {tensor.name for tensor in manifest.tensors}
+    if missing := sorted(shapes.keys() - names):
+        raise SnapshotError(f"{where} lacks {_listed(missing)}: it is of another model, or a part of this one")
+    if unexpected := sorted(names - shapes.keys()):
+        raise SnapshotError(f"{where} has {_listed(unexpected)}, which this model does not have")
+    for tensor in manifest.tensors:
+        if tensor.shape != shapes[tensor.name]:
+            raise SnapshotError(
+                f"{where}: {tensor.name} has shape {tensor.shape}, the model's is {shapes[tensor.name]}"
+            )
+        if tensor.dtype != dtype:
+            raise SnapshotError(
+                f"{where}: {tensor.name} is {tensor.dtype}, the engine runs in {dtype}; publish in the engine's type"
+            )
+    if (num_bytes := snapshot.path.stat().st_size) != manifest.num_bytes:
+        raise SnapshotError(f"{where} has {manifest.num_bytes} bytes, {snapshot.path} has {num_bytes}; pull it again")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMES_SHOWN])
+    more = len(names) - MAX_NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

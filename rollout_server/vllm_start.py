@@ -1,0 +1,105 @@
+"""Starting vLLM: its settings, the environment it reads, and the AsyncLLM that results.
+
+vLLM reads its environment when it is imported and again when it starts. It is therefore imported in functions here,
+after the environment is set, and not with the module.
+"""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CPU_KV_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """How to run vLLM. None means: what suits the machine."""
+
+    model: str  # directory or Hugging Face name; only config and tokenizer are read, weights come from snapshots
+    dtype: str = "auto"  # of weights and activations; "auto" is what the model's config says
+    max_model_len: int | None = None  # prompt and completion together; None is what the model can do
+    max_num_seqs: int = 256  # requests that run at once; more wait in vLLM's queue
+    kv_cache_bytes: int | None = None  # on GPU None leaves it to gpu_memory_utilization
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool | None = None  # None: eager on CPU, where compiling takes longer than it saves
+    cpu_threads: int | None = None  # per worker; None is OMP_NUM_THREADS, or 1: more only pays for large models
+    clear_cache: bool = True  # on a weight update, recompute running requests' KV cache: their versions are then exact
+    seed: int = 0
+
+
+def start_vllm(settings: VllmSettings) -> Any:
+    """Import vLLM and start an AsyncLLM with dummy weights; takes seconds to minutes.
+
+    Raises ValueError for a model or a setting that cannot work.
+    """
+    on_cpu = torch.version.cuda is None and torch.version.hip is None
+    _prepare_environment(settings, on_cpu=on_cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about how vLLM uses its own dependencies
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        class QuietAsyncLLM(AsyncLLM):  # type: ignore[misc]
+            """Its destructor calls functions that are gone by the time the interpreter ends, and complains."""
+
+            def __del__(self) -> None:
+                if not sys.is_finalizing():
+                    super().__del__()
+
+        config = _engine_config(settings, on_cpu=on_cpu)
+        if on_cpu:
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # making the config has set "spawn": seconds slower
+        return QuietAsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _prepare_environment(settings: VllmSettings, *, on_cpu: bool) -> None:
+    """Set what vLLM and its processes read from the environment; what the user has set stays."""
+    # On CPU every start warns of half a dozen things that are as they should be.
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR" if on_cpu else "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:
+        # The worker lives in the engine's process: one import and one process less.
+        defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if settings.enforce_eager is not False:
+            defaults["TORCH_COMPILE_DISABLE"] = "1"  # else the first request with log-probabilities compiles for 10 s
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["ROLLOUT_SERVER_PID"] = str(os.getpid())  # vllm_worker.py ends when this process does
+    if on_cpu:
+        # torch has read its variables already, and the engine's process inherits torch as it is here.
+        threads = settings.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+            torch._dynamo.config.disable = True
+
+
+def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    config = AsyncEngineArgs(
+        model=settings.model,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_memory_bytes=settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        seed=settings.seed,
+        load_format="dummy",
+        # Log-probabilities of the distribution sampled from; and it is the whole one, whatever the model suggests.
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        enable_prefix_caching=True,
+        worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
+        disable_log_stats=True,
+    ).create_engine_config()
+    if config.model_config.quantization is not None:
+        raise ValueError(
+            f"{settings.model} is quantised ({config.model_config.quantization}); weights like that cannot be updated"
+        )
+    return config

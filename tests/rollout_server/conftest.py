@@ -1,0 +1,69 @@
+"""Real vLLM engines, started once per session, for tests of what sits on an engine."""
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from transformers import Qwen2ForCausalLM
+
+from rollout_server.inference import LocalSnapshot, WeightUpdate
+from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
+from rollout_server.vllm_start import VllmSettings
+from tests.models import a_tiny_model, save_tiny_model, write_snapshot
+
+MAX_MODEL_LEN = 512
+
+
+def tiny_settings(model: Path) -> VllmSettings:
+    return VllmSettings(
+        model=str(model), dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=64, kv_cache_bytes=64 << 20
+    )
+
+
+@dataclass(kw_only=True)
+class LiveEngine:
+    """An engine together with the models whose weights it was given, by version."""
+
+    engine: VllmEngine
+    directory: Path
+    tied: bool
+    models: dict[int, Qwen2ForCausalLM] = field(default_factory=dict)
+    _versions: Iterator[int] = field(default_factory=itertools.count)
+
+    def next_snapshot(self) -> LocalSnapshot:
+        """A snapshot of the next version, with weights unlike any before."""
+        version = next(self._versions)
+        self.models[version] = a_tiny_model(1000 + version, tied=self.tied)
+        path = self.directory / f"snapshot-{version}"
+        return LocalSnapshot(manifest=write_snapshot(path, self.models[version], version=version), path=path)
+
+    async def load_next(self) -> WeightUpdate:
+        return await self.engine.load_weights(self.next_snapshot())
+
+
+async def _live_engine(directory: Path, *, tied: bool) -> AsyncIterator[LiveEngine]:
+    model = save_tiny_model(directory / "model", tied=tied)
+    async with open_vllm_engine(tiny_settings(model)) as engine:
+        yield LiveEngine(engine=engine, directory=directory, tied=tied)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["tied", "untied"])
+async def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveEngine]:
+    """One engine per kind of embedding for the whole session; every test loads the weights that it wants."""
+    async for engine in _live_engine(tmp_path_factory.mktemp(request.param), tied=request.param == "tied"):
+        yield engine
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def disposable(tmp_path: Path) -> AsyncIterator[LiveEngine]:
+    """An engine for one test, which may break it."""
+    async for engine in _live_engine(tmp_path, tied=True):
+        yield engine
