@@ -18,12 +18,14 @@ from rollout_server.environments.environment import EnvironmentFailure, Environm
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Hello, Outcome, pack
 
 MAX_REPLY_BYTES = 1 << 16
-PIPELINE_CALLS = 16  # sent ahead to a worker that runs one call at a time; these wait behind a call that hangs
+PIPELINE_CALLS = 8  # at most so many are sent ahead to a worker that runs one call at a time,
+PIPELINE_S = 0.002  # and no more than it answers in this time: those behind a slow call would wait for it in vain
 CONCURRENT_CALLS = 256  # sent to a worker that runs them all at once
 STALL_GRACE_S = 1.0  # a concurrent worker ends its late calls itself; if not even that happens, its loop is blocked
 SECOND_LOOK_S = 0.05
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _STANDARD_ERROR = 2
+_NO_HELLO = "it did not survive its import"
 
 _decode_hello = msgspec.json.Decoder(Hello).decode
 _decode_outcome = msgspec.json.Decoder(Outcome).decode
@@ -55,6 +57,7 @@ class WorkerProcess(asyncio.Protocol):
         self._on_progress = on_progress
         self._frames = FrameBuffer(MAX_REPLY_BYTES)
         self._in_flight: dict[int, PendingCall] = {}  # in the order sent
+        self._call_s = PIPELINE_S  # moving average of what one call takes
         self._loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[Hello] = self._loop.create_future()
         self._disconnected = asyncio.Event()
@@ -87,6 +90,8 @@ class WorkerProcess(asyncio.Protocol):
             if error != "":
                 worker.kill()
                 await worker.death()
+        if error == _NO_HELLO:
+            error += f" ({worker.cause_of_death})"
         if error:
             raise EnvironmentStartError(
                 f"reward function python:{module}:{function} cannot be used: {error} "
@@ -110,7 +115,8 @@ class WorkerProcess(asyncio.Protocol):
 
     def has_room_beside(self, num_calls: int) -> bool:
         """Whether one more call may be sent besides `num_calls` that are about to be."""
-        most = CONCURRENT_CALLS if self._concurrent else PIPELINE_CALLS
+        one_by_one = max(1, min(PIPELINE_CALLS, int(PIPELINE_S / max(self._call_s, 1e-6))))
+        most = CONCURRENT_CALLS if self._concurrent else one_by_one
         return not self._killed and len(self._in_flight) + num_calls < most
 
     def send(self, batch: list[PendingCall]) -> None:
@@ -180,7 +186,7 @@ class WorkerProcess(asyncio.Protocol):
         del error
         self._disconnected.set()
         if not self._hello.done():
-            self._hello.set_result(Hello(concurrent=False, error="its process died during the import"))
+            self._hello.set_result(Hello(concurrent=False, error=_NO_HELLO))
         self.kill()
 
     def _take(self, frame: bytes) -> None:
@@ -195,8 +201,11 @@ class WorkerProcess(asyncio.Protocol):
             pending.fail(EnvironmentFailure(outcome.kind or "environment_error", outcome.reason))
         elif not pending.reward.done():
             pending.reward.set_result(outcome.reward)
-        if not self._concurrent and (head := next(iter(self._in_flight.values()), None)):
-            head.started_at = self._loop.time()
+        if not self._concurrent:
+            now = self._loop.time()
+            self._call_s += 0.2 * (now - pending.started_at - self._call_s)
+            if head := next(iter(self._in_flight.values()), None):
+                head.started_at = now
         self._watch_oldest()
 
     def _watch_oldest(self) -> None:
