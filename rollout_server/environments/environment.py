@@ -1,0 +1,142 @@
+"""Environment: what an episode needs of one, and what it must say when there is no reward."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import msgspec
+
+from common.messages import MAX_REWARD
+
+Message = Mapping[str, Any]
+"""One chat message: at least "role" and "content"."""
+
+Observation = str | Sequence[Message]
+"""What the policy reads first: a text, taken as it is, or chat messages, rendered by the tokenizer's template."""
+
+FailureKind = Literal["environment_error", "environment_timeout", "bad_reward"]
+
+MAX_REASON_CHARS = 1000
+
+
+class BadRow(ValueError):
+    """A dataset row that no episode can start from."""
+
+
+class EnvironmentStartError(RuntimeError):
+    """The environment cannot be used at all; the message names it and says what to do."""
+
+
+class EnvironmentFailure(Exception):
+    """An episode has no reward, which is not reward 0: its trajectory must not be trained on."""
+
+    def __init__(self, kind: FailureKind, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind: FailureKind = kind
+        self.reason = reason[:MAX_REASON_CHARS]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of the dataset: a JSON object with at least "prompt"."""
+
+    json: bytes
+    fields: Mapping[str, Any]
+    prompt: Observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """The environment's answer to one text of the policy."""
+
+    reward: float  # of this step alone; finite, at most MAX_REWARD in size
+    done: bool
+    truncated: bool = False  # done because a limit was reached, not because the task came to its end
+    observation: str = ""  # what the policy reads next, appended as it is; empty when done
+
+
+class Episode(Protocol):
+    """One run of one task. Each method raises EnvironmentFailure; nothing may be called after that."""
+
+    async def reset(self) -> Observation:
+        """The first thing the policy reads."""
+        ...
+
+    async def step(self, completion: str) -> StepResult:
+        """Act with the text of the policy; must not be called once done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSettings:
+    """Limits that every kind of environment keeps to."""
+
+    step_timeout_s: float = 30.0
+    start_timeout_s: float = 60.0
+    max_concurrent_steps: int = 4096
+    workers: int = 2  # processes of a kind that runs its own
+
+
+class Environment(Protocol):
+    """Where episodes happen. An async context manager: entering raises EnvironmentStartError, leaving frees all."""
+
+    url: str
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def episode(self, row: Row, *, seed: int) -> AbstractAsyncContextManager[Episode]:
+        """A new episode; those with the same row and seed start alike. Leaving the context ends it."""
+        ...
+
+
+def parse_row(row_json: bytes) -> Row:
+    """Raises BadRow unless the bytes are a JSON object whose prompt is a text or a list of chat messages."""
+    try:
+        fields = msgspec.json.decode(row_json, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRow(f"the row is not a JSON object: {error}") from error
+    if "prompt" not in fields:
+        raise BadRow(f'the row has no "prompt"; it has: {", ".join(sorted(fields)) or "nothing"}')
+    prompt = fields["prompt"]
+    if isinstance(prompt, str):
+        if not prompt:
+            raise BadRow('"prompt" is empty')
+    elif not _are_messages(prompt):
+        raise BadRow('"prompt" must be a text or a list of {"role": ..., "content": ...}')
+    return Row(json=row_json, fields=fields, prompt=prompt)
+
+
+def _are_messages(prompt: object) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in prompt)
+    )
+
+
+def check_reward(value: object) -> float:
+    """The reward as a float; raises EnvironmentFailure("bad_reward") for all that is not a plausible number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise EnvironmentFailure("bad_reward", f"a reward must be a number, got {type(value).__name__} {_shown(value)}")
+    try:
+        reward = float(value)
+    except OverflowError as error:
+        raise EnvironmentFailure("bad_reward", "the reward is too large for a float") from error
+    if not math.isfinite(reward):
+        raise EnvironmentFailure("bad_reward", f"a reward must be finite, got {reward}")
+    if abs(reward) > MAX_REWARD:
+        raise EnvironmentFailure("bad_reward", f"a reward must lie within ±{MAX_REWARD:g}, got {reward:g}")
+    return reward
+
+
+def _shown(value: object) -> str:
+    # Only of types whose repr is known to be harmless: the value comes from foreign code.
+    return repr(value)[:80] if isinstance(value, str | bool | None) else ""

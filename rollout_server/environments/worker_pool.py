@@ -1,0 +1,149 @@
+"""WorkerPool: rewards of one user function, computed in a few worker processes that may hang or die at any time."""
+
+import asyncio
+import itertools
+import logging
+from collections import OrderedDict, defaultdict
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, EnvironmentStartError
+from rollout_server.environments.frames import Call
+from rollout_server.environments.worker_process import PendingCall, WorkerProcess
+
+RESTART_PAUSE_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerPool:
+    """Calls wait in one queue for the least busy worker. A worker is started when there are more calls than workers."""
+
+    def __init__(self, module: str, function: str, settings: EnvironmentSettings) -> None:
+        self._module = module
+        self._function = function
+        self._settings = settings
+        self._places = asyncio.Semaphore(settings.max_concurrent_steps)
+        self._ids = itertools.count()
+        self._queue: OrderedDict[int, PendingCall] = OrderedDict()
+        self._workers: list[WorkerProcess] = []
+        self._num_starting = 0
+        self._work_left = asyncio.Event()
+        self._dispatch_is_due = False
+        self._keepers = asyncio.TaskGroup()
+        self._keeper_tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<WorkerPool {self._module}:{self._function}, {len(self._queue)} calls queued, workers {self._workers}>"
+
+    async def __aenter__(self) -> Self:
+        """Starts the first worker; raises EnvironmentStartError when the function cannot be used."""
+        first = await self._start_worker()
+        await self._keepers.__aenter__()
+        for index in range(self._settings.workers):
+            keeper = self._keepers.create_task(self._keep_worker(first if index == 0 else None))
+            self._keeper_tasks.append(keeper)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for keeper in self._keeper_tasks:
+            keeper.cancel()
+        # The body's own error is not one of the keepers', so only a cancellation is told to their group.
+        cancelled = (kind, error, trace) if isinstance(error, asyncio.CancelledError) else (None, None, None)
+        try:
+            await self._keepers.__aexit__(*cancelled)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+            for worker in self._workers:
+                self._queue.update((pending.call.call_id, pending) for pending in await worker.death())
+            self._fail_queued("the environment was closed")
+
+    async def reward(self, prompt: str, completion: str, row_json: bytes) -> float:
+        """Raises EnvironmentFailure. Waits for its turn when max_concurrent_steps calls are under way."""
+        async with self._places:
+            call = Call(next(self._ids), prompt, completion, msgspec.Raw(row_json))
+            pending = PendingCall(call, asyncio.get_running_loop().create_future())
+            self._queue[call.call_id] = pending
+            self._dispatch_soon()
+            try:
+                return await pending.reward
+            finally:
+                self._queue.pop(call.call_id, None)
+
+    # --- from the queue to the workers: plain code, run once per turn of the event loop -----------------------------
+
+    def _dispatch_soon(self) -> None:
+        if not self._dispatch_is_due:
+            self._dispatch_is_due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Hand out queued calls, in batches, as far as the workers have room."""
+        self._dispatch_is_due = False
+        shares: defaultdict[WorkerProcess, list[PendingCall]] = defaultdict(list)
+        while self._queue:
+            free = [worker for worker in self._workers if worker.has_room_beside(len(shares[worker]))]
+            if not free:
+                break
+            worker = min(free, key=lambda worker: worker.num_in_flight + len(shares[worker]))
+            shares[worker].append(self._queue.popitem(last=False)[1])
+        for worker, share in shares.items():
+            if share:
+                worker.send(share)
+        if self._wants_worker():
+            self._work_left.set()
+
+    def _wants_worker(self) -> bool:
+        unanswered = len(self._queue) + sum(worker.num_in_flight for worker in self._workers)
+        return unanswered > len(self._workers) + self._num_starting
+
+    # --- keeping the workers alive ------------------------------------------------------------------------------------
+
+    async def _start_worker(self) -> WorkerProcess:
+        self._num_starting += 1
+        try:
+            worker = await WorkerProcess.start(self._module, self._function, self._settings, self._dispatch_soon)
+        finally:
+            self._num_starting -= 1
+        self._workers.append(worker)
+        return worker
+
+    async def _keep_worker(self, worker: WorkerProcess | None) -> None:
+        """One place for a worker: fills it whenever there is work for it, and again after each death."""
+        while True:
+            if worker is not None:
+                await self._mourn(worker)
+            while not self._wants_worker():
+                self._work_left.clear()
+                await self._work_left.wait()
+            worker = await self._restart_worker()
+
+    async def _mourn(self, worker: WorkerProcess) -> None:
+        self._dispatch_soon()
+        unstarted = await worker.death()
+        self._workers.remove(worker)
+        _log.warning("a worker of %s:%s ended: %s", self._module, self._function, worker.cause_of_death)
+        for pending in reversed(unstarted):
+            if not pending.reward.done():
+                self._queue[pending.call.call_id] = pending
+                self._queue.move_to_end(pending.call.call_id, last=False)
+        self._dispatch_soon()
+
+    async def _restart_worker(self) -> WorkerProcess | None:
+        try:
+            return await self._start_worker()
+        except EnvironmentStartError as error:
+            _log.error("%s", error)
+            if not self._workers:
+                self._fail_queued(str(error))
+            await asyncio.sleep(RESTART_PAUSE_S)
+            return None
+
+    def _fail_queued(self, reason: str) -> None:
+        for pending in self._queue.values():
+            pending.fail(EnvironmentFailure("environment_error", reason))

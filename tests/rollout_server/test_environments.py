@@ -1,0 +1,145 @@
+"""What every kind of environment must hold. A new kind adds one line to KINDS: a URL that does what it is told."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from rollout_server.environments import environment_at
+from rollout_server.environments.environment import Environment, EnvironmentFailure, EnvironmentSettings, parse_row
+
+KINDS = {
+    "python function": "python:tests.rollout_server.reward_functions:obeys",
+    "python async function": "python:tests.rollout_server.reward_functions:obeys_async",
+}
+
+ROW = parse_row(b'{"prompt": "do"}')
+TIMEOUT_S = 0.4
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environment]:
+    async with environment_at(request.param, EnvironmentSettings(step_timeout_s=TIMEOUT_S)) as environment:
+        yield environment
+
+
+async def reward_for(environment: Environment, completion: str) -> float:
+    async with environment.episode(ROW, seed=0) as episode:
+        await episode.reset()
+        return (await episode.step(completion)).reward
+
+
+async def failure_for(environment: Environment, completion: str) -> EnvironmentFailure:
+    with pytest.raises(EnvironmentFailure) as caught:
+        await reward_for(environment, completion)
+    return caught.value
+
+
+async def test_an_episode_starts_with_the_prompt_and_ends_with_a_reward(environment):
+    async with environment.episode(ROW, seed=0) as episode:
+        assert await episode.reset() == "do"
+        step = await episode.step("reward 0.25")
+    assert (step.reward, step.done, step.truncated) == (0.25, True, False)
+
+
+@pytest.mark.parametrize("number", ["reward -1.5", "int 3", "numpy 0.5", "fraction 1/4", "reward 1e9"])
+async def test_any_plausible_number_is_a_reward(environment, number):
+    expected = {"fraction 1/4": 0.25}.get(number) or float(number.split()[1])
+    assert await reward_for(environment, number) == expected
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ("nan", "finite, got nan"),
+        ("infinity", "finite, got inf"),
+        ("none", "NoneType"),
+        ("text 1.0", "got str '1.0'"),
+        ("boolean", "got bool True"),
+        ("numpy_boolean", "got bool"),
+        ("huge", "within ±1e+09, got 1e+30"),
+        ("huge_int", "too large"),
+        ("list", "got list"),
+    ],
+)
+async def test_what_is_not_a_plausible_number_is_a_failure_and_not_a_reward(environment, action, reason):
+    failure = await failure_for(environment, action)
+    assert failure.kind == "bad_reward"
+    assert reason in failure.reason
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ("raise apples", "KeyError: 'apples' (at reward_functions.py:"),
+        ("raise_unprintable", "Unprintable: (its message cannot be shown)"),
+        ("raise_surrogate", "KeyError"),
+        ("raise_cancelled", "CancelledError"),
+        ("leave 3", "SystemExit: 3"),
+        ("die 3", "exit code 3"),
+        ("crash", "SIGSEGV"),
+    ],
+)
+async def test_what_raises_or_dies_is_a_failure_with_the_reason_and_the_next_episode_is_well(
+    environment, action, reason
+):
+    failure = await failure_for(environment, action)
+    assert failure.kind == "environment_error"
+    assert reason in failure.reason
+    assert await reward_for(environment, "reward 1") == 1.0
+
+
+async def test_a_reason_is_bounded_however_long_the_message(environment):
+    failure = await failure_for(environment, "raise " + "x" * 100_000)
+    assert len(failure.reason) <= 1000
+
+
+@pytest.mark.parametrize("action", ["hang", "block"])
+async def test_what_hangs_fails_in_time_and_the_next_episode_is_well(environment, action):
+    async with asyncio.timeout(TIMEOUT_S + 5):
+        failure = await failure_for(environment, action)
+    assert failure.kind == "environment_timeout"
+    assert "0.4 s" in failure.reason
+    assert await reward_for(environment, "reward 1") == 1.0
+
+
+async def test_a_thousand_episodes_at_once_each_get_their_own_reward(environment):
+    rewards = await asyncio.gather(*(reward_for(environment, f"reward {index}") for index in range(1000)))
+    assert rewards == list(range(1000))
+
+
+async def test_good_episodes_end_well_among_raising_hanging_and_lying_ones(environment):
+    bad = ["raise no", "nan", "hang", "leave 1"]
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        failures = [tasks.create_task(failure_for(environment, action)) for action in bad]
+        rewards = [tasks.create_task(reward_for(environment, f"reward {index}")) for index in range(100)]
+    assert [reward.result() for reward in rewards] == list(range(100))
+    kinds = ["environment_error", "bad_reward", "environment_timeout", "environment_error"]
+    assert [failure.result().kind for failure in failures] == kinds
+
+
+async def test_a_cancelled_step_leaves_the_environment_well(environment):
+    async with asyncio.TaskGroup() as tasks:
+        hanging = [tasks.create_task(reward_for(environment, "hang")) for _ in range(3)]
+        await asyncio.sleep(0.05)  # until they are under way; nothing depends on it
+        for step in hanging:
+            step.cancel()
+    rewards = await asyncio.gather(*(reward_for(environment, f"reward {index}") for index in range(20)))
+    assert rewards == list(range(20))
+
+
+async def test_leaving_while_steps_run_fails_them_with_a_reason():
+    for url in KINDS.values():
+        async with (
+            asyncio.timeout(20),
+            asyncio.TaskGroup() as tasks,
+            environment_at(url, EnvironmentSettings(step_timeout_s=60)) as environment,
+        ):
+            steps = [tasks.create_task(failure_for(environment, "hang")) for _ in range(20)]
+            await asyncio.sleep(0.05)  # some run, some are queued; the result is the same for both
+        assert {step.result().kind for step in steps} == {"environment_error"}
+
+
+def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'gopher://x' has an unknown scheme; known: python:"):
+        environment_at("gopher://x")
