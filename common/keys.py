@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.lifecycle import UserError
+
 KeyPair = tuple[bytes, bytes]  # public, secret; 32 bytes each
 
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
 
 
-class KeyFileError(ValueError):
+class KeyFileError(UserError):
     """A key file that is missing, damaged, or readable by others."""
 
 

@@ -117,6 +117,8 @@ class Welcome(Message, frozen=True, tag="Welcome"):
     model: Address  # Hugging Face name or path, as the learner knows it
     model_fingerprint: Name
     tokenizer_fingerprint: Name
+    dtype: Name  # of the weights the learner publishes
+    environment: Address  # as in Lease: one per run
     max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)]

@@ -52,9 +52,16 @@ class EngineError(RuntimeError):
 class InferenceEngine(Protocol):
     """An engine that samples while its weights are replaced under it. All methods may run concurrently."""
 
-    vocab_size: int
-    max_model_len: int
-    loaded_version: int  # snapshot.NO_VERSION until the first load_weights
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def loaded_version(self) -> int:
+        """snapshot.NO_VERSION until the first load_weights."""
+        ...
 
     async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
         """Sample one completion of prompt_ids [T] int32. Cancelling the call aborts the request in the engine.

@@ -37,3 +37,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Equal on learner and server exactly when they give ids the same meaning and render chats alike."""
     special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     return fingerprint_vocabulary(tokenizer.get_vocab(), special, tokenizer.chat_template)
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """The Hugging Face configuration of a model; raises OSError or ValueError if there is none."""
+    from transformers import AutoConfig
+
+    return cast(dict[str, Any], AutoConfig.from_pretrained(model).to_dict())

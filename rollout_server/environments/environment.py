@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
+from common.lifecycle import UserError
 from common.messages import MAX_REWARD
 
 Message = Mapping[str, Any]
@@ -27,7 +28,7 @@ class BadRow(ValueError):
     """A dataset row that no episode can start from."""
 
 
-class EnvironmentStartError(RuntimeError):
+class EnvironmentStartError(UserError):
     """The environment cannot be used at all; the message names it and says what to do."""
 
 

@@ -48,7 +48,7 @@ def is_running(pid: int) -> bool:
 
 async def until_gone(pid: int) -> None:
     async with asyncio.timeout(10):
-        while is_running(pid):  # noqa: ASYNC110 - not a child of ours: there is nothing to wait on
+        while is_running(pid):
             await asyncio.sleep(0.01)
 
 

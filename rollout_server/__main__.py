@@ -1,0 +1,159 @@
+"""The rollout-server command: join a learner, start an engine, sample until the run is finished."""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+from common import messages
+from common.config import parse
+from common.events import EventLog
+from common.fingerprint import fingerprint_model_config
+from common.keys import load_client_key
+from common.lifecycle import UserError, configure_logging, run_until_stopped
+from common.metrics import start_metrics_server
+from common.wire import open_dealer
+from rollout_server.busy import MeteredEngine
+from rollout_server.config import RolloutServerConfig
+from rollout_server.environments import environment_at
+from rollout_server.environments.environment import Environment, EnvironmentSettings
+from rollout_server.episodes import EpisodeRunner
+from rollout_server.inference import InferenceEngine
+from rollout_server.server import RolloutServer, join
+from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config, tokenizer_fingerprint
+from rollout_server.vllm_engine import open_vllm_engine
+from rollout_server.vllm_start import VllmSettings
+from rollout_server.weight_receiver import WeightReceiver
+
+logger = logging.getLogger(__name__)
+
+KNOWN_TABLES = ("learner", "rollout_server")
+MAX_FRAME_BYTES = 64 << 20
+
+EXAMPLES = """\
+examples:
+  rollout-server --learner tcp://127.0.0.1:5557
+  rollout-server --learner tcp://10.0.0.1:5557 --key rollout-server.key --max-episodes 512
+
+The learner prints the exact command. Weights come from the learner; this node needs the model's config and tokenizer.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(
+        RolloutServerConfig,
+        sys.argv[1:] if argv is None else argv,
+        program="rollout-server",
+        table="rollout_server",
+        known_tables=KNOWN_TABLES,
+        epilog=EXAMPLES,
+    )
+    configure_logging("rollout-server")
+    return run_until_stopped(lambda: serve(config))
+
+
+async def serve(config: RolloutServerConfig) -> int:
+    name = config.name or f"{socket.gethostname()}-{os.getpid()}"
+    key = load_client_key(config.key) if config.key is not None else None
+    hello = messages.Hello(protocol=messages.PROTOCOL_VERSION, server=name, epoch=secrets.token_hex(8))
+    async with AsyncExitStack() as stack:
+        events = EventLog(config.run_dir / f"events-{name}.jsonl", "rollout_server")
+        stack.callback(events.close)
+        dealer = await stack.enter_async_context(open_dealer(config.learner, key=key, max_frame_bytes=MAX_FRAME_BYTES))
+        welcome = await join(dealer, hello)
+        model = config.model or welcome.model
+        tokenizer, ready = prepare(model, welcome, config)
+        environment = await stack.enter_async_context(environment_of(welcome, config))
+        logger.info("starting vLLM for %s", model)
+        vllm = await stack.enter_async_context(open_engine(model, welcome, config))
+        engine = MeteredEngine(vllm, events)
+        receiver = WeightReceiver(engine, events)
+        stack.callback(receiver.close)
+        server = RolloutServer(
+            dealer=dealer,
+            key=key,
+            engine=engine,
+            receiver=receiver,
+            runner=lambda welcome: episode_runner(welcome, engine, environment, tokenizer, receiver),
+            hello=hello,
+            ready=ready,
+            events=events,
+        )
+        if config.metrics_listen is not None:
+            stack.enter_context(start_metrics_server(config.metrics_listen, server.metrics))
+        await server.run(welcome)
+    return 0
+
+
+def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) -> tuple[Tokenizer, messages.Ready]:
+    """The tokenizer, and what this server says of itself; UserError when it is not what the learner trains."""
+    try:
+        tokenizer = load_tokenizer(model)
+        fingerprint = fingerprint_model_config(model_config(model))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {model}; --model says where this node has {welcome.model}: {error}") from error
+    ready = messages.Ready(
+        model_fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        capacity_groups=config.max_groups,
+        capacity_bytes=1 << 40,
+    )
+    if ready.model_fingerprint != welcome.model_fingerprint:
+        raise UserError(
+            f"{model} is not the architecture the learner trains ({welcome.model}); give the same with --model"
+        )
+    if ready.tokenizer_fingerprint != welcome.tokenizer_fingerprint:
+        raise UserError(f"{model} has another tokenizer or chat template than the learner's {welcome.model}")
+    return tokenizer, ready
+
+
+def environment_of(welcome: messages.Welcome, config: RolloutServerConfig) -> Environment:
+    """Not entered yet; UserError when this server has no environment of that kind."""
+    settings = EnvironmentSettings(step_timeout_s=config.environment_timeout_s, workers=config.environment_workers)
+    try:
+        return environment_at(welcome.environment, settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def open_engine(
+    model: str, welcome: messages.Welcome, config: RolloutServerConfig
+) -> AbstractAsyncContextManager[InferenceEngine]:
+    kv_cache_bytes = int(config.kv_cache_gib * (1 << 30)) if config.kv_cache_gib is not None else None
+    return open_vllm_engine(
+        VllmSettings(
+            model=model,
+            dtype=welcome.dtype,
+            max_model_len=welcome.max_model_len,
+            max_num_seqs=config.max_sequences,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            cpu_threads=config.cpu_threads,
+            clear_cache=not config.keep_kv_cache,
+        )
+    )
+
+
+def episode_runner(
+    welcome: messages.Welcome,
+    engine: InferenceEngine,
+    environment: Environment,
+    tokenizer: Tokenizer,
+    receiver: WeightReceiver,
+) -> EpisodeRunner:
+    return EpisodeRunner(
+        engine,
+        environment,
+        tokenizer,
+        temperature=welcome.temperature,
+        max_new_tokens=welcome.max_new_tokens,
+        max_model_len=welcome.max_model_len,
+        wait_for_version=receiver.wait_for_version,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

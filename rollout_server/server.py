@@ -1,0 +1,248 @@
+"""RolloutServer: leases in, groups out, weights followed: the loops of one rollout server process."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from common import messages
+from common.codec import Decoder, ProtocolError, encode, pack_group
+from common.events import EventLog
+from common.keys import ClientKey
+from common.lifecycle import UserError
+from common.metrics import Measurement
+from common.wire import Dealer, open_dealer
+from rollout_server.busy import MeteredEngine
+from rollout_server.episodes import EpisodeRunner, LeaseFailure
+from rollout_server.weight_receiver import WeightReceiver
+
+logger = logging.getLogger(__name__)
+
+HELLO_INTERVAL_S = 1.0
+SAY_IT_EVERY_S = 10.0
+HEARTBEAT_INTERVAL_S = 0.5
+RESEND_AFTER_S = 5.0
+HEALTH_INTERVAL_S = 5.0
+HEALTH_TIMEOUT_S = 60.0
+
+decoder = Decoder(messages.CoordinatorToServer, max_payload_bytes=0)
+
+
+class RunFinishedError(Exception):
+    """The learner said that the run is over."""
+
+
+async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
+    """Introduce this server until the learner answers. Raises UserError when it does not want us."""
+    said_s = time.monotonic()
+    while True:
+        dealer.try_send(encode(hello))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HELLO_INTERVAL_S):
+                message = receive_message(await dealer.receive())
+                if isinstance(message, messages.Welcome):
+                    return message
+                if isinstance(message, messages.Refused) and not message.retry:
+                    raise UserError(f"the learner refuses this rollout server: {message.reason}")
+        if time.monotonic() - said_s > SAY_IT_EVERY_S:
+            said_s = time.monotonic()
+            logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)
+
+
+def receive_message(frames: list[bytes | memoryview]) -> messages.Message | None:
+    """None for what is not a message of this protocol version: it is logged, and ignored."""
+    try:
+        return decoder.decode(frames)[0]
+    except ProtocolError as error:
+        logger.warning("the learner sent what is not a message: %s", error)
+        return None
+
+
+class RolloutServer:
+    """One engine at work for one learner, until the run is finished."""
+
+    def __init__(
+        self,
+        *,
+        dealer: Dealer,
+        key: ClientKey | None,
+        engine: MeteredEngine,
+        receiver: WeightReceiver,
+        runner: Callable[[messages.Welcome], EpisodeRunner],
+        hello: messages.Hello,
+        ready: messages.Ready,
+        events: EventLog,
+    ) -> None:
+        self._dealer = dealer
+        self._key = key
+        self._engine = engine
+        self._receiver = receiver
+        self._make_runner = runner
+        self._hello = hello
+        self._ready = ready
+        self._events = events
+        self._session = ""
+        self._working: dict[int, asyncio.Task[None]] = {}  # by lease
+        self._unacknowledged: dict[int, tuple[list[bytes | memoryview], float]] = {}  # frames and when they were sent
+        self._following: asyncio.Task[None] | None = None
+        self._progress = 0
+        self._last_heard_s = time.monotonic()
+        self._waiting_for = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"<RolloutServer {len(self._working)} leases running, {len(self._unacknowledged)} unacknowledged, "
+            f"version {self._receiver.loaded_version} of {self._receiver.published_version}>"
+        )
+
+    def metrics(self) -> Iterator[Measurement]:
+        """What Prometheus is told."""
+        yield Measurement(name="running_groups", value=len(self._working), help="leases being worked on")
+        yield Measurement(name="unacknowledged_groups", value=len(self._unacknowledged), help="sent, not yet accepted")
+        yield Measurement(name="loaded_version", value=self._receiver.loaded_version, help="policy version sampling")
+        yield Measurement(name="published_version", value=self._receiver.published_version, help="newest known")
+        yield Measurement(name="generated_tokens_total", value=self._engine.generated_tokens, help="tokens sampled")
+        yield Measurement(name="generating_seconds_total", value=self._engine.busy_s, help="requests were running")
+        yield Measurement(name="update_pause_seconds_total", value=self._receiver.paused_s, help="paused for weights")
+        yield Measurement(name="weight_bytes_total", value=self._receiver.received_bytes, help="of snapshots pulled")
+
+    async def run(self, welcome: messages.Welcome) -> None:
+        """Returns when the run is finished."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._enter(welcome)
+                self._tasks.create_task(self._receive())
+                self._tasks.create_task(self._heartbeat())
+                self._tasks.create_task(self._watch_engine())
+        except* RunFinishedError as finished:
+            logger.info("%s", finished.exceptions[0])
+
+    async def _enter(self, welcome: messages.Welcome) -> None:
+        """Begin, or begin again after the learner restarted: what was leased by its former self is void."""
+        for task in self._working.values():
+            task.cancel()
+        self._working.clear()
+        self._unacknowledged.clear()
+        if self._following is not None:
+            self._following.cancel()
+        self._session = welcome.session
+        self._runner = self._make_runner(welcome)
+        await self._receiver.follow(welcome.run_id)
+        await self._receiver.announce(welcome.published_version)
+        self._following = self._tasks.create_task(self._follow_weights(welcome.weights_address))
+        await self._dealer.send(encode(self._ready))
+        logger.info("joined run %s", welcome.run_id)
+
+    async def _follow_weights(self, address: str) -> None:
+        address = with_host_of(self._dealer.address, address)
+        async with open_dealer(address, key=self._key) as dealer:
+            await self._receiver.run(dealer)
+
+    async def _receive(self) -> None:
+        while True:
+            message = receive_message(await self._dealer.receive())
+            self._last_heard_s = time.monotonic()
+            match message:
+                case messages.Pulse():
+                    self._waiting_for = message.waiting_for
+                    await self._receiver.announce(message.published_version)
+                case messages.Welcome() if message.session != self._session:
+                    await self._enter_again(message)
+                case messages.Refused():
+                    self._hear_refusal(message)
+                case messages.Finished(reason=reason):
+                    raise RunFinishedError(f"the run is finished: {reason}")
+                case _:
+                    self._hear_of_lease(message)
+
+    def _hear_of_lease(self, message: messages.Message | None) -> None:
+        match message:
+            case messages.Lease() if message.lease_id not in self._working.keys() | self._unacknowledged.keys():
+                self._working[message.lease_id] = self._tasks.create_task(self._work(message))
+            case messages.LeaseCancelled(lease_id=lease_id) if lease_id in self._working:
+                self._working.pop(lease_id).cancel()
+            case messages.GroupAccepted(lease_id=lease_id):
+                self._unacknowledged.pop(lease_id, None)
+            case messages.GroupRefused(lease_id=lease_id, reason=reason):
+                logger.warning("the learner refused group %d: %s", lease_id, reason)
+                self._unacknowledged.pop(lease_id, None)
+
+    async def _enter_again(self, welcome: messages.Welcome) -> None:
+        same_model = welcome.model_fingerprint == self._ready.model_fingerprint
+        if not same_model or welcome.tokenizer_fingerprint != self._ready.tokenizer_fingerprint:
+            raise UserError(
+                f"the learner came back with another model or tokenizer ({welcome.model}); start a new rollout server"
+            )
+        await self._enter(welcome)
+
+    def _hear_refusal(self, refused: messages.Refused) -> None:
+        if not refused.retry:
+            raise UserError(f"the learner refuses this rollout server: {refused.reason}")
+        self._dealer.try_send(encode(self._hello))
+
+    async def _work(self, lease: messages.Lease) -> None:
+        try:
+            group = await self._runner.run(lease)
+        except LeaseFailure as failure:
+            logger.warning("task %d failed (%s): %s", lease.task_id, failure.kind, failure.reason)
+            failed = messages.LeaseFailed(lease_id=lease.lease_id, kind=failure.kind, reason=failure.reason[:4096])
+            await self._dealer.send(encode(failed))
+        else:
+            header, payload = pack_group(group)
+            frames = encode(messages.GroupFinished(group=header), payload)
+            self._unacknowledged[lease.lease_id] = (frames, time.monotonic())
+            await self._dealer.send(frames)
+        self._progress += 1
+        self._working.pop(lease.lease_id, None)
+
+    async def _heartbeat(self) -> None:
+        said_s = time.monotonic()
+        while True:
+            self._engine.flush()
+            self._dealer.try_send(encode(self._describe()))
+            await self._resend()
+            now_s = time.monotonic()
+            if now_s - max(self._last_heard_s, said_s) > SAY_IT_EVERY_S:
+                said_s = now_s
+                logger.info("waiting for the learner at %s: nothing heard of it", self._dealer.address)
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    def _describe(self) -> messages.Heartbeat:
+        if self._working:
+            doing = "generating"
+        else:
+            doing = self._waiting_for or f"waiting for leases at version {self._receiver.loaded_version}"
+        heartbeat = messages.Heartbeat(
+            progress=self._progress,
+            loaded_version=self._receiver.loaded_version,
+            running_groups=len(self._working),
+            generated_tokens=self._engine.generated_tokens,
+            busy_s=self._engine.busy_s,
+            paused_s=self._receiver.paused_s,
+            doing=doing,
+        )
+        self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
+        return heartbeat
+
+    async def _resend(self) -> None:
+        """Groups the learner has not acknowledged for a while: it may have been away."""
+        now_s = time.monotonic()
+        for lease_id, (frames, sent_s) in self._unacknowledged.items():
+            if now_s - sent_s > RESEND_AFTER_S and self._dealer.try_send(frames):
+                self._unacknowledged[lease_id] = (frames, now_s)
+
+    async def _watch_engine(self) -> None:
+        """Progress is what the engine does, not what its front end says; a dead engine ends this process."""
+        while True:
+            await self._engine.check_health(HEALTH_TIMEOUT_S)
+            self._progress += 1
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+def with_host_of(reached: str, bound: str) -> str:
+    """A socket bound on all networks is reached at the host that reached its neighbour."""
+    host, _, port = bound.removeprefix("tcp://").rpartition(":")
+    if host in ("*", "0.0.0.0", "[::]"):
+        return f"tcp://{reached.removeprefix('tcp://').rpartition(':')[0]}:{port}"
+    return bound
