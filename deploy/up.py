@@ -1,0 +1,70 @@
+"""`countercurrent up`: learner and rollout servers of one run as separate processes on this machine."""
+
+import asyncio
+import logging
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.lifecycle import ChildProcess
+from learner.config import LearnerConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 5
+RESTART_PAUSE_S = 1.0
+FAREWELL_S = 5.0  # after the learner ended, for the rollout servers to hear of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What `up` starts."""
+
+    config: Path
+    learner: LearnerConfig
+    learner_flags: tuple[str, ...]
+    num_rollout_servers: int
+
+
+def a_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def up(plan: RunPlan) -> int:
+    """Runs until the learner ends; returns its exit code. A rollout server that dies is started again."""
+    address = f"tcp://127.0.0.1:{a_free_port()}"
+    plan.learner.run_dir.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        flags = ["--config", str(plan.config), "--listen", address, *plan.learner_flags]
+        learner = await stack.enter_async_context(ChildProcess.run_module("learner", *flags))
+        async with asyncio.TaskGroup() as tasks:
+            servers = [
+                tasks.create_task(keep_rollout_server(plan, index, address))
+                for index in range(plan.num_rollout_servers)
+            ]
+            code = await learner.wait()
+            _, pending = await asyncio.wait(servers, timeout=FAREWELL_S)
+            for server in pending:
+                server.cancel()
+    return code
+
+
+async def keep_rollout_server(plan: RunPlan, index: int, address: str) -> None:
+    """One rollout server, started again when it dies; gives up when it keeps dying."""
+    directory = plan.learner.run_dir / f"rollout-server-{index}"
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / "log.txt"
+    flags = [
+        "--config", str(plan.config), "--learner", address, "--run-dir", str(directory), "--name", f"server-{index}",
+    ]  # fmt: skip
+    for _ in range(MAX_RESTARTS + 1):
+        async with ChildProcess.run_module("rollout_server", *flags, output=log) as server:
+            code = await server.wait()
+        if code == 0:
+            return
+        logger.warning("rollout server %d ended with exit code %d; %s says why", index, code, log)
+        await asyncio.sleep(RESTART_PAUSE_S)
+    raise RuntimeError(f"rollout server {index} died {MAX_RESTARTS + 1} times; {log} says why")

@@ -1,0 +1,109 @@
+"""CheckpointStore: checkpoints as atomic units. One is whole or it does not exist.
+
+A checkpoint is written into `step-N.tmp`, made durable, renamed to `step-N`, and only then named in `CURRENT`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from common.lifecycle import UserError
+
+FORMAT = 1
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint holds beside the engine's own files."""
+
+    format: int
+    version: int
+    model: str
+    frontier: bytes  # the coordinator's, see learner/coordinator/ledger.py
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    directory: Path
+    state: RunState
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._current = directory / "CURRENT"
+
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint that CURRENT names, None for a new run; raises UserError when it cannot be read."""
+        name = self._current_name()
+        if name is None:
+            return None
+        directory = self._directory / name
+        try:
+            state = msgspec.json.decode((directory / "run.json").read_bytes(), type=RunState)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise UserError(f"the checkpoint {directory} cannot be read: {error}") from error
+        if state.format != FORMAT:
+            raise UserError(f"the checkpoint {directory} has format {state.format}, this version reads {FORMAT}")
+        return Checkpoint(directory, state)
+
+    def save(self, *, version: int, model: str, frontier: bytes, write_engine: Callable[[Path], None]) -> Path:
+        """Write a checkpoint; `write_engine` puts the engine's files into the directory it is given.
+
+        The version that CURRENT names already is not written again.
+        """
+        name = f"step-{version:06d}"
+        if self._current_name() == name:
+            return self._directory / name
+        final, temporary = self._directory / name, self._directory / f"{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_engine(temporary)
+        state = RunState(format=FORMAT, version=version, model=model, frontier=frontier)
+        (temporary / "run.json").write_bytes(msgspec.json.encode(state))
+        _make_durable(temporary)
+        if final.exists():  # of a life of this run that ended before CURRENT named it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        self._point_to(name)
+        self._delete_old(name)
+        return final
+
+    def _current_name(self) -> str | None:
+        return self._current.read_text().strip() if self._current.exists() else None
+
+    def _point_to(self, name: str) -> None:
+        replacement = self._directory / "CURRENT.tmp"
+        with replacement.open("w") as file:
+            file.write(name + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(self._current)
+        _fsync(self._directory)
+
+    def _delete_old(self, current: str) -> None:
+        names = sorted(path.name for path in self._directory.glob("step-*") if path.suffix != ".tmp")
+        for name in names[: -self._keep]:
+            if name != current:
+                shutil.rmtree(self._directory / name)
+
+
+def _make_durable(directory: Path) -> None:
+    for root, _, files in os.walk(directory):
+        for file in files:
+            _fsync(Path(root) / file)
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

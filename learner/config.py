@@ -1,0 +1,124 @@
+"""LearnerConfig: every setting of a run, as flags, as [learner] keys of a TOML file, and with their help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.config import option
+
+COUNTS = (
+    "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
+    "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """Train a language model by reinforcement learning on trajectories streamed by rollout servers.
+
+    The learner starts the coordinator and the snapshot server, prints the command that joins a rollout server to the
+    run, waits until one has joined, and trains. It checkpoints as it goes; started again with the same run directory,
+    it resumes.
+    """
+
+    # What is learned
+    model: str | None = option(None, help="policy to train: a Hugging Face name or directory; default: the demo model")
+    data: str = option(
+        "python:learner.demo.task:training_prompts",
+        help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt",
+    )
+    environment: str = option(
+        "python:learner.demo.task:reward",
+        help="what answers and rewards the policy: python:MODULE:FUNCTION(prompt, completion, row) -> float",
+    )
+    critic_model: str | None = option(None, help="network the critic starts from, for --advantage gae; default: model")
+
+    # How much
+    total_steps: int = option(400, help="optimizer steps of the run")
+    groups_per_step: int = option(16, help="groups (prompts) trained per optimizer step")
+    group_size: int = option(16, help="trajectories sampled per prompt")
+    max_staleness: int = option(
+        2, help="oldest token that may be trained, in optimizer steps; 0 is synchronous PPO, more overlaps more"
+    )
+    max_new_tokens: int = option(256, help="longest completion, in tokens")
+    max_model_len: int | None = option(None, help="longest prompt + completion, in tokens; default: what the model has")
+    temperature: float = option(1.0, help="sampling temperature, also of the log-probabilities trained on")
+    seed: int = option(0, help="seed of data order, sampling and initialisation")
+
+    # The algorithm
+    loss: str = option("decoupled_ppo", help="policy loss; an unknown name is answered with the known ones")
+    loss_setting: dict[str, float] = option(dict, help="a setting of the loss, e.g. clip_ratio=0.1; may be repeated")
+    advantage: str = option("grpo", help="advantages: grpo (relative to the group) or gae (with a critic)")
+    advantage_setting: dict[str, float] = option(
+        dict, help="a setting of the advantages, e.g. gae_lambda=0.95; may be repeated"
+    )
+    learning_rate: float = option(1e-6, help="peak learning rate of the policy")
+    critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
+    warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
+    adam_beta1: float = option(0.9, help="decay of Adam's first moment")
+    adam_beta2: float = option(0.95, help="decay of Adam's second moment")
+    weight_decay: float = option(0.0, help="decoupled weight decay")
+    max_grad_norm: float = option(1.0, help="gradients are clipped to this norm")
+
+    # The training engine
+    zero_stage: Literal[0, 1, 2] = option(1, help="DeepSpeed ZeRO stage")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", help="parameters and activations; bfloat16 from stage 1 up"
+    )
+    micro_batch_tokens: int = option(16384, help="padded tokens per forward pass; less needs less memory")
+
+    # Where
+    run_dir: Path = option(Path("runs/default"), help="checkpoints, logs, keys and metrics; an existing run is resumed")
+    listen: str = option(
+        "tcp://127.0.0.1:0",
+        help="address for rollout servers; port 0 takes a free one, tcp://0.0.0.0:5557 all networks",
+    )
+    weights_listen: str | None = option(None, help="address weights are pulled from; default: as listen, another port")
+    advertise_host: str | None = option(None, help="host name printed for other nodes when listening on all networks")
+
+    # Bounds
+    queue_bytes: int = option(1 << 30, help="bytes of trajectories that may be leased, queued or in training at once")
+    queue_groups: int | None = option(None, help="groups likewise; default: (max_staleness + 2) * groups_per_step")
+    server_timeout_s: float = option(10.0, help="a rollout server silent for so long loses its leases to others")
+    max_attempts: int = option(3, help="a task that failed so often is parked and named")
+
+    # Checkpoints and what is seen of the run
+    checkpoint_every_steps: int = option(50, help="a checkpoint also follows the last step and an interruption")
+    keep_checkpoints: int = option(2, help="older checkpoints are deleted")
+    metrics_listen: str | None = option("127.0.0.1:0", help="address of the Prometheus endpoint; empty for none")
+    tensorboard: bool = option(True, help="write TensorBoard logs into the run directory")
+    wandb_project: str | None = option(None, help="also log to this Weights & Biases project")
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness must be >= 0, got {self.max_staleness}; 0 means strictly on-policy")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}; a greedy policy explores nothing")
+        if self.advantage == "grpo" and self.group_size == 1:
+            raise ValueError("group_size 1 leaves grpo nothing to compare with; use at least 2, or --advantage gae")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
+            )
+        self._check_queue()
+
+    def _check_queue(self) -> None:
+        if self.queue_groups is not None and self.queue_groups < self.groups_per_step:
+            raise ValueError(
+                f"queue_groups {self.queue_groups} can never hold a batch of groups_per_step {self.groups_per_step}"
+            )
+        batch_bytes = self.groups_per_step * self.max_group_bytes
+        if batch_bytes > self.queue_bytes:
+            raise ValueError(
+                f"queue_bytes {self.queue_bytes} can never hold a batch: {self.groups_per_step} groups of up to "
+                f"{self.max_group_bytes} bytes; raise it to {batch_bytes}, or lower max_new_tokens or group_size"
+            )
+
+    @property
+    def max_group_bytes(self) -> int:
+        """Largest group: 13 bytes a token (id, log-probability, version, mask) and the prompt as long as allowed."""
+        return self.group_size * (self.max_model_len or 2 * self.max_new_tokens + 1024) * 13

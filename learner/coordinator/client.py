@@ -1,0 +1,79 @@
+"""CoordinatorClient: the learner's side of the conversation with its coordinator, over a local socket."""
+
+import asyncio
+import logging
+import time
+
+from common import messages
+from common.codec import Decoder, encode, unpack_groups
+from common.trajectory import Group
+from common.wire import Dealer
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_BYTES = 1 << 34
+SAY_IT_EVERY_S = 10.0
+
+
+class CoordinatorClient:
+    """Requests and their answers, one of a kind at a time; the status arrives on its own about once a second."""
+
+    def __init__(self, dealer: Dealer) -> None:
+        self._dealer = dealer
+        self._decoder = Decoder(
+            messages.CoordinatorToLearner, max_payload_bytes=MAX_BATCH_BYTES, max_header_bytes=1 << 28
+        )
+        self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
+        self.status: messages.CoordinatorStatus | None = None
+
+    async def run(self) -> None:
+        """Hands every message to whom it is for; to be run as a task beside the requests."""
+        while True:
+            message, payload = self._decoder.decode(await self._dealer.receive())
+            if isinstance(message, messages.CoordinatorStatus):
+                self.status = message
+            elif (answer := self._answers.pop(type(message), None)) is not None and not answer.done():
+                answer.set_result((message, payload))
+
+    async def open_run(self, request: messages.OpenRun) -> str:
+        """Returns the address rollout servers join at, as bound."""
+        opened, _ = await self._ask(request, messages.RunOpened)
+        assert isinstance(opened, messages.RunOpened)
+        return opened.listen_address
+
+    async def take_batch(self, version: int) -> tuple[Group, ...]:
+        """Groups for the step that updates `version`; waits as long as it takes, and says for what."""
+        batch, payload = await self._ask(messages.TakeBatch(version=version), messages.Batch)
+        assert isinstance(batch, messages.Batch)
+        if batch.version != version:
+            raise RuntimeError(f"asked for a batch for version {version}, was given one for {batch.version}")
+        return unpack_groups(batch.groups, payload)
+
+    async def step_completed(self, version: int, lease_ids: tuple[int, ...]) -> None:
+        await self._dealer.send(encode(messages.StepCompleted(version=version, lease_ids=lease_ids)))
+
+    async def published(self, version: int) -> None:
+        await self._dealer.send(encode(messages.SnapshotPublished(version=version)))
+
+    async def take_frontier(self) -> bytes:
+        """What a checkpoint must hold of the coordinator."""
+        frontier, _ = await self._ask(messages.TakeFrontier(), messages.Frontier)
+        assert isinstance(frontier, messages.Frontier)
+        return frontier.frontier
+
+    async def close_run(self, reason: str) -> None:
+        await self._dealer.send(encode(messages.CloseRun(reason=reason)))
+
+    async def _ask(
+        self, request: messages.Message, answer_type: type[messages.Message]
+    ) -> tuple[messages.Message, memoryview]:
+        answer: asyncio.Future[tuple[messages.Message, memoryview]] = asyncio.get_running_loop().create_future()
+        self._answers[answer_type] = answer
+        await self._dealer.send(encode(request))
+        asked_s = time.monotonic()
+        while True:
+            done, _ = await asyncio.wait({answer}, timeout=SAY_IT_EVERY_S)
+            if done:
+                return answer.result()
+            waiting_for = self.status.waiting_for if self.status is not None else "the coordinator to start"
+            logger.info("waiting %.0f s for %s", time.monotonic() - asked_s, waiting_for or "the coordinator")

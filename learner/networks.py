@@ -1,0 +1,87 @@
+"""The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from common.lifecycle import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Architectures that change the logits after the output layer: for them the model's own forward is needed.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class PolicyNetwork(nn.Module):
+    """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
+
+    def __init__(self, model: nn.Module, *, temperature: float) -> None:
+        super().__init__()
+        self.model: Any = model
+        self._temperature = temperature
+        self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+
+    def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT. Position 0 has none."""
+        predicted_BT = loss_mask_BT[:, 1:]
+        logits_NV = self._logits(token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
+        targets_N1 = token_ids_BT[:, 1:][predicted_BT].unsqueeze(1)
+        all_logprobs_NV = logits_NV.log_softmax(dim=-1)
+        logprobs_N = all_logprobs_NV.gather(1, targets_N1).squeeze(1)
+        with torch.no_grad():
+            entropy_N = -(all_logprobs_NV.exp() * all_logprobs_NV).sum(dim=-1)
+        return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
+
+    def _logits(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
+        """[N, V]: only where a token is predicted, so that the logits of the whole batch never exist at once."""
+        inputs = {"input_ids": token_ids_BT, "attention_mask": attention_mask_BT.long(), "use_cache": False}
+        if self._changes_logits:
+            logits: Tensor = self.model(**inputs).logits[:, :-1][predicted_BT]
+            return logits
+        hidden_BTH = self.model.base_model(**inputs).last_hidden_state
+        head_NV: Tensor = self.model.get_output_embeddings()(hidden_BTH[:, :-1][predicted_BT])
+        return head_NV
+
+    @staticmethod
+    def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
+        return torch.zeros(loss_mask_BT.shape, device=values_N.device).masked_scatter(loss_mask_BT, values_N)
+
+
+class CriticNetwork(nn.Module):
+    """A language model's body with one output: the value of the state before each token."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body: Any = body
+        self.head = nn.Linear(self.body.config.hidden_size, 1, bias=True, dtype=next(body.parameters()).dtype)
+        nn.init.zeros_(self.head.weight)  # every state is worth nothing yet, rather than something random
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
+        hidden_BTH = self.body(
+            input_ids=token_ids_BT, attention_mask=attention_mask_BT.long(), use_cache=False
+        ).last_hidden_state
+        values_BT = self.head(hidden_BTH[:, :-1]).squeeze(-1).float()
+        return torch.nn.functional.pad(values_BT, (1, 0))
+
+
+def load_policy(model: str, *, dtype: str, temperature: float) -> PolicyNetwork:
+    """Raises UserError when there is no such model."""
+    return PolicyNetwork(_load(AutoModelForCausalLM, model, dtype), temperature=temperature)
+
+
+def load_critic(model: str, *, dtype: str) -> CriticNetwork:
+    """Raises UserError when there is no such model."""
+    return CriticNetwork(_load(AutoModel, model, dtype))
+
+
+def _load(kind: Any, model: str, dtype: str) -> nn.Module:
+    try:
+        loaded: nn.Module = kind.from_pretrained(model, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {model}: {error}") from error
+    # Dropout would make the log-probabilities of the same parameters differ from those the server sampled with.
+    return loaded.eval()

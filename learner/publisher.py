@@ -1,0 +1,169 @@
+"""Publisher: copies the parameters out of the training process once per version; the rest happens elsewhere.
+
+The copy goes into a slot of memory shared with the snapshot server, which hashes and serves it beside the next step.
+When every slot is still being read the version is skipped: training never waits for a server.
+"""
+
+import asyncio
+import logging
+import mmap
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from common import messages
+from common.codec import Decoder, encode
+from common.lifecycle import ChildProcess
+from common.snapshot import ITEM_BYTES, NO_VERSION, TensorSpec
+from common.wire import Router, open_router
+from learner.snapshot_server import SnapshotServerSettings
+
+logger = logging.getLogger(__name__)
+
+NUM_SLOTS = 3  # one being written, the newest, and one that a slower server is still pulling
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def lay_out(tensors: Sequence[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
+    """Places of the tensors in a snapshot, without gaps; wide items first, so that every one is aligned."""
+    specs: list[TensorSpec] = []
+    offset = 0
+    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {tensor.dtype}; snapshots hold {', '.join(sorted(ITEM_BYTES))}")
+        spec = TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPE_NAMES[tensor.dtype], offset=offset)
+        specs.append(spec)
+        offset += spec.num_bytes
+    return tuple(specs)
+
+
+class Slots:
+    """Anonymous shared memory for NUM_SLOTS snapshots; it vanishes with the processes that map it."""
+
+    def __init__(self, slot_bytes: int, num_slots: int = NUM_SLOTS) -> None:
+        self.slot_bytes = slot_bytes
+        self.descriptors = [os.memfd_create(f"countercurrent-slot-{index}") for index in range(num_slots)]
+        self._mappings = []
+        for descriptor in self.descriptors:
+            os.ftruncate(descriptor, slot_bytes)
+            self._mappings.append(mmap.mmap(descriptor, slot_bytes))
+
+    def write(self, slot: int, layout: Sequence[TensorSpec], tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Copy the tensors to their places: the one copy that publishing costs the training process."""
+        by_name = dict(tensors)
+        memory = torch.frombuffer(self._mappings[slot], dtype=torch.uint8)
+        for spec in layout:
+            tensor = by_name[spec.name].detach()
+            place = memory[spec.offset : spec.offset + spec.num_bytes].view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor)
+
+    def close(self) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+class Publisher:
+    """Publishes versions through one snapshot server process."""
+
+    def __init__(self, slots: Slots, layout: tuple[TensorSpec, ...], router: Router) -> None:
+        self._slots = slots
+        self._layout = layout
+        self._router = router
+        self._decoder = Decoder(messages.SnapshotsToLearner, max_payload_bytes=0)
+        self._peer = None
+        self._free = list(range(len(slots.descriptors)))
+        self._changed = asyncio.Condition()
+        self.address = ""
+        self.published_version = NO_VERSION
+        self.skipped_versions = 0
+
+    def __repr__(self) -> str:
+        return f"<Publisher at {self.address or '?'}, version {self.published_version}, {len(self._free)} slots free>"
+
+    @property
+    def num_bytes(self) -> int:
+        return self._slots.slot_bytes
+
+    def take_slot(self) -> int | None:
+        """A slot to write the next version into; None (counted) when all are being read."""
+        if not self._free:
+            self.skipped_versions += 1
+            return None
+        return self._free.pop()
+
+    def write(self, slot: int, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Copy the parameters into the slot. To be called between two steps, on the training thread."""
+        self._slots.write(slot, self._layout, tensors)
+
+    async def hand_over(self, slot: int, version: int) -> None:
+        """Version `version` lies in the slot: hash and serve it. Returns at once."""
+        assert self._peer is not None, "hand_over() before listening()"
+        order = messages.SnapshotWritten(version=version, slot=slot, num_bytes=self._slots.slot_bytes)
+        self._router.send(self._peer, encode(order, msgspec.msgpack.encode(self._layout)))
+
+    async def listening(self) -> str:
+        """Waits until the snapshot server is up; returns its address."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._peer is not None)
+        return self.address
+
+    async def slot_free(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._free))
+
+    async def ready_versions(self) -> AsyncIterator[int]:
+        """Follows the snapshot server for ever; yields each version once it is being served."""
+        while True:
+            for incoming in await self._router.receive():
+                message, _ = self._decoder.decode(incoming.frames)
+                async with self._changed:
+                    match message:
+                        case messages.SnapshotsListening(address=address):
+                            self._peer, self.address = incoming.peer, address
+                        case messages.SlotReleased(slot=slot):
+                            self._free.append(slot)
+                        case messages.SnapshotReady(version=version):
+                            self.published_version = version
+                    self._changed.notify_all()
+                if isinstance(message, messages.SnapshotReady):
+                    yield message.version
+
+
+@asynccontextmanager
+async def open_publisher(
+    tensors: Sequence[tuple[str, Tensor]],
+    *,
+    run_id: str,
+    listen: str,
+    keys_directory: Path | None,
+    private_directory: Path,
+) -> AsyncIterator[Publisher]:
+    """Starts the snapshot server for tensors of these names and shapes; ends it on exit.
+
+    private_directory: a short path only this user can enter; holds the socket between the two processes.
+    """
+    layout = lay_out(tensors)
+    slots = Slots(sum(spec.num_bytes for spec in layout))
+    try:
+        async with open_router(f"ipc://{private_directory}/snapshots", max_frame_bytes=1 << 16) as router:
+            settings = SnapshotServerSettings(
+                run_id=run_id,
+                parent_pid=os.getpid(),
+                listen=listen,
+                keys_directory=str(keys_directory) if keys_directory else None,
+                learner_socket=router.address,
+                slot_descriptors=slots.descriptors,
+                slot_bytes=slots.slot_bytes,
+            )
+            path = private_directory / "snapshots.json"
+            path.write_bytes(msgspec.json.encode(settings))
+            async with ChildProcess.run_module("learner.snapshot_server", str(path), pass_fds=slots.descriptors):
+                yield Publisher(slots, layout, router)
+    finally:
+        slots.close()

@@ -1,0 +1,65 @@
+"""TorchNetwork: a network trained by plain torch: the twin of the DeepSpeed one, and its oracle."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from learner.networks import load_critic, load_policy
+from learner.ppo_engine import PpoEngine
+from learner.training import TrainSettings
+
+
+class TorchNetwork:
+    """AdamW on one process, float32."""
+
+    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
+        self._module = module
+        self._max_grad_norm = settings.max_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            module.parameters(), lr=0.0, betas=settings.adam_betas, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = self._module(*inputs)
+        return output if isinstance(output, tuple) else (output,)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        del is_last
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        save_model(self._module, str(directory / "parameters.safetensors"))
+        torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
+
+    def load(self, directory: Path) -> None:
+        load_model(self._module, str(directory / "parameters.safetensors"))
+        self._optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
+
+
+def open_torch_engine(settings: TrainSettings) -> PpoEngine:
+    """The whole learner's maths without DeepSpeed; settings.zero_stage is ignored."""
+    if settings.dtype != "float32":
+        raise ValueError(f"the torch engine trains in float32, got {settings.dtype}")
+    torch.manual_seed(settings.seed)
+    policy = load_policy(settings.model, dtype=settings.dtype, temperature=settings.temperature)
+    critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
+    return PpoEngine(
+        settings,
+        TorchNetwork(policy, settings),
+        TorchNetwork(critic, settings) if critic is not None else None,
+    )

@@ -1,0 +1,102 @@
+"""TrainEngine: what the learner's loop needs of an engine, and the values that cross that line."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """What the training engines depend on."""
+
+    model: str  # Hugging Face name or directory
+    critic_model: str | None = None  # None: no critic
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: Literal[0, 1, 2] = 1
+    learning_rate: float = 1e-6
+    critic_learning_rate: float = 1e-5
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 16384  # padded tokens per forward pass
+    temperature: float = 1.0
+    max_staleness: int = 0
+    loss: str = "decoupled_ppo"
+    loss_settings: Mapping[str, float] = field(default_factory=dict)
+    advantage: str = "grpo"
+    advantage_settings: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.critic_model is not None) != (self.advantage == "gae"):
+            raise ValueError(f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, grpo none")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Trajectories that go through the network together, padded at the end. B = trajectories, T = tokens."""
+
+    token_ids_BT: Tensor  # int64
+    attention_mask_BT: Tensor  # bool; False on padding
+    loss_mask_BT: Tensor  # bool; True on tokens that contribute to the gradient
+    behavior_logprobs_BT: Tensor  # float32
+    staleness_BT: Tensor  # int32; optimizer steps
+    rewards_B: Tensor  # float32
+    terminated_B: Tensor  # bool
+    trajectory_index_B: Tensor  # int64; place in the batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """What one optimizer step trains on. N = trajectories."""
+
+    micro_batches: Sequence[MicroBatch]
+    rewards_N: Tensor  # float32
+    group_index_N: Tensor  # int64
+    num_loss_tokens: int
+    num_over_stale_tokens: int  # sampled, but too old to contribute: masked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did. `refusal` says why it was not taken; the parameters are then as before."""
+
+    metrics: Mapping[str, float]
+    refusal: str | None = None
+
+
+class TrainEngine(Protocol):
+    """Holds the parameters. Blocking; all calls from one thread."""
+
+    @property
+    def version(self) -> int:
+        """The policy version: number of completed optimizer steps."""
+        ...
+
+    def step(self, batch: TrainBatch) -> StepResult:
+        """One optimizer step; the version grows by one unless the result says why not."""
+        ...
+
+    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
+        """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Everything a bit-identical resume needs of the engine: parameters, optimizer, schedule, RNG, version."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue from what save() wrote."""
+        ...
+
+    def export_huggingface(self, directory: Path) -> None:
+        """Write the policy as a directory that transformers and vLLM load."""
+        ...
