@@ -108,14 +108,18 @@ class World:
 
 
 class CoordinatorMachine(RuleBasedStateMachine):
-    @initialize(groups_per_step=st.integers(1, 4), max_staleness=st.integers(0, 3), spare=st.integers(0, 8))
-    def start(self, groups_per_step, max_staleness, spare):
-        room = groups_per_step + spare
+    @initialize(
+        groups_per_step=st.integers(1, 4),
+        max_staleness=st.integers(0, 3),
+        spare_groups=st.integers(0, 8),
+        spare_bytes=st.integers(0, 8 * MAX_GROUP_BYTES),
+    )
+    def start(self, groups_per_step, max_staleness, spare_groups, spare_bytes):
         self.world = World(
             groups_per_step=groups_per_step,
             max_staleness=max_staleness,
-            queue_groups=room,
-            queue_bytes=room * MAX_GROUP_BYTES,
+            queue_groups=groups_per_step + spare_groups,
+            queue_bytes=groups_per_step * MAX_GROUP_BYTES + spare_bytes,
         )
         self.ended = []
 
@@ -237,7 +241,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
 
 
 TestCoordinatorMachine = CoordinatorMachine.TestCase
-TestCoordinatorMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCoordinatorMachine.settings = hypothesis_settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 class LongTailedServers:
