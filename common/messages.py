@@ -315,6 +315,12 @@ class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
     num_bytes: Count
 
 
+class SnapshotsListening(Message, frozen=True, tag="SnapshotsListening"):
+    """The snapshot server is up; `address` is as bound, with the port that was chosen."""
+
+    address: Address
+
+
 class SnapshotReady(Message, frozen=True, tag="SnapshotReady"):
     """The version is hashed and served."""
 
@@ -334,4 +340,4 @@ CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
 ServerToSnapshots = ManifestRequest | ChunkRequest
 SnapshotsToServer = ManifestReply | NoNewer | ChunkReply | SnapshotGone
 LearnerToSnapshots = SnapshotWritten
-SnapshotsToLearner = SnapshotReady | SlotReleased
+SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

@@ -14,6 +14,7 @@ from msgspec import Meta
 NO_VERSION = -1
 """A server that has not loaded any snapshot yet is at this version."""
 
+NO_DIGEST = bytes(16)
 CHUNK_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_SNAPSHOT_BYTES = 1 << 42
@@ -52,7 +53,7 @@ class SnapshotManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     num_bytes: ByteCount
     chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
     chunk_digests: Annotated[tuple[Digest, ...], Meta(min_length=1)]
-    digest: Digest  # of the concatenated chunk digests: the whole is what its chunks are, in this order
+    digest: Digest  # of this manifest with zeros here: through the chunk digests it covers the whole snapshot
 
     @property
     def num_chunks(self) -> int:
@@ -76,16 +77,20 @@ def build_manifest(
 ) -> SnapshotManifest:
     """The manifest of a full snapshot whose bytes are `data`."""
     starts = range(0, len(data), chunk_bytes)
-    chunk_digests = tuple(digest_of(data[start : start + chunk_bytes]) for start in starts)
-    return SnapshotManifest(
+    manifest = SnapshotManifest(
         run_id=run_id,
         version=version,
         tensors=tensors,
         num_bytes=len(data),
         chunk_bytes=chunk_bytes,
-        chunk_digests=chunk_digests,
-        digest=digest_of(b"".join(chunk_digests)),
+        chunk_digests=tuple(digest_of(data[start : start + chunk_bytes]) for start in starts),
+        digest=NO_DIGEST,
     )
+    return msgspec.structs.replace(manifest, digest=_whole_digest(manifest))
+
+
+def _whole_digest(manifest: SnapshotManifest) -> bytes:
+    return digest_of(encode_manifest(msgspec.structs.replace(manifest, digest=NO_DIGEST)))
 
 
 def encode_manifest(manifest: SnapshotManifest) -> bytes:
@@ -124,8 +129,8 @@ def _check_layout(manifest: SnapshotManifest) -> None:
     expected_chunks = -(-manifest.num_bytes // manifest.chunk_bytes)
     if manifest.num_chunks != expected_chunks:
         raise SnapshotError(f"{manifest.num_chunks} chunk digests, expected {expected_chunks}")
-    if digest_of(b"".join(manifest.chunk_digests)) != manifest.digest:
-        raise SnapshotError(f"snapshot {manifest.version}: the chunk digests do not add up to the whole's digest")
+    if _whole_digest(manifest) != manifest.digest:
+        raise SnapshotError(f"the manifest of snapshot {manifest.version} does not match its digest; pull it again")
 
 
 def verify_chunk(manifest: SnapshotManifest, index: int, data: bytes | memoryview) -> None:
