@@ -2,10 +2,15 @@
 
 from typing import TypeVar
 
-from common.messages import GroupHeader, TrajectoryHeader
+import numpy as np
+
+from common.messages import PROTOCOL_VERSION, GroupHeader, Heartbeat, Hello, OpenRun, Ready, TrajectoryHeader
+from common.staleness import NOT_SAMPLED
+from common.trajectory import FinishReason, Group, Trajectory
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Decision, GrantLease
 from learner.coordinator.replay_queue import FinishedGroup
+from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.settings import CoordinatorSettings
 
 D = TypeVar("D", bound=Decision)
@@ -61,3 +66,78 @@ def grants(decisions: list[Decision]) -> list[GrantLease]:
 
 def of_kind(decisions: list[Decision], kind: type[D]) -> list[D]:
     return [decision for decision in decisions if isinstance(decision, kind)]
+
+
+def some_service_settings(**overrides: object) -> ServiceSettings:
+    """Two samples a group, two groups a step, staleness 1."""
+    values: dict[str, object] = {
+        "run_id": "run",
+        "learner_socket": "ipc:///nowhere",
+        "listen": "tcp://127.0.0.1:0",
+        "rules": some_settings(),
+        "model": "tiny",
+        "environment": "python:tasks:environment",
+        "prompts": "prompts.jsonl",
+        "group_size": 2,
+        "max_new_tokens": 8,
+    }
+    return ServiceSettings(**(values | overrides))  # type: ignore[arg-type]
+
+
+def an_open_run(**overrides: object) -> OpenRun:
+    values: dict[str, object] = {
+        "version": 0,
+        "model_fingerprint": "model-1",
+        "tokenizer_fingerprint": "tokenizer-1",
+        "max_model_len": 16,
+        "vocab_size": 100,
+        "weights_address": "tcp://127.0.0.1:6000",
+        "frontier": b"",
+    }
+    return OpenRun(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_hello(server: str = "a", *, epoch: str = "epoch-1", protocol: int = PROTOCOL_VERSION) -> Hello:
+    return Hello(protocol=protocol, server=server, epoch=epoch)
+
+
+def a_ready(**overrides: object) -> Ready:
+    values: dict[str, object] = {
+        "model_fingerprint": "model-1",
+        "tokenizer_fingerprint": "tokenizer-1",
+        "capacity_groups": 100,
+        "capacity_bytes": 1 << 30,
+    }
+    return Ready(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_heartbeat(**overrides: object) -> Heartbeat:
+    values: dict[str, object] = {
+        "progress": 1,
+        "loaded_version": 0,
+        "running_groups": 0,
+        "generated_tokens": 5,
+        "busy_s": 1.0,
+        "paused_s": 0.0,
+        "doing": "generating",
+    }
+    return Heartbeat(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_sampled_group(lease_id: int, task_id: int, *, version: int = 0, samples: int = 2, token_id: int = 7) -> Group:
+    """A prompt token and two sampled ones in each sample."""
+    return Group(
+        lease_id=lease_id,
+        task_id=task_id,
+        trajectories=tuple(
+            Trajectory(
+                token_ids=np.array([1, token_id, 3], np.int32),
+                loss_mask=np.array([False, True, True]),
+                behavior_logprobs=np.array([0.0, -0.5, -lease_id - 1.0], np.float32),
+                token_versions=np.array([NOT_SAMPLED, version, version], np.int32),
+                reward=float(sample),
+                finish_reason=FinishReason.TERMINATED,
+            )
+            for sample in range(samples)
+        ),
+    )

@@ -69,7 +69,7 @@ class Coordinator:
                 f"the server takes {capacity_bytes} bytes of unfinished groups, but one group may have "
                 f"{self.settings.max_group_bytes}; raise the server's capacity, or lower max_new_tokens or group_size"
             )
-            return [DropServer(server_id=server_id, reason=reason)]
+            return [DropServer(server_id=server_id, reason=reason, may_return=False)]
         if server_id not in self.members:
             self._joined += 1
             self.members[server_id] = Member(
@@ -109,13 +109,18 @@ class Coordinator:
         del self.members[server_id]
         return [*expired, DropServer(server_id=server_id, reason=reason), *self._go_on(now)]
 
+    def garbage(self, server_id: str, what: str, now: float) -> list[Decision]:
+        """A peer, member or not, sent what cannot be read."""
+        count(self.book.endings.refused, "garbage")
+        return self.offence(server_id, what, now)
+
     def offence(self, server_id: str, what: str, now: float) -> list[Decision]:
-        """A peer, member or not, sent what no correct server sends."""
+        """A peer, member or not, did what no correct server does."""
         if not self._offences.note(server_id):
             return []
         reason = f"{self.settings.max_offences} offences without a good group, the last one: {what}"
         removed = self._remove(server_id, "quarantined", reason)
-        return [*removed, Quarantine(server_id=server_id, reason=reason), *self._go_on(now)]
+        return [Quarantine(server_id=server_id, reason=reason), *removed, *self._go_on(now)]
 
     def tick(self, now: float) -> list[Decision]:
         """Time has passed; call about once a second, after everything that had arrived was handled."""
@@ -141,7 +146,7 @@ class Coordinator:
         """A server fulfilled a lease; the group's bytes were validated before."""
         lease = self.book.lease_of(server_id, group.lease_id)
         if lease is None:
-            return self._refuse_without_lease(server_id, group.lease_id, now)
+            return self.refuse_group(server_id, group.lease_id, now)
         fault = self.book.fault(lease, group)
         if fault is not None:
             return self.group_invalid(server_id, group.lease_id, *fault, now)
@@ -155,11 +160,28 @@ class Coordinator:
     def group_invalid(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
         """What came for the lease cannot be used: the lease has failed, and the server is blamed for it."""
         if self.book.lease_of(server_id, lease_id) is None:
-            return self._refuse_without_lease(server_id, lease_id, now)
+            return self.refuse_group(server_id, lease_id, now)
         count(self.book.endings.refused, kind)
         refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=reason)
         failed = self.lease_failed(server_id, lease_id, kind, reason, now)
         return [refused, *failed, *self.offence(server_id, reason, now)]
+
+    def refuse_group(self, server_id: str, lease_id: int, now: float) -> list[Decision]:
+        """A group came for a lease that is not running at this server."""
+        ending = self.book.endings.of(lease_id)
+        offence = ""
+        if lease_id in self.book.running or lease_id >= self.book.next_lease_id:
+            kind, reason = "not_yours", "it was never granted to this server"
+            offence = f"a group for lease {lease_id}, which it was never granted"
+        elif ending == ACCEPTED:
+            kind, reason = "duplicate", "a group of it was accepted before"
+        else:
+            kind, reason = "ended", f"it {ending or 'ended long ago'}"
+        count(self.book.endings.refused, kind)
+        refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
+        # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
+        blamed = offence and server_id in self.members
+        return [refused, *(self.offence(server_id, offence, now) if blamed else [])]
 
     def lease_failed(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
         """The server could not fulfil the lease: its task is leased again, until it has failed too often."""
@@ -241,23 +263,6 @@ class Coordinator:
         cancelled = self.book.cancel_all(member, kind, reason)
         del self.members[server_id]
         return [*cancelled, DropServer(server_id=server_id, reason=reason)]
-
-    def _refuse_without_lease(self, server_id: str, lease_id: int, now: float) -> list[Decision]:
-        """A group came for a lease that is not running at this server."""
-        ending = self.book.endings.of(lease_id)
-        offence = ""
-        if lease_id in self.book.running or lease_id >= self.book.next_lease_id:
-            kind, reason = "not_yours", "it was never granted to this server"
-            offence = f"a group for lease {lease_id}, which it was never granted"
-        elif ending == ACCEPTED:
-            kind, reason = "duplicate", "a group of it was accepted before"
-        else:
-            kind, reason = "ended", f"it {ending or 'ended long ago'}"
-        count(self.book.endings.refused, kind)
-        refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
-        # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
-        blamed = offence and server_id in self.members
-        return [refused, *(self.offence(server_id, offence, now) if blamed else [])]
 
     def counts(self) -> Counts:
         return self.book.counts()

@@ -48,6 +48,7 @@ class DropServer:
 
     server_id: str
     reason: str
+    may_return: bool = True  # False: it would only be dropped again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

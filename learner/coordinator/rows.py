@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import msgspec
 import xxhash
 
+from common.lifecycle import UserError
+
 MAX_ROW_BYTES = 1 << 20  # what a Lease carries
 KEPT_ROW_BYTES = 64 << 20  # of a generator's rows, in case their tasks are leased again
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The prompts cannot be read or are not what they should be; the text says where."""
 
 
