@@ -7,6 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -213,27 +214,25 @@ class Service:
 async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
     """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
     keys = _load_keys(settings)
-    events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
-    async with open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES) as learner:
+    async with AsyncExitStack() as stack:
+        learner = await stack.enter_async_context(
+            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
+        )
         learner_peer, run = await _wait_for_learner(learner)
         try:
             core = Coordinator(settings.rules, version=run.version, frontier=run.frontier)
         except FrontierError as error:
             raise UserError(f"the run cannot be resumed: {error}") from error
         frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
-        async with open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys) as servers:
-            logger.info("rollout servers may join at %s", servers.address)
-            service = Service(
-                settings,
-                tasks,
-                core,
-                run,
-                servers=servers,
-                learner=learner,
-                learner_peer=learner_peer,
-                events=events,
-            )
-            await service.run()
+        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
+        events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
+        if events is not None:
+            stack.callback(events.close)
+        logger.info("rollout servers may join at %s", servers.address)
+        service = Service(
+            settings, tasks, core, run, servers=servers, learner=learner, learner_peer=learner_peer, events=events
+        )
+        await service.run()
     return 0
 
 
