@@ -1,0 +1,41 @@
+"""`python -m learner.coordinator SETTINGS.json [--parent PID]`: the coordinator process, started by the learner."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import msgspec
+
+from common.lifecycle import configure_logging, die_with_parent, run_until_stopped
+from learner.coordinator.background import in_thread
+from learner.coordinator.service import serve
+from learner.coordinator.service_settings import ServiceSettings, read_settings
+from learner.coordinator.tasks import TaskSource, open_tasks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m learner.coordinator", description=__doc__)
+    parser.add_argument("settings", type=Path, help="JSON file written by the learner")
+    parser.add_argument("--parent", type=int, help="process id of the learner: the coordinator ends with it")
+    arguments = parser.parse_args()
+    configure_logging("coordinator")
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
+    return run_until_stopped(lambda: _main(arguments.settings))
+
+
+async def _main(path: Path) -> int:
+    settings = read_settings(path)
+    tasks = await in_thread(lambda: open_tasks(settings.prompts, seed=settings.seed))
+    return await serve(_with_source(settings, tasks), tasks)
+
+
+def _with_source(settings: ServiceSettings, tasks: TaskSource) -> ServiceSettings:
+    """The rules know the data by name, so that a checkpoint of other data is refused."""
+    rules = dataclasses.replace(settings.rules, source=tasks.name)
+    return msgspec.structs.replace(settings, rules=rules)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

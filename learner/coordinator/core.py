@@ -1,0 +1,275 @@
+"""Coordinator: who does which task when, what is taken, and in which order it is trained.
+
+A synchronous state machine without clock, randomness, lock or IO: events come in, with the time `now` in seconds,
+and decisions go out. Everything here can be tested in a line and driven by a simulator.
+
+Why no token older than K = max_staleness versions is trained. Let G = groups_per_step, v the policy version.
+
+* A batch is the G oldest leases that have not failed; an unfinished one among them holds the batch back. So v * G
+  groups were trained when the version is v, and a lease's place in the order is v * G + (older open leases).
+* A lease's place never grows: training an older lease moves it from one term to the other, an older lease that fails
+  leaves the order, and a task that is leased again gets a new, younger lease.
+* So a lease granted at place p is trained at the latest by step s = p // G, the one that updates version s. It is
+  granted with min_version = s - K, and no token of it may be sampled by an older policy: staleness <= s - (s - K) = K.
+* Pacing, p < (v + K + 1) * G, says s <= v + K, so that min_version <= v: what a server has to wait for exists, or is
+  being published. Its own group is never needed for it, so nothing waits in a circle.
+"""
+
+from learner.coordinator.decisions import (
+    AcceptGroup,
+    Decision,
+    DeliverBatch,
+    DropServer,
+    Quarantine,
+    RefuseGroup,
+)
+from learner.coordinator.leases import LeaseBook
+from learner.coordinator.members import Member, Offences
+from learner.coordinator.records import ACCEPTED, Counts, count, grant_of
+from learner.coordinator.replay_queue import FinishedGroup
+from learner.coordinator.settings import CoordinatorSettings
+
+
+class LearnerError(ValueError):
+    """The learner said something that does not fit the state of the run: a bug of ours, or a wrong resume."""
+
+
+class Coordinator:
+    """The rules of one run, from `version` on; `frontier` is what frontier() said for the checkpoint, if there is one.
+
+    Raises ledger.FrontierError when the frontier does not belong to this version and these data.
+    """
+
+    def __init__(self, settings: CoordinatorSettings, *, version: int = 0, frontier: bytes = b"") -> None:
+        self.settings = settings
+        self.book = LeaseBook(settings, version=version, frontier=frontier)
+        self.wanted_version: int | None = None  # the learner waits for the batch of this version
+        self.failures_in_a_row = 0  # at all servers together
+        self.closed = ""
+        self._delivered: tuple[int, ...] = ()  # leases of the batch the learner has now
+        self._joined = 0
+        self._last_tick_at: float | None = None
+        self._offences = Offences(settings.max_offences)
+
+    @property
+    def version(self) -> int:
+        """Number of completed optimizer steps."""
+        return self.book.version
+
+    @property
+    def members(self) -> dict[str, Member]:
+        return self.book.members
+
+    # --- servers ---------------------------------------------------------------------------------------------------
+
+    def server_ready(self, server_id: str, *, capacity_groups: int, capacity_bytes: int, now: float) -> list[Decision]:
+        """A server joins. One that is a member already was cut off: its open leases are told to it again."""
+        if capacity_bytes < self.settings.max_group_bytes:
+            reason = (
+                f"the server takes {capacity_bytes} bytes of unfinished groups, but one group may have "
+                f"{self.settings.max_group_bytes}; raise the server's capacity, or lower max_new_tokens or group_size"
+            )
+            return [DropServer(server_id=server_id, reason=reason, may_return=False)]
+        if server_id not in self.members:
+            self._joined += 1
+            self.members[server_id] = Member(
+                server_id=server_id,
+                joined=self._joined,
+                capacity_groups=capacity_groups,
+                capacity_bytes=capacity_bytes,
+                heard_at=now,
+                progressed_at=now,
+            )
+        member = self.members[server_id]
+        member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
+        again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
+        return [*again, *self._go_on(now)]
+
+    def heartbeat(self, server_id: str, *, progress: int, loaded_version: int, now: float) -> list[Decision]:
+        """A sign of life from the server's work loop. From servers that are no members nothing is heard."""
+        member = self.members.get(server_id)
+        if member is None:
+            return []
+        member.heard_at = now
+        if progress > member.progress:
+            member.progressed_at = now
+        member.progress, member.loaded_version = progress, loaded_version
+        return self._go_on(now)
+
+    def server_left(self, server_id: str, reason: str, now: float) -> list[Decision]:
+        """The server says goodbye: its leases go to others at once."""
+        return [*self._remove(server_id, "server_left", f"the server left: {reason}"), *self._go_on(now)]
+
+    def server_lost(self, server_id: str, reason: str, now: float) -> list[Decision]:
+        """The server is gone or hangs: its leases expire, once, and go to others."""
+        member = self.members.get(server_id)
+        if member is None:
+            return []
+        expired = self.book.expire_all(member, reason)
+        del self.members[server_id]
+        return [*expired, DropServer(server_id=server_id, reason=reason), *self._go_on(now)]
+
+    def garbage(self, server_id: str, what: str, now: float) -> list[Decision]:
+        """A peer, member or not, sent what cannot be read."""
+        count(self.book.endings.refused, "garbage")
+        return self.offence(server_id, what, now)
+
+    def offence(self, server_id: str, what: str, now: float) -> list[Decision]:
+        """A peer, member or not, did what no correct server does."""
+        if not self._offences.note(server_id):
+            return []
+        reason = f"{self.settings.max_offences} offences without a good group, the last one: {what}"
+        removed = self._remove(server_id, "quarantined", reason)
+        return [Quarantine(server_id=server_id, reason=reason), *removed, *self._go_on(now)]
+
+    def tick(self, now: float) -> list[Decision]:
+        """Time has passed; call about once a second, after everything that had arrived was handled."""
+        since_s = now - self._last_tick_at if self._last_tick_at is not None else 0.0
+        self._last_tick_at = now
+        # When the coordinator itself was stopped, the silence was its own: nobody is lost because of it.
+        own_pause_s = since_s if since_s > self.settings.server_timeout_s / 2 else 0.0
+        decisions: list[Decision] = []
+        for member in list(self.members.values()):
+            member.forgive(own_pause_s, now)
+            if not member.has_work(self.book.published_version):
+                member.progressed_at = now
+            reason = member.loss(
+                server_timeout_s=self.settings.server_timeout_s, hang_timeout_s=self.settings.hang_timeout_s, now=now
+            )
+            if reason:
+                decisions += self.server_lost(member.server_id, reason, now)
+        return [*decisions, *self._go_on(now)]
+
+    # --- groups ----------------------------------------------------------------------------------------------------
+
+    def group_finished(self, server_id: str, group: FinishedGroup, now: float) -> list[Decision]:
+        """A server fulfilled a lease; the group's bytes were validated before."""
+        lease = self.book.lease_of(server_id, group.lease_id)
+        if lease is None:
+            return self.refuse_group(server_id, group.lease_id, now)
+        fault = self.book.fault(lease, group)
+        if fault is not None:
+            return self.group_invalid(server_id, group.lease_id, *fault, now)
+        self.book.accept(lease, group)
+        self.members[server_id].heard_at = now
+        self.members[server_id].note_success()
+        self._offences.clear(server_id)
+        self.failures_in_a_row = 0
+        return [AcceptGroup(server_id=server_id, lease_id=group.lease_id), *self._go_on(now)]
+
+    def group_invalid(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
+        """What came for the lease cannot be used: the lease has failed, and the server is blamed for it."""
+        if self.book.lease_of(server_id, lease_id) is None:
+            return self.refuse_group(server_id, lease_id, now)
+        count(self.book.endings.refused, kind)
+        refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=reason)
+        failed = self.lease_failed(server_id, lease_id, kind, reason, now)
+        return [refused, *failed, *self.offence(server_id, reason, now)]
+
+    def refuse_group(self, server_id: str, lease_id: int, now: float) -> list[Decision]:
+        """A group came for a lease that is not running at this server."""
+        ending = self.book.endings.of(lease_id)
+        offence = ""
+        if lease_id in self.book.running or lease_id >= self.book.next_lease_id:
+            kind, reason = "not_yours", "it was never granted to this server"
+            offence = f"a group for lease {lease_id}, which it was never granted"
+        elif ending == ACCEPTED:
+            kind, reason = "duplicate", "a group of it was accepted before"
+        else:
+            kind, reason = "ended", f"it {ending or 'ended long ago'}"
+        count(self.book.endings.refused, kind)
+        refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
+        # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
+        blamed = offence and server_id in self.members
+        return [refused, *(self.offence(server_id, offence, now) if blamed else [])]
+
+    def lease_failed(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
+        """The server could not fulfil the lease: its task is leased again, until it has failed too often."""
+        lease = self.book.lease_of(server_id, lease_id)
+        if lease is None:
+            return []
+        limit = self.settings.failures_before_pause
+        self.failures_in_a_row += 1
+        # While nothing succeeds anywhere it is not the task's fault: an environment that is down must not use up the
+        # attempts of the whole data set.
+        parked = self.book.fail(lease, kind, reason, blame_task=self.failures_in_a_row <= limit)
+        self.members[server_id].heard_at = now
+        self.members[server_id].note_failure(f"{kind}: {reason}", failures_before_pause=limit, now=now)
+        return [*parked, *self._go_on(now)]
+
+    # --- the learner -----------------------------------------------------------------------------------------------
+
+    def take_batch(self, version: int, now: float) -> list[Decision]:
+        """The learner can train `version` now: its batch is delivered when complete. Asked again, told again."""
+        if version != self.version:
+            raise LearnerError(f"the learner asks for the batch of version {version}, the run is at {self.version}")
+        self.wanted_version = version
+        return self._go_on(now)
+
+    def step_completed(self, version: int, lease_ids: tuple[int, ...], now: float) -> list[Decision]:
+        """The optimizer step is done: the batch's credits come back, and the run is at `version`."""
+        if version != self.version + 1 or not lease_ids or lease_ids != self._delivered:
+            raise LearnerError(
+                f"the learner completed version {version} with leases {lease_ids}; the run is at {self.version} and "
+                f"delivered leases {self._delivered}"
+            )
+        self.book.consume(lease_ids)
+        self._delivered = ()
+        return self._go_on(now)
+
+    def published(self, version: int, now: float) -> list[Decision]:
+        """Snapshot `version` can be pulled."""
+        before = self.book.published_version
+        if not before <= version <= self.version:
+            raise LearnerError(f"snapshot {version} was published, after {before}; the run is at {self.version}")
+        for member in self.members.values():
+            if not member.has_work(before):
+                member.progressed_at = now  # what it may have waited for is there only now
+        self.book.published_version = version
+        return self._go_on(now)
+
+    def frontier(self) -> bytes:
+        """What a checkpoint at self.version must hold: no prompt is skipped, none repeated in what gets trained."""
+        return self.book.frontier()
+
+    def close(self, reason: str) -> list[Decision]:
+        """The run is over: running leases are cancelled and none are granted any more."""
+        self.closed = reason
+        return [decision for name in list(self.members) for decision in self._remove(name, "run_closed", reason)]
+
+    # --- how it is done --------------------------------------------------------------------------------------------
+
+    def _go_on(self, now: float) -> list[Decision]:
+        """What has become possible: a complete batch is delivered, then credits that came back are used."""
+        decisions: list[Decision] = []
+        batch = self.book.batch() if self.wanted_version is not None else ()
+        if batch:
+            self.wanted_version = None
+            self._delivered = tuple(group.lease_id for group in batch)
+            decisions.append(DeliverBatch(version=self.version, groups=batch))
+        while not self.hold() and (member := self.book.freest_member(now)) is not None:
+            decisions.append(self.book.grant(member, now))
+        return decisions
+
+    def hold(self) -> str:
+        """What keeps leases from being granted to anybody, for people; empty when nothing does."""
+        return f"nothing: the run is over, {self.closed}" if self.closed else self.book.hold()
+
+    def _remove(self, server_id: str, kind: str, reason: str) -> list[Decision]:
+        """Cancel the server's leases and drop it."""
+        member = self.members.get(server_id)
+        if member is None:
+            return []
+        cancelled = self.book.cancel_all(member, kind, reason)
+        del self.members[server_id]
+        return [*cancelled, DropServer(server_id=server_id, reason=reason)]
+
+    def counts(self) -> Counts:
+        return self.book.counts()
+
+    def __repr__(self) -> str:
+        hold = self.hold()
+        return (
+            f"<Coordinator version {self.version}, {len(self.members)} servers, {len(self.book.running)} running, "
+            f"{self.book.queue!r}, {self.book.tasks!r}{', waits for ' + hold if hold else ''}>"
+        )

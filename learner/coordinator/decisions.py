@@ -1,0 +1,78 @@
+"""What the coordinator's rules decide. The service turns each decision into messages; it decides nothing itself."""
+
+from dataclasses import dataclass
+
+from learner.coordinator.replay_queue import FinishedGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantLease:
+    """Server `server_id` shall do task `task_id`, sampling with no policy older than `min_version`."""
+
+    server_id: str
+    lease_id: int
+    task_id: int
+    min_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptGroup:
+    """The group is in the queue; the server may forget it."""
+
+    server_id: str
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseGroup:
+    """The group will never be taken. `kind` is one of a few fixed words, for metrics; `reason` is for people."""
+
+    server_id: str
+    lease_id: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelLease:
+    """Nothing is expected for the lease any more."""
+
+    server_id: str
+    lease_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropServer:
+    """The server is no member any more: it must say Hello again before it gets leases. Its leases have ended."""
+
+    server_id: str
+    reason: str
+    may_return: bool = True  # False: it would only be dropped again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """The peer sent rubbish too often: nothing it sends is read any more."""
+
+    server_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkTask:
+    """The task failed too often and is not leased again."""
+
+    task_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverBatch:
+    """The groups, in lease order, of the optimizer step that updates `version`."""
+
+    version: int
+    groups: tuple[FinishedGroup, ...]
+
+
+Decision = GrantLease | AcceptGroup | RefuseGroup | CancelLease | DropServer | Quarantine | ParkTask | DeliverBatch

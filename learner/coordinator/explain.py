@@ -1,0 +1,62 @@
+"""Who waits for whom, in words: nobody waits silently, and every wait names its other end."""
+
+from learner.coordinator.core import Coordinator
+from learner.coordinator.members import Member
+
+MAX_TEXT = 2000
+MAX_NAMED = 5
+
+
+def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_address: str) -> str:
+    """Why there is no batch yet; empty when one is complete."""
+    if coordinator.book.batch() or coordinator.closed:
+        return ""
+    if not coordinator.members:
+        return _cut(f"no rollout server has joined at {listen_address}")
+    running = coordinator.book.running
+    if running:
+        oldest = next(iter(running.values()))
+        member = coordinator.members[oldest.server_id]
+        age_s = now - oldest.granted_at
+        text = (
+            f"server {member.server_id}: {len(member.leases)} groups running, oldest lease {oldest.lease_id} since "
+            f"{age_s:.0f} s"
+        )
+        if oldest.min_version > member.loaded_version:
+            text += f", which needs snapshot {oldest.min_version}; the server has {_version(member.loaded_version)}"
+        return _cut(text + _parked(coordinator))
+    reasons = [text for member in coordinator.members.values() if (text := _pause(member, now))][:MAX_NAMED]
+    return _cut("; ".join(reasons or ["leases to be granted"]) + _parked(coordinator))
+
+
+def what_a_server_waits_for(coordinator: Coordinator, server_id: str, now: float) -> str:
+    """What keeps new leases away from this server; empty when nothing does."""
+    member = coordinator.members.get(server_id)
+    if member is None:
+        return "this server is not ready"
+    return _cut(coordinator.hold() or _pause(member, now))
+
+
+def _pause(member: Member, now: float) -> str:
+    if member.paused_until <= now:
+        return ""
+    return (
+        f"server {member.server_id} is paused for {member.paused_until - now:.0f} s after {member.failures_in_a_row} "
+        f"failures in a row, the last one: {member.last_failure}"
+    )
+
+
+def _parked(coordinator: Coordinator) -> str:
+    parked = coordinator.book.tasks.parked
+    if not parked:
+        return ""
+    task_id = next(reversed(parked))
+    return f" ({len(parked)} tasks parked, the last one: task {task_id}: {parked[task_id]})"
+
+
+def _version(version: int) -> str:
+    return "none" if version < 0 else str(version)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."

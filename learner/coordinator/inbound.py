@@ -1,0 +1,193 @@
+"""Inbound: messages of rollout servers become events of the core. No socket, no clock, no waiting."""
+
+import logging
+
+from common.codec import Frame, ProtocolError
+from common.messages import (
+    PROTOCOL_VERSION,
+    Finished,
+    GroupFinished,
+    Heartbeat,
+    Hello,
+    LeaseFailed,
+    Leaving,
+    OpenRun,
+    Ready,
+    Refused,
+    ServerToCoordinator,
+    Welcome,
+)
+from common.wire import Peer
+from learner.coordinator.admission import admit
+from learner.coordinator.core import Coordinator
+from learner.coordinator.decisions import Quarantine
+from learner.coordinator.outbound import Outbound, cut
+from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.sessions import GreetingRefused, Session
+
+logger = logging.getLogger(__name__)
+
+JOINING_TIMEOUT_S = 1800.0  # silence of a server that is not ready yet: loading a large model takes long
+
+
+class Inbound:
+    """Everything rollout servers say, strangers included."""
+
+    def __init__(
+        self, settings: ServiceSettings, core: Coordinator, run: OpenRun, outbound: Outbound, *, session: str
+    ) -> None:
+        self.settings = settings
+        self.core = core
+        self.run = run
+        self.outbound = outbound
+        self.session = session  # random per coordinator start
+
+    def hear(self, peer: Peer, message: ServerToCoordinator, payload: Frame, now: float) -> None:
+        """One message."""
+        if self.outbound.is_blocked(peer):
+            return
+        if isinstance(message, Hello):
+            self._greet(peer, message, now)
+            return
+        session = self.outbound.sessions.of_peer(peer)
+        if session is None:
+            self.outbound.say(
+                peer, Refused(reason="the coordinator does not know this connection; say Hello", retry=True)
+            )
+            return
+        session.heard_at = now
+        self._hear_server(session, message, payload, now)
+
+    def hear_garbage(self, peer: Peer, why: str, now: float) -> None:
+        """Frames that are no message: told, counted, and after repeats not listened to any more."""
+        if self.outbound.is_blocked(peer):
+            return
+        session = self.outbound.sessions.of_peer(peer)
+        who = (
+            session.server_id
+            if session
+            else f"key {peer.key[:8]}"
+            if peer.key
+            else f"connection {peer.routing_id.hex()}"
+        )
+        logger.warning("%s sent what cannot be read: %s", who, why)
+        self.outbound.say(peer, Refused(reason=cut(f"this cannot be read: {why}"), retry=True))
+        decisions = self.core.garbage(who, why, now)
+        self.outbound.carry_out(decisions)
+        if session is None and any(isinstance(decision, Quarantine) for decision in decisions):
+            self.outbound.block(peer)
+
+    def tick(self, now: float) -> None:
+        """About once a second, after everything that had arrived was heard."""
+        self.outbound.carry_out(self.core.tick(now))
+        for session in self.outbound.sessions:
+            if not session.ready and now - session.heard_at > JOINING_TIMEOUT_S:
+                self.outbound.sessions.end(session)
+
+    def _hear_server(self, session: Session, message: ServerToCoordinator, payload: Frame, now: float) -> None:
+        server_id = session.server_id
+        match message:
+            case Ready():
+                self._ready(session, message, now)
+            case Heartbeat():
+                self._heartbeat(session, message, now)
+            case GroupFinished():
+                self._group_finished(session, message, payload, now)
+            case LeaseFailed():
+                kind, reason = message.kind, message.reason
+                self.outbound.carry_out(self.core.lease_failed(server_id, message.lease_id, kind, reason, now))
+            case Leaving():
+                logger.info("server %s leaves: %s", server_id, message.reason)
+                self.outbound.sessions.end(session)
+                self.outbound.carry_out(self.core.server_left(server_id, message.reason, now))
+
+    def _greet(self, peer: Peer, hello: Hello, now: float) -> None:
+        if self.core.closed:
+            self.outbound.say(peer, Finished(reason=cut(self.core.closed)))
+            return
+        if hello.protocol != PROTOCOL_VERSION:
+            reason = (
+                f"the server speaks protocol {hello.protocol}, the learner {PROTOCOL_VERSION}; "
+                "install the same version of countercurrent on both"
+            )
+            logger.warning("server %r refused: %s", hello.server, reason)
+            self.outbound.say(peer, Refused(reason=reason))
+            return
+        try:
+            session = self.outbound.sessions.greet(hello, peer=peer, now=now)
+        except GreetingRefused as error:
+            self.outbound.say(peer, Refused(reason=str(error), retry=True))
+            return
+        logger.info("server %s says hello", session.server_id)
+        self.outbound.say(peer, self._welcome())
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            run_id=self.settings.run_id,
+            session=self.session,
+            model=self.settings.model,
+            model_fingerprint=self.run.model_fingerprint,
+            tokenizer_fingerprint=self.run.tokenizer_fingerprint,
+            max_model_len=self.run.max_model_len,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            weights_address=self.run.weights_address,
+            published_version=self.core.book.published_version,
+        )
+
+    def _ready(self, session: Session, ready: Ready, now: float) -> None:
+        server_id = session.server_id
+        mismatch = self._mismatch(ready)
+        if mismatch:
+            logger.warning("server %s refused: %s", server_id, mismatch)
+            self.outbound.say(session.peer, Refused(reason=cut(mismatch)))
+            self.outbound.sessions.end(session)
+            self.outbound.carry_out(self.core.server_left(server_id, mismatch, now))
+            return
+        session.ready = True
+        logger.info("server %s is ready for %d groups", server_id, ready.capacity_groups)
+        decisions = self.core.server_ready(
+            server_id, capacity_groups=ready.capacity_groups, capacity_bytes=ready.capacity_bytes, now=now
+        )
+        self.outbound.carry_out(decisions)
+
+    def _mismatch(self, ready: Ready) -> str:
+        """Why the server cannot sample for this run; empty when it can."""
+        for what, server, learner in (
+            ("model", ready.model_fingerprint, self.run.model_fingerprint),
+            ("tokenizer", ready.tokenizer_fingerprint, self.run.tokenizer_fingerprint),
+        ):
+            if server != learner:
+                return (
+                    f"the server's {what} has fingerprint {server}, the learner's {learner}; "
+                    f"load {self.settings.model}, the same revision, on both"
+                )
+        return ""
+
+    def _heartbeat(self, session: Session, heartbeat: Heartbeat, now: float) -> None:
+        session.heartbeat = heartbeat
+        decisions = self.core.heartbeat(
+            session.server_id, progress=heartbeat.progress, loaded_version=heartbeat.loaded_version, now=now
+        )
+        self.outbound.carry_out(decisions)
+        self.outbound.pulse(session, now)
+
+    def _group_finished(self, session: Session, message: GroupFinished, payload: Frame, now: float) -> None:
+        server_id, lease_id = session.server_id, message.group.lease_id
+        if self.core.book.lease_of(server_id, lease_id) is None:
+            self.outbound.carry_out(self.core.refuse_group(server_id, lease_id, now))
+            return
+        try:
+            group = admit(
+                message.group,
+                payload,
+                group_size=self.settings.group_size,
+                vocab_size=self.run.vocab_size,
+                max_model_len=self.run.max_model_len,
+                newest_version=self.core.version,
+            )
+        except ProtocolError as error:
+            logger.warning("server %s, lease %d: %s", server_id, lease_id, error)
+            self.outbound.carry_out(self.core.group_invalid(server_id, lease_id, "invalid", cut(str(error)), now))
+            return
+        self.outbound.carry_out(self.core.group_finished(server_id, group, now))

@@ -1,0 +1,80 @@
+"""Member: one rollout server as the rules see it. Capacity, signs of life, and how much it is trusted with."""
+
+from dataclasses import dataclass, field
+
+PAUSE_S = 1.0  # after too many failures in a row, doubled with each further one
+MAX_PAUSE_S = 30.0
+MAX_OFFENDERS = 1 << 12
+
+
+@dataclass(slots=True, kw_only=True)
+class Member:
+    """A server that is ready. All times are seconds of the caller's clock."""
+
+    server_id: str
+    joined: int  # order of joining
+    capacity_groups: int
+    capacity_bytes: int
+    heard_at: float
+    progressed_at: float  # when its work loop last got something done, or had nothing to do
+    progress: int = 0
+    loaded_version: int = -1
+    leases: dict[int, int] = field(default_factory=dict)  # lease -> min_version, of its running leases
+    failures_in_a_row: int = 0
+    paused_until: float = 0.0
+    last_failure: str = ""
+
+    def free_groups(self, max_group_bytes: int, *, failures_before_pause: int, now: float) -> int:
+        """Leases the server may be granted now. A server that only fails gets one at a time, after a pause."""
+        free = min(self.capacity_groups, self.capacity_bytes // max_group_bytes) - len(self.leases)
+        if self.failures_in_a_row < failures_before_pause:
+            return free
+        return min(free, 1) if now >= self.paused_until and not self.leases else 0
+
+    def note_failure(self, reason: str, *, failures_before_pause: int, now: float) -> None:
+        self.failures_in_a_row += 1
+        self.last_failure = reason
+        excess = self.failures_in_a_row - failures_before_pause
+        # What fails during a pause was granted before it: it says nothing new, and does not prolong the pause.
+        if excess >= 0 and now >= self.paused_until:
+            self.paused_until = now + min(MAX_PAUSE_S, PAUSE_S * 2.0 ** min(excess, 10))
+
+    def note_success(self) -> None:
+        self.failures_in_a_row = 0
+        self.paused_until = 0.0
+
+    def has_work(self, published_version: int) -> bool:
+        """Whether it holds a lease that nothing but the server itself keeps from going on."""
+        return any(min_version <= published_version for min_version in self.leases.values())
+
+    def forgive(self, pause_s: float, now: float) -> None:
+        """The last `pause_s` seconds do not count as silence."""
+        self.heard_at = min(now, self.heard_at + pause_s)
+        self.progressed_at = min(now, self.progressed_at + pause_s)
+
+    def loss(self, *, server_timeout_s: float, hang_timeout_s: float, now: float) -> str:
+        """Why the server counts as lost; empty while it does not."""
+        if now - self.heard_at > server_timeout_s:
+            return f"not heard of for {now - self.heard_at:.0f} s"
+        if now - self.progressed_at > hang_timeout_s:
+            return f"alive, but no progress on its {len(self.leases)} leases for {now - self.progressed_at:.0f} s"
+        return ""
+
+
+class Offences:
+    """Counts what no correct server sends, by peer; a good group clears the peer's count."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._counts: dict[str, int] = {}
+
+    def note(self, server_id: str) -> bool:
+        """True: the limit is reached."""
+        offences = self._counts.pop(server_id, 0) + 1
+        self._counts[server_id] = offences
+        if len(self._counts) > MAX_OFFENDERS:  # identities are cheap to invent: forget the oldest
+            del self._counts[next(iter(self._counts))]
+        return offences >= self.limit
+
+    def clear(self, server_id: str) -> None:
+        self._counts.pop(server_id, None)

@@ -1,0 +1,151 @@
+"""Outbound: the core's decisions become messages to rollout servers. No socket, no clock, no waiting."""
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+from common.messages import (
+    CoordinatorToServer,
+    Finished,
+    GroupAccepted,
+    GroupRefused,
+    Lease,
+    LeaseCancelled,
+    Pulse,
+    Refused,
+)
+from common.wire import Peer
+from learner.coordinator.core import Coordinator
+from learner.coordinator.decisions import (
+    AcceptGroup,
+    CancelLease,
+    Decision,
+    DeliverBatch,
+    DropServer,
+    GrantLease,
+    ParkTask,
+    Quarantine,
+    RefuseGroup,
+)
+from learner.coordinator.explain import what_a_server_waits_for
+from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.sessions import Session, Sessions
+from learner.coordinator.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+MAX_BLOCKED = 1 << 12
+MAX_TEXT = 2000
+
+
+def cut(text: str) -> str:
+    """At most what a message's text may hold."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Letter:
+    """A message for one connection."""
+
+    peer: Peer
+    message: CoordinatorToServer
+
+
+class Outbound:
+    """Collects what is to be sent; the service sends it."""
+
+    def __init__(self, settings: ServiceSettings, core: Coordinator) -> None:
+        self.settings = settings
+        self.core = core
+        self.sessions = Sessions()
+        self.letters: deque[Letter] = deque()
+        self.grants: deque[GrantLease] = deque()  # to be made into leases, which takes a dataset row
+        self.batches: deque[DeliverBatch] = deque()  # to be handed to the learner
+        self._blocked: dict[str, None] = {}  # keys, or connections without one; the oldest first
+
+    def carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case GrantLease():
+                    self.grants.append(decision)
+                case DeliverBatch():
+                    self.batches.append(decision)
+                case ParkTask():
+                    logger.warning("task %d is parked: %s", decision.task_id, decision.reason)
+                case Quarantine():
+                    self._quarantine(decision)
+                case DropServer():
+                    self._drop(decision)
+                case _:
+                    self._answer(decision)
+
+    def say(self, peer: Peer, message: CoordinatorToServer) -> None:
+        self.letters.append(Letter(peer=peer, message=message))
+
+    def say_to(self, server_id: str, message: CoordinatorToServer) -> None:
+        """Nothing is said to a server that has no connection: it is told what it needs when it is back."""
+        session = self.sessions.of_server(server_id)
+        if session is not None:
+            self.say(session.peer, message)
+
+    def lend(self, grant: GrantLease, task: Task) -> None:
+        """The row of a granted lease is there: tell the server, unless the lease has ended meanwhile."""
+        if self.core.book.lease_of(grant.server_id, grant.lease_id) is None:
+            return
+        lease = Lease(
+            lease_id=grant.lease_id,
+            task_id=grant.task_id,
+            environment=self.settings.environment,
+            row=task.row,
+            group_size=self.settings.group_size,
+            seed=task.seed,
+            min_version=grant.min_version,
+            max_group_bytes=self.settings.rules.max_group_bytes,
+        )
+        self.say_to(grant.server_id, lease)
+
+    def pulse(self, session: Session, now: float) -> None:
+        """What is published, and what the server waits for."""
+        waiting_for = what_a_server_waits_for(self.core, session.server_id, now)
+        self.say(session.peer, Pulse(published_version=self.core.book.published_version, waiting_for=waiting_for))
+
+    def close(self, reason: str) -> None:
+        """The run is over; every server is told."""
+        self.core.close(reason)
+        for session in self.sessions:
+            self.say(session.peer, Finished(reason=cut(reason)))
+
+    def is_blocked(self, peer: Peer) -> bool:
+        return (peer.key or peer.routing_id.hex()) in self._blocked
+
+    def block(self, peer: Peer) -> None:
+        """Listen to this key, or to this connection if it has none, no more."""
+        self._blocked[peer.key or peer.routing_id.hex()] = None
+        if len(self._blocked) > MAX_BLOCKED:
+            del self._blocked[next(iter(self._blocked))]
+
+    def _answer(self, decision: AcceptGroup | RefuseGroup | CancelLease) -> None:
+        match decision:
+            case AcceptGroup():
+                self.say_to(decision.server_id, GroupAccepted(lease_id=decision.lease_id))
+            case RefuseGroup():
+                refused = GroupRefused(lease_id=decision.lease_id, reason=cut(decision.reason))
+                self.say_to(decision.server_id, refused)
+            case CancelLease():
+                cancelled = LeaseCancelled(lease_id=decision.lease_id, reason=cut(decision.reason))
+                self.say_to(decision.server_id, cancelled)
+
+    def _drop(self, decision: DropServer) -> None:
+        session = self.sessions.of_server(decision.server_id)
+        if session is not None:
+            logger.warning("server %s is dropped: %s", decision.server_id, decision.reason)
+            self.say(session.peer, Refused(reason=cut(decision.reason), retry=decision.may_return))
+            self.sessions.end(session)
+
+    def _quarantine(self, decision: Quarantine) -> None:
+        logger.error("%s is quarantined: %s", decision.server_id, decision.reason)
+        session = self.sessions.of_server(decision.server_id)
+        if session is not None:
+            self.say(session.peer, Refused(reason=cut(f"quarantined: {decision.reason}")))
+            self.block(session.peer)
+            self.sessions.end(session)

@@ -1,0 +1,253 @@
+"""The coordinator as a process: sockets, clock and waiting around the rules in core.py. It decides nothing.
+
+rollout servers  <-- Router, tcp, keys -->  inbound / core / outbound  <-- Router, ipc -->  learner
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+from common.codec import Decoder, ProtocolError, encode
+from common.events import EventLog
+from common.keys import KeyFileError, ServerKeys, load_server_keys
+from common.lifecycle import UserError
+from common.messages import (
+    Batch,
+    CloseRun,
+    CoordinatorToLearner,
+    Frontier,
+    LearnerToCoordinator,
+    OpenRun,
+    RunOpened,
+    ServerToCoordinator,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+)
+from common.wire import Incoming, Peer, Router, open_router
+from learner.coordinator.background import in_thread
+from learner.coordinator.core import Coordinator, LearnerError
+from learner.coordinator.decisions import DeliverBatch, GrantLease
+from learner.coordinator.inbound import Inbound
+from learner.coordinator.ledger import FrontierError
+from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
+from learner.coordinator.outbound import Outbound
+from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.status import status_of
+from learner.coordinator.tasks import Task, TaskSource
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+RETRY_S = 0.02
+MAX_HEADER_BYTES = 1 << 20
+MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
+
+
+class Service:
+    """One run, from OpenRun to CloseRun."""
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        tasks: TaskSource,
+        core: Coordinator,
+        run: OpenRun,
+        *,
+        servers: Router,
+        learner: Router,
+        learner_peer: Peer,
+        events: EventLog | None,
+    ) -> None:
+        self._tasks = tasks
+        self._core = core
+        self._outbound = Outbound(settings, core)
+        self._inbound = Inbound(settings, core, run, self._outbound, session=secrets.token_hex(8))
+        self._servers = servers
+        self._learner = learner
+        self._learner_peer = learner_peer
+        self._events = events
+        self._to_servers = Mailer(servers)
+        self._to_learner = Mailer(learner)
+        self._decoder = Decoder(
+            ServerToCoordinator,
+            max_payload_bytes=settings.rules.max_group_bytes,
+            max_header_bytes=MAX_HEADER_BYTES,
+        )
+        self._granted = asyncio.Event()
+        self._done = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until the learner closes the run."""
+        self._tell_learner(RunOpened(listen_address=self._servers.address))
+        async with asyncio.TaskGroup() as group:
+            loops = (self._hear_servers, self._hear_learner, self._lend, self._tick, self._retry)
+            running = [group.create_task(loop()) for loop in loops]
+            await self._done.wait()
+            for task in running:
+                task.cancel()
+
+    async def _hear_servers(self) -> None:
+        while True:
+            for incoming in await self._servers.receive():
+                self._hear_server(incoming)
+            self._post()
+
+    def _hear_server(self, incoming: Incoming) -> None:
+        now = time.monotonic()
+        try:
+            message, payload = self._decoder.decode(incoming.frames)
+        except ProtocolError as error:
+            self._inbound.hear_garbage(incoming.peer, str(error), now)
+            return
+        self._inbound.hear(incoming.peer, message, payload, now)  # type: ignore[arg-type]  # of the decoder's union
+
+    async def _hear_learner(self) -> None:
+        decoder = Decoder(LearnerToCoordinator, max_payload_bytes=0, max_header_bytes=MAX_LEARNER_HEADER_BYTES)
+        while True:
+            for incoming in await self._learner.receive():
+                message, _ = decoder.decode(incoming.frames)
+                self._hear_from_learner(message)  # type: ignore[arg-type]  # of the decoder's union
+            self._post()
+
+    def _hear_from_learner(self, message: LearnerToCoordinator) -> None:
+        now = time.monotonic()
+        match message:
+            case TakeBatch():
+                self._outbound.carry_out(self._core.take_batch(message.version, now))
+            case StepCompleted():
+                self._outbound.carry_out(self._core.step_completed(message.version, message.lease_ids, now))
+            case SnapshotPublished():
+                self._outbound.carry_out(self._core.published(message.version, now))
+                for session in self._outbound.sessions:
+                    self._outbound.pulse(session, now)
+            case TakeFrontier():
+                self._tell_learner(Frontier(version=self._core.version, frontier=self._core.frontier()))
+            case CloseRun():
+                logger.info("the learner closes the run: %s", message.reason)
+                self._outbound.close(message.reason)
+                self._done.set()
+            case OpenRun():
+                raise LearnerError("the learner opened the run twice; start a new coordinator for a new run")
+
+    async def _lend(self) -> None:
+        """Leases are told when their dataset rows are there; a slow generator holds up nothing else."""
+        while True:
+            await self._granted.wait()
+            self._granted.clear()
+            grants = list(self._outbound.grants)
+            self._outbound.grants.clear()
+            for grant, task in await in_thread(partial(self._make_tasks, grants)):
+                self._outbound.lend(grant, task)
+            self._post()
+
+    def _make_tasks(self, grants: list[GrantLease]) -> list[tuple[GrantLease, Task]]:
+        return [(grant, self._tasks.task(grant.task_id)) for grant in grants]
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.monotonic()
+            self._inbound.tick(now)
+            self._post()
+            self._report(now)
+
+    def _report(self, now: float) -> None:
+        status = status_of(
+            self._core,
+            self._outbound.sessions,
+            now,
+            listen_address=self._servers.address,
+            malformed=self._servers.malformed,
+        )
+        if not self._to_learner.is_behind(self._learner_peer):
+            self._tell_learner(status)
+        if self._events is not None:
+            self._events.emit(
+                "coordinator_status",
+                version=self._core.version,
+                servers=len(status.servers),
+                running=status.running,
+                queued=status.queued,
+                queued_bytes=status.queued_bytes,
+                waiting_for=status.waiting_for,
+            )
+
+    async def _retry(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S)
+            self._to_servers.retry()
+            self._to_learner.retry()
+
+    def _post(self) -> None:
+        """Send what has been decided."""
+        letters, batches = self._outbound.letters, self._outbound.batches
+        while letters:
+            letter = letters.popleft()
+            if not self._to_servers.send(letter.peer, encode(letter.message)):
+                session = self._outbound.sessions.of_peer(letter.peer)
+                if session is not None:
+                    reason = f"did not read {MAX_KEPT_MESSAGES} messages"
+                    self._outbound.carry_out(self._core.server_lost(session.server_id, reason, time.monotonic()))
+        while batches:
+            self._deliver(batches.popleft())
+        if self._outbound.grants:
+            self._granted.set()
+
+    def _deliver(self, batch: DeliverBatch) -> None:
+        headers = tuple(group.header for group in batch.groups)
+        payload = b"".join(group.payload for group in batch.groups)
+        self._to_learner.send(self._learner_peer, encode(Batch(version=batch.version, groups=headers), payload))
+        if self._events is not None:
+            ages = [batch.version - group.oldest_version for group in batch.groups]
+            self._events.emit("batch_delivered", version=batch.version, num_bytes=len(payload), oldest=max(ages))
+
+    def _tell_learner(self, message: CoordinatorToLearner) -> None:
+        self._to_learner.send(self._learner_peer, encode(message))
+
+
+async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
+    """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
+    keys = _load_keys(settings)
+    async with AsyncExitStack() as stack:
+        learner = await stack.enter_async_context(
+            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
+        )
+        learner_peer, run = await _wait_for_learner(learner)
+        try:
+            core = Coordinator(settings.rules, version=run.version, frontier=run.frontier)
+        except FrontierError as error:
+            raise UserError(f"the run cannot be resumed: {error}") from error
+        frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
+        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
+        events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
+        if events is not None:
+            stack.callback(events.close)
+        logger.info("rollout servers may join at %s", servers.address)
+        service = Service(
+            settings, tasks, core, run, servers=servers, learner=learner, learner_peer=learner_peer, events=events
+        )
+        await service.run()
+    return 0
+
+
+def _load_keys(settings: ServiceSettings) -> ServerKeys | None:
+    try:
+        return load_server_keys(Path(settings.keys)) if settings.keys else None
+    except KeyFileError as error:
+        raise UserError(str(error)) from error
+
+
+async def _wait_for_learner(learner: Router) -> tuple[Peer, OpenRun]:
+    decoder = Decoder(OpenRun, max_payload_bytes=0, max_header_bytes=MAX_LEARNER_HEADER_BYTES)
+    [incoming, *more] = await learner.receive()
+    message, _ = decoder.decode(incoming.frames)
+    if more:
+        raise LearnerError("the learner must wait for RunOpened before it says anything else")
+    assert isinstance(message, OpenRun)
+    return incoming.peer, message

@@ -1,0 +1,43 @@
+"""ServiceSettings: what the coordinator process is told by the learner that starts it, as a JSON file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from common.lifecycle import UserError
+from learner.coordinator.settings import CoordinatorSettings
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything but what OpenRun says. Paths are absolute."""
+
+    run_id: Annotated[str, Meta(min_length=1, max_length=128)]
+    learner_socket: str  # ipc://..., bound by the coordinator
+    listen: str  # tcp://HOST:PORT for rollout servers; port 0 lets the system choose
+    rules: CoordinatorSettings
+    model: str  # Hugging Face name or path, as servers are told it
+    environment: str  # python:module:function
+    prompts: str  # path.jsonl, hf:NAME[:CONFIG][:SPLIT] or python:module:function
+    seed: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
+    group_size: Annotated[int, Meta(ge=1, le=4096)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 22)]
+    temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    keys: str = ""  # folder with the learner's key and the allow-list; needed unless `listen` is loopback
+    event_log: str = ""  # empty: none is written
+
+
+def write_settings(settings: ServiceSettings, path: Path) -> None:
+    """What `python -m learner.coordinator PATH` reads."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
+
+
+def read_settings(path: Path) -> ServiceSettings:
+    """Raises UserError naming the file and what is wrong in it."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ServiceSettings)
+    except OSError as error:
+        raise UserError(f"coordinator settings {path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise UserError(f"coordinator settings {path}: {error}") from error

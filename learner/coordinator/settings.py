@@ -1,0 +1,38 @@
+"""CoordinatorSettings: what the coordinator's rules depend on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorSettings:
+    """Raises ValueError for values under which a batch could never fill."""
+
+    groups_per_step: int
+    max_staleness: int  # K, in optimizer steps
+    queue_groups: int  # running and queued together: a lease reserves its place
+    queue_bytes: int  # likewise: a lease reserves max_group_bytes until the true size of its group is known
+    max_group_bytes: int
+    source: str = ""  # names the data source and its seed; a checkpoint of another one is refused
+    max_task_failures: int = 3  # then the task is parked
+    max_task_losses: int = 16  # servers lost while they had the task; then it is parked
+    failures_before_pause: int = 4  # in a row; then a server gets one lease at a time, after a growing pause
+    server_timeout_s: float = 10.0  # without a sign of life
+    hang_timeout_s: float = 120.0  # alive and with work to do, but without progress
+    max_offences: int = 8  # without a good group in between; then a peer is quarantined
+
+    def __post_init__(self) -> None:
+        if self.groups_per_step < 1:
+            raise ValueError(f"groups_per_step must be >= 1, got {self.groups_per_step}")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness must be >= 0, got {self.max_staleness}; 0 means strictly on-policy")
+        if self.queue_groups < self.groups_per_step:
+            raise ValueError(
+                f"a queue of {self.queue_groups} groups can never hold a batch of {self.groups_per_step}; "
+                f"set queue_groups to at least {self.groups_per_step}"
+            )
+        needed_bytes = self.groups_per_step * self.max_group_bytes
+        if self.max_group_bytes < 1 or self.queue_bytes < needed_bytes:
+            raise ValueError(
+                f"a queue of {self.queue_bytes} bytes may never hold a batch of {self.groups_per_step} groups of up to "
+                f"{self.max_group_bytes} bytes; set queue_bytes to at least {needed_bytes}"
+            )

@@ -1,0 +1,42 @@
+"""The coordinator's status as a message: what the learner shows and logs once a second."""
+
+from common.messages import CoordinatorStatus, ServerStatus
+from common.snapshot import NO_VERSION
+from learner.coordinator.core import Coordinator
+from learner.coordinator.explain import what_the_learner_waits_for
+from learner.coordinator.sessions import Session, Sessions
+
+
+def status_of(
+    core: Coordinator, sessions: Sessions, now: float, *, listen_address: str, malformed: int = 0
+) -> CoordinatorStatus:
+    """`malformed`: messages that the socket dropped for their number of frames."""
+    counts = core.counts()
+    refused = counts.refused | ({"malformed": malformed} if malformed else {})
+    return CoordinatorStatus(
+        servers=tuple(_server_status(core, session, now) for session in sessions),
+        leased=counts.leased,
+        running=counts.running,
+        queued=counts.queued,
+        queued_bytes=core.book.queue.num_bytes,
+        trained=counts.trained,
+        failed=counts.failed,
+        cancelled=counts.cancelled,
+        expired=counts.expired,
+        refused=refused,
+        waiting_for=what_the_learner_waits_for(core, now, listen_address=listen_address),
+    )
+
+
+def _server_status(core: Coordinator, session: Session, now: float) -> ServerStatus:
+    member, heartbeat = core.members.get(session.server_id), session.heartbeat
+    return ServerStatus(
+        server=session.server_id,
+        loaded_version=heartbeat.loaded_version if heartbeat else NO_VERSION,
+        running_groups=len(member.leases) if member else 0,
+        generated_tokens=heartbeat.generated_tokens if heartbeat else 0,
+        busy_s=heartbeat.busy_s if heartbeat else 0.0,
+        paused_s=heartbeat.paused_s if heartbeat else 0.0,
+        silent_s=max(0.0, now - session.heard_at),
+        doing=heartbeat.doing if heartbeat else ("ready" if session.ready else "loading the model"),
+    )

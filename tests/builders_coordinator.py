@@ -1,0 +1,143 @@
+"""Builders for the coordinator's tests: valid by default, every value can be overridden."""
+
+from typing import TypeVar
+
+import numpy as np
+
+from common.messages import PROTOCOL_VERSION, GroupHeader, Heartbeat, Hello, OpenRun, Ready, TrajectoryHeader
+from common.staleness import NOT_SAMPLED
+from common.trajectory import FinishReason, Group, Trajectory
+from learner.coordinator.core import Coordinator
+from learner.coordinator.decisions import Decision, GrantLease
+from learner.coordinator.replay_queue import FinishedGroup
+from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.settings import CoordinatorSettings
+
+D = TypeVar("D", bound=Decision)
+
+MAX_GROUP_BYTES = 10_000
+
+
+def some_settings(**overrides: object) -> CoordinatorSettings:
+    values: dict[str, object] = {
+        "groups_per_step": 2,
+        "max_staleness": 1,
+        "queue_groups": 100,
+        "queue_bytes": 100 * MAX_GROUP_BYTES,
+        "max_group_bytes": MAX_GROUP_BYTES,
+    }
+    return CoordinatorSettings(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_coordinator(**overrides: object) -> Coordinator:
+    """At version 0, published, nobody there."""
+    coordinator = Coordinator(some_settings(**overrides))
+    coordinator.published(0, now=0.0)
+    return coordinator
+
+
+def a_group(
+    lease_id: int = 0, task_id: int | None = None, *, oldest: int = 0, newest: int | None = None, payload_bytes: int = 0
+) -> FinishedGroup:
+    """By default of the task that has the lease's number, as long as nothing failed."""
+    newest = oldest if newest is None else newest
+    trajectory = TrajectoryHeader(num_tokens=2, reward=1.0, terminated=True, turns=1, version_runs=((oldest, 1),))
+    header = GroupHeader(
+        lease_id=lease_id, task_id=lease_id if task_id is None else task_id, trajectories=(trajectory,)
+    )
+    return FinishedGroup(header=header, payload=bytes(payload_bytes), oldest_version=oldest, newest_version=newest)
+
+
+def group_for(grant: GrantLease, *, sampled_at: int | None = None, payload_bytes: int = 0) -> FinishedGroup:
+    version = grant.min_version if sampled_at is None else sampled_at
+    return a_group(grant.lease_id, grant.task_id, oldest=version, payload_bytes=payload_bytes)
+
+
+def join(
+    coordinator: Coordinator, server_id: str = "a", *, groups: int = 100, num_bytes: int = 1 << 30, now: float = 0.0
+) -> list[GrantLease]:
+    """The server becomes ready; returns the leases granted to anybody."""
+    return grants(coordinator.server_ready(server_id, capacity_groups=groups, capacity_bytes=num_bytes, now=now))
+
+
+def grants(decisions: list[Decision]) -> list[GrantLease]:
+    return [decision for decision in decisions if isinstance(decision, GrantLease)]
+
+
+def of_kind(decisions: list[Decision], kind: type[D]) -> list[D]:
+    return [decision for decision in decisions if isinstance(decision, kind)]
+
+
+def some_service_settings(**overrides: object) -> ServiceSettings:
+    """Two samples a group, two groups a step, staleness 1."""
+    values: dict[str, object] = {
+        "run_id": "run",
+        "learner_socket": "ipc:///nowhere",
+        "listen": "tcp://127.0.0.1:0",
+        "rules": some_settings(),
+        "model": "tiny",
+        "environment": "python:tasks:environment",
+        "prompts": "prompts.jsonl",
+        "group_size": 2,
+        "max_new_tokens": 8,
+    }
+    return ServiceSettings(**(values | overrides))  # type: ignore[arg-type]
+
+
+def an_open_run(**overrides: object) -> OpenRun:
+    values: dict[str, object] = {
+        "version": 0,
+        "model_fingerprint": "model-1",
+        "tokenizer_fingerprint": "tokenizer-1",
+        "max_model_len": 16,
+        "vocab_size": 100,
+        "weights_address": "tcp://127.0.0.1:6000",
+        "frontier": b"",
+    }
+    return OpenRun(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_hello(server: str = "a", *, epoch: str = "epoch-1", protocol: int = PROTOCOL_VERSION) -> Hello:
+    return Hello(protocol=protocol, server=server, epoch=epoch)
+
+
+def a_ready(**overrides: object) -> Ready:
+    values: dict[str, object] = {
+        "model_fingerprint": "model-1",
+        "tokenizer_fingerprint": "tokenizer-1",
+        "capacity_groups": 100,
+        "capacity_bytes": 1 << 30,
+    }
+    return Ready(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_heartbeat(**overrides: object) -> Heartbeat:
+    values: dict[str, object] = {
+        "progress": 1,
+        "loaded_version": 0,
+        "running_groups": 0,
+        "generated_tokens": 5,
+        "busy_s": 1.0,
+        "paused_s": 0.0,
+        "doing": "generating",
+    }
+    return Heartbeat(**(values | overrides))  # type: ignore[arg-type]
+
+
+def a_sampled_group(lease_id: int, task_id: int, *, version: int = 0, samples: int = 2, token_id: int = 7) -> Group:
+    """A prompt token and two sampled ones in each sample."""
+    return Group(
+        lease_id=lease_id,
+        task_id=task_id,
+        trajectories=tuple(
+            Trajectory(
+                token_ids=np.array([1, token_id, 3], np.int32),
+                loss_mask=np.array([False, True, True]),
+                behavior_logprobs=np.array([0.0, -0.5, -lease_id - 1.0], np.float32),
+                token_versions=np.array([NOT_SAMPLED, version, version], np.int32),
+                reward=float(sample),
+                finish_reason=FinishReason.TERMINATED,
+            )
+            for sample in range(samples)
+        ),
+    )

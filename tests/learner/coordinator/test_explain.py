@@ -1,0 +1,48 @@
+from learner.coordinator.explain import what_a_server_waits_for, what_the_learner_waits_for
+from tests.builders_coordinator import a_coordinator, group_for, join
+
+
+def learner_waits_for(coordinator, now=0.0):
+    return what_the_learner_waits_for(coordinator, now, listen_address="tcp://127.0.0.1:5555")
+
+
+def test_without_servers_the_learner_waits_for_one_to_join_at_the_address():
+    assert learner_waits_for(a_coordinator()) == "no rollout server has joined at tcp://127.0.0.1:5555"
+
+
+def test_the_learner_waits_for_the_oldest_lease_and_its_server_by_name():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=2)
+    granted = join(coordinator, now=5.0)
+    coordinator.heartbeat("a", progress=1, loaded_version=0, now=6.0)
+    assert learner_waits_for(coordinator, now=17.0) == "server a: 3 groups running, oldest lease 0 since 12 s"
+    coordinator.group_finished("a", group_for(granted[0]), now=18.0)
+    assert learner_waits_for(coordinator, now=18.0) == ""
+
+
+def test_a_server_that_lacks_the_snapshot_it_needs_is_named():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
+    join(coordinator)
+    assert learner_waits_for(coordinator, now=2.0) == (
+        "server a: 1 groups running, oldest lease 0 since 2 s, which needs snapshot 0; the server has none"
+    )
+
+
+def test_a_server_that_only_fails_is_named_with_its_last_failure_and_parked_tasks_too():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0, failures_before_pause=2, max_task_failures=2)
+    for lease_id in range(2):
+        join(coordinator)
+        coordinator.lease_failed("a", lease_id, "environment", "connection refused", now=1.0)
+    expected = "server a is paused for 1 s after 2 failures in a row, the last one: environment: connection refused"
+    assert what_a_server_waits_for(coordinator, "a", now=1.0) == expected
+    assert learner_waits_for(coordinator, now=1.0) == (
+        expected + " (1 tasks parked, the last one: task 0: environment: connection refused)"
+    )
+
+
+def test_a_server_waits_for_the_learner_when_a_bound_is_met():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
+    join(coordinator)
+    assert what_a_server_waits_for(coordinator, "a", now=0.0) == (
+        "the learner to complete step 1: more data would be older than max_staleness"
+    )
+    assert what_a_server_waits_for(coordinator, "z", now=0.0) == "this server is not ready"

@@ -1,0 +1,63 @@
+import pytest
+
+from learner.coordinator.replay_queue import ReplayQueue
+from tests.builders_coordinator import a_group
+
+
+def a_queue(*, max_groups=4, max_bytes=10_000):
+    return ReplayQueue(max_groups=max_groups, max_bytes=max_bytes)
+
+
+def test_groups_come_out_in_lease_order_however_they_came_in():
+    queue = a_queue()
+    for lease_id in (5, 3, 9):
+        queue.put(a_group(lease_id))
+    assert [group.lease_id for group in queue.oldest(2)] == [3, 5]
+    assert queue.task_ids() == (3, 5, 9)
+    assert 5 in queue
+    assert 4 not in queue
+
+
+def test_a_group_is_consumed_once():
+    queue = a_queue()
+    queue.put(a_group(3))
+    with pytest.raises(ValueError, match="lease 3 was queued before; a group is consumed once"):
+        queue.put(a_group(3))
+    queue.consume([3])
+    with pytest.raises(ValueError, match="lease 3 was queued before; a group is consumed once"):
+        queue.put(a_group(3))
+    assert len(queue) == 0
+    assert queue.num_bytes == 0
+
+
+@pytest.mark.parametrize("lease_ids", [(5,), (5, 3), (3, 9), (3, 5, 9, 11)])
+def test_only_the_oldest_groups_can_be_consumed_and_only_in_order(lease_ids):
+    queue = a_queue()
+    for lease_id in (5, 3, 9):
+        queue.put(a_group(lease_id))
+    with pytest.raises(ValueError, match="groups are consumed in lease order"):
+        queue.consume(lease_ids)
+    assert len(queue) == 3
+
+
+def test_a_full_queue_refuses_in_groups_and_in_bytes():
+    queue = a_queue(max_groups=1)
+    queue.put(a_group(0))
+    with pytest.raises(OverflowError, match="has no room for <FinishedGroup lease 1, task 1, 640 bytes"):
+        queue.put(a_group(1))
+    queue = a_queue(max_bytes=1000)
+    queue.put(a_group(0))
+    with pytest.raises(OverflowError, match="it was not covered by a credit"):
+        queue.put(a_group(1))
+
+
+def test_the_decoded_header_counts_towards_the_bytes():
+    assert a_group(payload_bytes=100).num_bytes == 100 + 512 + 128  # payload, one trajectory, one version run
+
+
+def test_repr_shows_the_bounds_and_the_span_of_leases():
+    queue = a_queue()
+    assert repr(queue) == "<ReplayQueue 0/4 groups, 0/10000 bytes>"
+    queue.put(a_group(7))
+    queue.put(a_group(4))
+    assert repr(queue) == "<ReplayQueue 2/4 groups, 1280/10000 bytes, leases 4..7>"

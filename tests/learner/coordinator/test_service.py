@@ -1,0 +1,221 @@
+"""The coordinator over real ZeroMQ, and as a real process, with a fake server and a fake learner."""
+
+import asyncio
+import json
+
+import pytest
+
+from common.codec import encode, unpack_groups
+from common.events import read_events
+from common.keys import ensure_client_key, ensure_server_keys, load_client_key
+from common.lifecycle import UserError
+from common.messages import (
+    Batch,
+    CloseRun,
+    CoordinatorStatus,
+    Finished,
+    Frontier,
+    GroupAccepted,
+    GroupRefused,
+    Lease,
+    Pulse,
+    Refused,
+    RunOpened,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+    Welcome,
+)
+from common.wire import curve_keypair, open_dealer
+from learner.coordinator.core import LearnerError
+from learner.coordinator.rows import DataError
+from learner.coordinator.service import serve
+from learner.coordinator.service_settings import read_settings, write_settings
+from learner.coordinator.tasks import open_tasks
+from tests.builders_coordinator import (
+    a_heartbeat,
+    a_hello,
+    a_ready,
+    an_open_run,
+    some_settings,
+)
+from tests.builders_coordinator_service import a_coordinator_serving, a_learner, a_server, finish, settings_in
+
+
+async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_path):
+    settings = settings_in(tmp_path, event_log=str(tmp_path / "events"))
+    async with a_coordinator_serving(settings) as (learner, address), a_server(address) as server:
+        await learner.say(SnapshotPublished(version=0))
+        leases = [await server.expect(Lease) for _ in range(4)]
+        assert [lease.lease_id for lease in leases] == [0, 1, 2, 3]
+        assert len({lease.row for lease in leases}) == 4
+        await learner.say(TakeBatch(version=0))
+        for lease in (leases[1], leases[0]):
+            await finish(server, lease)
+            assert await server.expect(GroupAccepted) == GroupAccepted(lease_id=lease.lease_id)
+        batch, payload = await learner.hear(Batch)
+        groups = unpack_groups(batch.groups, payload)
+        assert (batch.version, [group.lease_id for group in groups]) == (0, [0, 1])
+        assert [float(group.trajectories[0].behavior_logprobs[2]) for group in groups] == [-1.0, -2.0]
+        await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))
+        more = [await server.expect(Lease) for _ in range(2)]
+        assert [(lease.lease_id, lease.min_version) for lease in more] == [(4, 1), (5, 1)]
+        await learner.say(SnapshotPublished(version=1))
+        while (await server.expect(Pulse)).published_version != 1:
+            pass
+        status = await learner.expect(CoordinatorStatus)
+        assert (status.leased, status.running, status.trained) == (6, 4, 2)
+        await learner.say(CloseRun(reason="enough"))
+        assert await server.expect(Finished) == Finished(reason="enough")
+    kinds = {event["kind"] for event in read_events([tmp_path / "events"])}
+    assert kinds == {"batch_delivered", "coordinator_status"}
+
+
+async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
+    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+        lease = await server.expect(Lease)
+        await finish(server, lease)
+        await finish(server, lease)
+        await server.expect(GroupAccepted)
+        assert "was accepted before" in (await server.expect(GroupRefused)).reason
+
+
+async def test_a_server_with_another_model_is_refused(tmp_path):
+    serving = a_coordinator_serving(settings_in(tmp_path))
+    async with serving as (_, address), a_server(address, join=False) as server:
+        await server.ask(a_hello(), Welcome)
+        refused = await server.ask(a_ready(model_fingerprint="other"), Refused)
+        assert "the server's model has fingerprint other" in refused.reason
+
+
+async def test_garbage_is_counted_and_other_servers_are_served_meanwhile(tmp_path):
+    settings = settings_in(tmp_path, rules=some_settings(max_offences=3))
+    serving = a_coordinator_serving(settings)
+    async with serving as (learner, address), a_server(address) as server, open_dealer(address) as attacker:
+        for _ in range(5):
+            await attacker.send([b"\xc1 nonsense", b""])
+        await attacker.send([b"\x90", b"", b""])
+        await finish(server, await server.expect(Lease))
+        await server.expect(GroupAccepted)
+        while (refused := (await learner.expect(CoordinatorStatus)).refused) != {"garbage": 3, "malformed": 1}:
+            assert refused.get("garbage", 0) <= 3
+
+
+async def test_a_server_that_reconnects_is_asked_for_hello_and_gets_its_leases_again(tmp_path):
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address):
+        async with a_server(address) as server:
+            before = [await server.expect(Lease) for _ in range(4)]
+        async with a_server(address, join=False) as server:
+            assert (await server.ask(a_heartbeat(), Refused)).retry
+            await server.ask(a_hello(), Welcome)
+            await server.say(a_ready())
+            assert [await server.expect(Lease) for _ in range(4)] == before
+        assert (await learner.expect(CoordinatorStatus)).leased == 4
+
+
+async def test_a_resumed_run_leases_what_was_not_trained_under_another_session(tmp_path):
+    settings = settings_in(tmp_path)
+    async with a_coordinator_serving(settings) as (learner, address), a_server(address) as server:
+        leases = [await server.expect(Lease) for _ in range(4)]
+        first = await server.ask(a_hello(), Welcome)
+        for lease in leases[:2]:
+            await finish(server, lease)
+        await learner.say(TakeBatch(version=0))
+        await learner.expect(Batch)
+        await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))
+        frontier = await learner.ask(TakeFrontier(), Frontier)
+        assert frontier.version == 1
+    run = an_open_run(version=1, frontier=frontier.frontier)
+    async with a_coordinator_serving(settings, run) as (learner, address), a_server(address) as server:
+        again = [await server.expect(Lease) for _ in range(4)]
+        assert [lease.task_id for lease in again] == [2, 3, 4, 5]
+        assert [lease.row for lease in again[:2]] == [lease.row for lease in leases[2:]]
+        second = await server.ask(a_hello(), Welcome)
+        assert second.session != first.session
+
+
+async def test_a_frontier_of_another_version_is_a_users_error_before_any_work(tmp_path):
+    settings = settings_in(tmp_path)
+    tasks = open_tasks(settings.prompts, seed=0)
+    async with a_learner(settings) as learner:
+        await learner.say(an_open_run(version=3, frontier=b"{}"))
+        with pytest.raises(UserError, match="the run cannot be resumed: the checkpoint's frontier is damaged"):
+            await serve(settings, tasks)
+
+
+async def test_a_learner_that_contradicts_itself_ends_the_service(tmp_path):
+    settings = settings_in(tmp_path)
+    tasks = open_tasks(settings.prompts, seed=0)
+    async with a_learner(settings) as learner:
+
+        async def ask_for_what_cannot_be():
+            await learner.ask(an_open_run(), RunOpened)
+            await learner.say(TakeBatch(version=7))
+
+        with pytest.raises(ExceptionGroup) as failure:
+            await asyncio.gather(serve(settings, tasks), ask_for_what_cannot_be())
+        assert failure.group_contains(LearnerError, match="asks for the batch of version 7, the run is at 0")
+
+
+async def test_a_dataset_row_that_cannot_be_used_ends_the_service_with_its_place(tmp_path):
+    class BrokenTasks:
+        name = "broken"
+
+        def task(self, task_id):
+            raise DataError(f"prompts row {task_id}: the prompt is empty")
+
+    settings = settings_in(tmp_path)
+    async with a_learner(settings) as learner:
+
+        async def join():
+            opened = await learner.ask(an_open_run(), RunOpened)
+            async with a_server(opened.listen_address):
+                pass
+
+        with pytest.raises(ExceptionGroup) as failure:
+            await asyncio.gather(serve(settings, BrokenTasks()), join())
+        assert failure.group_contains(UserError, match="prompts row 0: the prompt is empty")
+
+
+async def test_with_keys_only_allowed_servers_can_join_and_they_are_known_by_their_key(tmp_path):
+    keys = ensure_server_keys(tmp_path / "keys", curve_keypair)
+    settings = settings_in(tmp_path, keys=str(tmp_path / "keys"))
+    async with a_coordinator_serving(settings) as (_, address):
+        key = load_client_key(ensure_client_key(keys, "node-1", curve_keypair))
+        async with a_server(address, key=key) as server:
+            assert (await server.expect(Lease)).lease_id == 0
+        async with open_dealer(address) as stranger:
+            await stranger.send(encode(a_hello("stranger")))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stranger.receive(), 0.5)
+
+
+async def test_missing_keys_are_a_users_error(tmp_path):
+    settings = settings_in(tmp_path, keys=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="there is no key file"):
+        await serve(settings, open_tasks(settings.prompts, seed=0))
+
+
+def test_settings_come_back_from_their_file_as_they_were(tmp_path):
+    settings = settings_in(tmp_path)
+    write_settings(settings, tmp_path / "settings.json")
+    assert read_settings(tmp_path / "settings.json") == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grup_size": 3}, "unknown field `grup_size`"),
+        ({"group_size": 0}, "`int` >= 1"),
+        ({"rules": {}}, "groups_per_step"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_a_users_error_that_names_the_file(tmp_path, change, message):
+    path = tmp_path / "settings.json"
+    write_settings(settings_in(tmp_path), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_settings(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
