@@ -14,7 +14,7 @@ from common.config import parse, write_resolved
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
-from common.lifecycle import DedicatedThread, UserError, configure_logging, run_until_stopped
+from common.lifecycle import ChildProcess, DedicatedThread, UserError, configure_logging, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import curve_keypair, is_local
 from learner import joining
@@ -70,6 +70,7 @@ class Learner:
     events: EventLog
     publisher: Publisher
     coordinator: CoordinatorClient
+    coordinator_process: ChildProcess
     tasks: asyncio.TaskGroup
 
 
@@ -81,7 +82,8 @@ async def learn(config: LearnerConfig) -> int:
         await learner.training.run(learner.engine.export_huggingface, path)
         learner.events.emit("export", path=str(path))
         logger.info("finished; the policy is in %s", path)
-        await learner.coordinator.close_run(f"{learner.engine.version} steps are trained")
+        reason = f"{learner.engine.version} steps are trained"
+        await learner.coordinator.close_run(reason, learner.coordinator_process)
     return 0
 
 
@@ -121,7 +123,7 @@ async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
-            events=events, publisher=publisher, coordinator=coordinator, tasks=tasks,
+            events=events, publisher=publisher, coordinator=coordinator, coordinator_process=process, tasks=tasks,
         )  # fmt: skip
         for task in background:
             task.cancel()

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from common import messages
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 1 << 34
 SAY_IT_EVERY_S = 10.0
+FAREWELL_S = 3.0
 
 
 class CoordinatorLostError(UserError):
@@ -35,6 +36,7 @@ class CoordinatorClient:
         )
         self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
         self._lost: CoordinatorLostError | None = None
+        self._is_closing = False
         self._waited_s = 0.0
         self._waiting_since_s: float | None = None
         self.status: messages.CoordinatorStatus | None = None
@@ -51,6 +53,8 @@ class CoordinatorClient:
     async def watch(self, coordinator: ChildProcess) -> None:
         """Ends every request, and raises CoordinatorLostError, when the coordinator process ends."""
         code = await coordinator.wait()
+        if self._is_closing:
+            return
         self._lost = CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
         for answer in self._answers.values():
             if not answer.done():
@@ -93,8 +97,13 @@ class CoordinatorClient:
         assert isinstance(frontier, messages.Frontier)
         return frontier.frontier
 
-    async def close_run(self, reason: str) -> None:
+    async def close_run(self, reason: str, coordinator: ChildProcess) -> None:
+        """The coordinator tells the servers that the run is over, and ends; returns when it has."""
+        self._is_closing = True
         await self._dealer.send(encode(messages.CloseRun(reason=reason)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await coordinator.wait()
 
     async def _ask(
         self, request: messages.Message, answer_type: type[messages.Message]
