@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -10,8 +11,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 Row = Mapping[str, Any]
 
@@ -86,7 +85,7 @@ async def _rendezvous() -> float:
 _ACTIONS: dict[str, Any] = {
     "reward": float,
     "int": int,
-    "numpy": lambda text: np.float32(text),
+    "numpy": lambda text: importlib.import_module("numpy").float32(text),
     "fraction": Fraction,
     "hang": _hang,
     "block": _hang,
@@ -102,7 +101,7 @@ _ACTIONS: dict[str, Any] = {
     "none": lambda _: None,
     "text": lambda text: text,
     "boolean": lambda _: True,
-    "numpy_boolean": lambda _: np.bool_(True),
+    "numpy_boolean": lambda _: importlib.import_module("numpy").bool_(True),
     "huge": lambda _: 1e30,
     "huge_int": lambda _: 10**400,
     "list": lambda _: [1.0],
