@@ -1,6 +1,7 @@
 """Reward functions as users write them, good and bad. Imported by reward workers, never by the tests themselves."""
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import os
@@ -62,6 +63,14 @@ def _print(text: str) -> float:
     return 1.0
 
 
+def _garble(_: str) -> float:
+    """Writes into whatever is open, the connection to the server included."""
+    for descriptor in range(3, 32):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"\xff" * 100)
+    return 1.0
+
+
 def _start_program_that_never_ends(path: str) -> None:
     program = subprocess.Popen(["sleep", "1000"])
     Path(path).write_text(f"{os.getpid()} {program.pid}")
@@ -92,6 +101,7 @@ _ACTIONS: dict[str, Any] = {
     "raise": _raise,
     "raise_unprintable": _raise_unprintable,
     "raise_cancelled": lambda _: (_ for _ in ()).throw(asyncio.CancelledError()),
+    "raise_timeout": lambda _: (_ for _ in ()).throw(TimeoutError("of its own")),
     "raise_surrogate": lambda _: _raise("\ud800"),
     "leave": lambda text: sys.exit(int(text)),
     "die": lambda text: os._exit(int(text)),
@@ -106,6 +116,7 @@ _ACTIONS: dict[str, Any] = {
     "huge_int": lambda _: 10**400,
     "list": lambda _: [1.0],
     "print": _print,
+    "garble": _garble,
     "start_program": _start_program_that_never_ends,
     "process": lambda _: os.getpid(),
     "heavy_modules": lambda _: sum(name in sys.modules for name in ("torch", "transformers", "zmq", "vllm")),

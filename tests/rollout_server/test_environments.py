@@ -78,6 +78,7 @@ async def test_what_is_not_a_plausible_number_is_a_failure_and_not_a_reward(envi
         ("leave 3", "SystemExit: 3"),
         ("die 3", "exit code 3"),
         ("crash", "SIGSEGV"),
+        ("garble", "broke the protocol"),
     ],
 )
 async def test_what_raises_or_dies_is_a_failure_with_the_reason_and_the_next_episode_is_well(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,33 @@ async def test_async_functions_run_concurrently_within_a_worker():
     async with asyncio.timeout(10), a_pool("obeys_async") as pool, asyncio.TaskGroup() as tasks:
         meetings = [tasks.create_task(pool.reward("do", "rendezvous", ROW_JSON)) for _ in range(3)]
     assert [meeting.result() for meeting in meetings] == [1.0] * 3
+
+
+async def test_an_async_function_that_hangs_is_ended_without_its_worker():
+    async with a_pool("obeys_async", step_timeout_s=0.3) as pool:
+        worker = await pool.reward("do", "process", ROW_JSON)
+        assert (await failure_of(pool, "hang")).kind == "environment_timeout"
+        assert await pool.reward("do", "process", ROW_JSON) == worker
+
+
+async def test_a_timeout_error_of_the_function_itself_is_an_error_and_not_a_timeout():
+    async with a_pool("obeys_async") as pool:
+        failure = await failure_of(pool, "raise_timeout")
+    assert (failure.kind, failure.reason.split(":")[0]) == ("environment_error", "TimeoutError")
+
+
+@pytest.mark.parametrize("new_event_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_an_answer_that_waits_while_the_servers_own_loop_is_blocked_is_not_late(new_event_loop):
+    async def main() -> None:
+        async with a_pool(step_timeout_s=0.2) as pool, asyncio.TaskGroup() as tasks:
+            reward = tasks.create_task(pool.reward("do", "reward 1", ROW_JSON))
+            for _ in range(5):  # until the call is on its way
+                await asyncio.sleep(0)
+            select.select([], [], [], 0.5)
+        assert reward.result() == 1.0
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
 
 
 async def test_one_call_after_the_other_needs_one_worker_however_many_there_may_be():
