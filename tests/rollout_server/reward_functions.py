@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -96,6 +97,7 @@ _ACTIONS: dict[str, Any] = {
     "int": int,
     "numpy": lambda text: importlib.import_module("numpy").float32(text),
     "fraction": Fraction,
+    "wait": lambda text: float(not threading.Event().wait(float(text))),
     "hang": _hang,
     "block": _hang,
     "raise": _raise,

@@ -191,6 +191,14 @@ async def test_generation_is_cut_to_what_fits_the_model(tmp_path):
     assert {trajectory.finish_reason for trajectory in group.trajectories} == {FinishReason.TRUNCATED}
 
 
+async def test_the_engine_is_asked_for_no_more_than_fits_the_run_or_the_model():
+    for limits, expected in [((8, 64), 8), ((100, 20), 14), ((100, 1000), 58)]:
+        engine = EngineThat(GOOD)
+        runner = a_runner(engine, max_new_tokens=limits[0], max_model_len=limits[1])
+        await runner.run(a_lease("12+3=", group_size=1))
+        assert [sampling.max_new_tokens for sampling in engine.asked] == [expected]
+
+
 async def test_a_prompt_that_leaves_no_room_fails_its_lease_with_the_numbers(tmp_path):
     failure = await failure_of(a_runner(await an_engine(tmp_path, max_model_len=6)), a_lease("12+3="))
     assert (failure.kind, failure.reason) == ("prompt_too_long", "6 tokens; the model takes 6 in all")
@@ -289,8 +297,10 @@ class EngineThat:
 
     def __init__(self, outcome: Completion | Exception) -> None:
         self._outcome = outcome
+        self.asked: list[Sampling] = []
 
     async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
+        self.asked.append(sampling)
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -360,18 +370,12 @@ async def test_the_prompt_of_each_turn_is_all_ids_before_it_and_the_environments
     assert trajectory.finish_reason is FinishReason.TERMINATED
 
 
-async def test_each_turn_samples_with_a_seed_of_its_own(tmp_path):
-    seeds: list[int] = []
-
-    class Recording(EngineThat):
-        async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
-            seeds.append(sampling.seed)
-            return await super().generate(prompt_ids, sampling, request_id)
-
-    environment = ScriptedEnvironment(
-        *[StepResult(reward=0, done=False, observation="a")] * 2, StepResult(reward=0, done=True)
-    )
-    await a_runner(Recording(GOOD), environment).run(a_lease(group_size=1, seed=9))
+async def test_each_turn_samples_with_a_seed_of_its_own():
+    engine = EngineThat(GOOD)
+    more = StepResult(reward=0, done=False, observation="a")
+    environment = ScriptedEnvironment(more, more, StepResult(reward=0, done=True))
+    await a_runner(engine, environment).run(a_lease(group_size=1, seed=9))
+    seeds = [sampling.seed for sampling in engine.asked]
     assert seeds == [sample_seed(9, 0), *[sample_seed(sample_seed(9, 0), turn) for turn in (1, 2)]]
 
 

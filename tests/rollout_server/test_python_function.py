@@ -3,6 +3,7 @@
 import asyncio
 import os
 import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from rollout_server.environments.environment import (
     parse_row,
 )
 from rollout_server.environments.worker_pool import WorkerPool
+from rollout_server.environments.worker_process import WorkerProcess
 
 REWARDS = "tests.rollout_server.reward_functions"
 ROW_JSON = b'{"prompt": "do", "bonus": 100}'
@@ -132,6 +134,37 @@ async def test_a_worker_sees_no_accelerator_and_imports_nothing_heavy():
         assert await pool.reward("do", "heavy_modules", ROW_JSON) == 0
 
 
+async def a_deep_pipeline(pool: WorkerPool) -> None:
+    """Quick calls, after which several are sent ahead to a worker at once."""
+    for _ in range(100):
+        await pool.reward("do", "reward 1", ROW_JSON)
+
+
+async def test_calls_sent_ahead_of_time_to_a_worker_that_dies_are_computed_by_the_next():
+    async with a_pool() as pool, asyncio.TaskGroup() as tasks:
+        await a_deep_pipeline(pool)
+        before = tasks.create_task(pool.reward("do", "reward 1", ROW_JSON))
+        death = tasks.create_task(failure_of(pool, "die 3"))
+        after = [tasks.create_task(pool.reward("do", f"reward {index}", ROW_JSON)) for index in range(5)]
+    assert before.result() == 1.0
+    assert death.result().reason == "the worker process died: exit code 3"
+    assert [reward.result() for reward in after] == list(range(5))
+
+
+async def test_each_call_sent_ahead_of_time_has_the_whole_time_limit_for_itself():
+    async with a_pool(step_timeout_s=0.5) as pool:
+        await a_deep_pipeline(pool)
+        assert await asyncio.gather(*(pool.reward("do", "wait 0.2", ROW_JSON) for _ in range(5))) == [1.0] * 5
+
+
+async def test_nothing_is_sent_to_a_worker_that_was_killed():
+    worker = await WorkerProcess.start(REWARDS, "obeys", EnvironmentSettings(), lambda: None)
+    assert worker.has_room_beside(0)
+    worker.kill()
+    assert not worker.has_room_beside(0)
+    assert await worker.death() == []
+
+
 async def test_calls_that_wait_behind_one_that_kills_the_worker_are_computed_by_the_next_worker():
     async with a_pool() as pool, asyncio.TaskGroup() as tasks:
         deaths = [tasks.create_task(failure_of(pool, f"die {code}")) for code in (1, 2)]
@@ -169,13 +202,20 @@ async def test_a_timeout_error_of_the_function_itself_is_an_error_and_not_a_time
 
 @pytest.mark.parametrize("new_event_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_an_answer_that_waits_while_the_servers_own_loop_is_blocked_is_not_late(new_event_loop):
-    async def main() -> None:
-        async with a_pool(step_timeout_s=0.2) as pool, asyncio.TaskGroup() as tasks:
-            reward = tasks.create_task(pool.reward("do", "reward 1", ROW_JSON))
-            for _ in range(5):  # until the call is on its way
-                await asyncio.sleep(0)
+    class Blocking(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
             select.select([], [], [], 0.5)
-        assert reward.result() == 1.0
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().create_unix_connection(Blocking, sock=ours)
+        with theirs:
+            async with a_pool(step_timeout_s=0.3) as pool, asyncio.TaskGroup() as tasks:
+                reward = tasks.create_task(pool.reward("do", "wait 0.1", ROW_JSON))
+                await asyncio.sleep(0.05)  # the call is on its way
+                theirs.send(b"block")
+            assert reward.result() == 1.0
+        transport.close()
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(main())
@@ -200,6 +240,16 @@ async def test_a_group_larger_than_the_limit_of_concurrent_steps_waits_and_ends(
     async with a_pool(max_concurrent_steps=3) as pool:
         calls = (pool.reward("do", f"reward {index}", ROW_JSON) for index in range(50))
         assert await asyncio.gather(*calls) == list(range(50))
+
+
+async def test_no_more_calls_are_queued_than_the_limit_of_concurrent_steps():
+    async with a_pool(max_concurrent_steps=3) as pool, asyncio.TaskGroup() as tasks:
+        calls = [tasks.create_task(pool.reward("do", "hang", ROW_JSON)) for _ in range(10)]
+        await asyncio.sleep(0.05)
+        assert "2 calls queued" in repr(pool)
+        assert "1 calls in flight" in repr(pool)
+        for call in calls:
+            call.cancel()
 
 
 async def test_a_function_that_vanishes_fails_its_calls_with_the_reason(tmp_path, monkeypatch):
