@@ -90,6 +90,11 @@ def test_a_malformed_url_is_an_error_that_shows_the_form(target):
         environment_at(f"python:{target}")
 
 
+def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'gopher://x' has an unknown scheme; known: python:"):
+        environment_at("gopher://x")
+
+
 async def test_modules_are_found_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def score(prompt, completion, row): return 7\n")
     monkeypatch.chdir(tmp_path)
@@ -118,7 +123,7 @@ async def test_a_module_that_cannot_be_imported_is_an_error_at_the_start_with_th
 async def test_a_module_that_is_slow_to_import_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text("import select\nselect.select([], [], [], 1.0)\ndef f(p, c, r): return 1\n")
     monkeypatch.chdir(tmp_path)
-    async with WorkerPool("slow", "f", EnvironmentSettings(step_timeout_s=0.2)) as pool:
+    async with WorkerPool("slow", "f", EnvironmentSettings(step_timeout_s=0.5)) as pool:
         assert await pool.reward("", "", b"{}") == 1.0
 
 
@@ -152,9 +157,9 @@ async def test_calls_sent_ahead_of_time_to_a_worker_that_dies_are_computed_by_th
 
 
 async def test_each_call_sent_ahead_of_time_has_the_whole_time_limit_for_itself():
-    async with a_pool(step_timeout_s=0.5) as pool:
+    async with a_pool(step_timeout_s=1.0) as pool:
         await a_deep_pipeline(pool)
-        assert await asyncio.gather(*(pool.reward("do", "wait 0.2", ROW_JSON) for _ in range(5))) == [1.0] * 5
+        assert await asyncio.gather(*(pool.reward("do", "wait 0.3", ROW_JSON) for _ in range(5))) == [1.0] * 5
 
 
 async def test_nothing_is_sent_to_a_worker_that_was_killed():
@@ -204,13 +209,13 @@ async def test_a_timeout_error_of_the_function_itself_is_an_error_and_not_a_time
 def test_an_answer_that_waits_while_the_servers_own_loop_is_blocked_is_not_late(new_event_loop):
     class Blocking(asyncio.Protocol):
         def data_received(self, data: bytes) -> None:
-            select.select([], [], [], 0.5)
+            select.select([], [], [], 1.0)
 
     async def main() -> None:
         ours, theirs = socket.socketpair()
         transport, _ = await asyncio.get_running_loop().create_unix_connection(Blocking, sock=ours)
         with theirs:
-            async with a_pool(step_timeout_s=0.3) as pool, asyncio.TaskGroup() as tasks:
+            async with a_pool(step_timeout_s=0.5) as pool, asyncio.TaskGroup() as tasks:
                 reward = tasks.create_task(pool.reward("do", "wait 0.1", ROW_JSON))
                 await asyncio.sleep(0.05)  # the call is on its way
                 theirs.send(b"block")
@@ -306,7 +311,7 @@ async def test_workers_die_with_their_parent_even_while_the_function_hangs():
 
 def test_all_of_it_works_on_uvloop():
     async def main() -> None:
-        async with a_pool(step_timeout_s=0.3, workers=2) as pool, asyncio.TaskGroup() as tasks:
+        async with a_pool(step_timeout_s=0.5, workers=2) as pool, asyncio.TaskGroup() as tasks:
             hang = tasks.create_task(failure_of(pool, "hang"))
             death = tasks.create_task(failure_of(pool, "die 3"))
             rewards = [tasks.create_task(pool.reward("do", f"reward {index}", ROW_JSON)) for index in range(100)]
