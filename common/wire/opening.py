@@ -1,0 +1,174 @@
+"""Opening sockets: their limits, their keys, and who is let in."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import zmq
+import zmq.auth.thread
+from zmq.utils import z85
+
+from common.keys import AllowList, ClientKey, KeyPair, ServerKeys
+from common.wire.addresses import WireError, check_address, check_path_is_free, is_local
+from common.wire.sockets import Dealer, Router
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_MS = 3_000
+HEARTBEAT_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 8_000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 2_000
+LINGER_MS = 500
+SEND_QUEUE_MESSAGES = 1_000  # per connection
+RECEIVE_QUEUE_MESSAGES = 1_000  # per connection, and fewer if they are large:
+RECEIVE_QUEUE_BYTES = 64 << 20
+REMOTE_FRAME_BYTES = 256 << 20
+
+ZAP_DOMAIN = "countercurrent"
+REFUSAL_LOG_S = 10.0
+
+
+def curve_keypair() -> KeyPair:
+    """A fresh (public, secret) pair, 32 bytes each."""
+    public, secret = zmq.curve_keypair()
+    return z85.decode(public), z85.decode(secret)
+
+
+@asynccontextmanager
+async def open_router(address: str, *, max_frame_bytes: int, keys: ServerKeys | None = None) -> AsyncIterator[Router]:
+    """Binds to `address`; port 0 takes a free one. With keys, only those on their allow-list can connect.
+
+    Raises WireError when it cannot be bound, or is reachable from other machines and has no keys.
+    """
+    check_address(address, has_keys=keys is not None, where_keys_are="rollout servers need a key file from keys/")
+    check_path_is_free(address)
+    with _open_context() as context, _authenticating(context, keys):
+        socket = context.socket(zmq.ROUTER)
+        _set_options(socket, max_frame_bytes)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        if keys is not None:
+            _set_key_pair(socket, keys)
+            socket.set(zmq.CURVE_SERVER, 1)
+            socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without an authenticator nobody is let in, instead of everybody
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise WireError(f"cannot listen on {address}: {error.strerror}; choose another address") from error
+        endpoint = socket.get(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        router = Router(socket, endpoint.decode().rstrip("\0"), has_keys=keys is not None)
+        router.attach()
+        try:
+            yield router
+        finally:
+            router.detach()
+
+
+@asynccontextmanager
+async def open_dealer(
+    address: str, *, max_frame_bytes: int | None = None, key: ClientKey | None = None
+) -> AsyncIterator[Dealer]:
+    """Connects to `address`, now or whenever something listens there.
+
+    max_frame_bytes: if None, a router of this machine is trusted with any size, another with REMOTE_FRAME_BYTES.
+    Raises WireError for an address that is none, or is on another machine when there is no key.
+    """
+    check_address(address, has_keys=key is not None, where_keys_are="give the key file the learner wrote, with --key")
+    if max_frame_bytes is None:
+        max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
+    with _open_context() as context:
+        socket = context.socket(zmq.DEALER)
+        _set_options(socket, max_frame_bytes)
+        # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
+        socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        if key is not None:
+            _set_key_pair(socket, key)
+            socket.set(zmq.CURVE_SERVERKEY, key.server_public)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            raise WireError(
+                f"cannot connect to {address}: {error.strerror}; it must be like tcp://HOST:PORT"
+            ) from error
+        dealer = Dealer(socket, address)
+        dealer.attach()
+        try:
+            yield dealer
+        finally:
+            dealer.detach()
+
+
+@contextmanager
+def _open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+    """A context per socket: each has an allow-list of its own, and they end independently."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        yield context
+    finally:
+        context.destroy(linger=LINGER_MS)
+
+
+def _set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int) -> None:
+    queue_messages = RECEIVE_QUEUE_MESSAGES
+    if max_frame_bytes > 0:
+        queue_messages = min(queue_messages, max(2, RECEIVE_QUEUE_BYTES // max_frame_bytes))
+    socket.set(zmq.MAXMSGSIZE, max_frame_bytes)
+    socket.set(zmq.LINGER, LINGER_MS)
+    socket.set(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+    socket.set(zmq.RCVHWM, queue_messages)
+    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+
+
+def _set_key_pair(socket: "zmq.Socket[bytes]", pair: ServerKeys | ClientKey) -> None:
+    if z85.decode(zmq.curve_public(z85.encode(pair.secret))) != pair.public:
+        raise WireError(f"the public and the secret key of {pair} do not belong together; make new keys")
+    socket.set(zmq.CURVE_PUBLICKEY, pair.public)
+    socket.set(zmq.CURVE_SECRETKEY, pair.secret)
+
+
+class _Doorkeeper:
+    """pyzmq's credentials provider over our allow-list; called in the authenticator's thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._allowed = AllowList(directory)
+        self._refused = 0  # since they were last logged
+        self._logged_s = -REFUSAL_LOG_S
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        public = z85.decode(key)
+        if self._allowed.name_of(public) is not None:
+            return True
+        self._refused += 1
+        if time.monotonic() - self._logged_s >= REFUSAL_LOG_S:
+            logger.warning(
+                "refused %d connections; the last one's key, %s, is not on the allow-list %s",
+                self._refused,
+                public.hex()[:8],
+                self._allowed,
+            )
+            self._refused, self._logged_s = 0, time.monotonic()
+        return False
+
+
+@contextmanager
+def _authenticating(context: "zmq.Context[zmq.Socket[bytes]]", keys: ServerKeys | None) -> Iterator[None]:
+    if keys is None:
+        yield
+        return
+    log = logging.getLogger("zmq.auth")
+    log.setLevel(logging.ERROR)
+    authenticator = zmq.auth.thread.ThreadAuthenticator(context, log=log)
+    authenticator.start()
+    authenticator.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=_Doorkeeper(keys.directory))
+    try:
+        yield
+    finally:
+        authenticator.stop()
