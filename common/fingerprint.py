@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -25,6 +25,23 @@ def fingerprint_vocabulary(
 ) -> str:
     """Of token -> id, role ("eos", ...) -> id and chat template: what ids mean and how prompts are made of them."""
     return _digest([sorted(vocab.items()), _normal(special), chat_template])
+
+
+class TokenizerFacts(Protocol):
+    """The part of a tokenizer that decides what ids mean; transformers' tokenizers fit as they are."""
+
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def get_vocab(self) -> Mapping[str, int]: ...
+
+
+def fingerprint_tokenizer(tokenizer: TokenizerFacts) -> str:
+    """Equal on learner and server exactly when they give ids the same meaning and render chats alike."""
+    special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return fingerprint_vocabulary(tokenizer.get_vocab(), special, tokenizer.chat_template)
 
 
 def fingerprint_model_config(config: Mapping[str, Any]) -> str:

@@ -190,6 +190,7 @@ class OpenRun(Message, frozen=True, tag="OpenRun"):
     tokenizer_fingerprint: Name
     max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     vocab_size: Annotated[int, Meta(ge=1, le=1 << 31)]
+    dtype: Name  # of the weights that will be published
     weights_address: Address
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
 

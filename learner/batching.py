@@ -10,9 +10,7 @@ from common.trajectory import FinishReason, Group, Trajectory
 from learner.training import MicroBatch, TrainBatch
 
 
-def build_batch(
-    groups: Sequence[Group], *, version: int, max_staleness: int, micro_batch_tokens: int
-) -> TrainBatch:
+def build_batch(groups: Sequence[Group], *, version: int, max_staleness: int, micro_batch_tokens: int) -> TrainBatch:
     """The batch for the step that updates `version`.
 
     Here the bound on staleness is enforced for every token, whatever happened before: one that is older than

@@ -119,6 +119,12 @@ class LearnerConfig:
             )
 
     @property
+    def queue_capacity(self) -> int:
+        """Groups that may be leased, queued or in training at once."""
+        return self.queue_groups or (self.max_staleness + 2) * self.groups_per_step
+
+    @property
     def max_group_bytes(self) -> int:
-        """Largest group: 13 bytes a token (id, log-probability, version, mask) and the prompt as long as allowed."""
-        return self.group_size * (self.max_model_len or 2 * self.max_new_tokens + 1024) * 13
+        """Largest group: 13 bytes a token (id, log-probability, version, mask), and what describes each trajectory."""
+        max_model_len = self.max_model_len or 2 * self.max_new_tokens + 1024
+        return self.group_size * (13 * max_model_len + 1024)

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from common.events import EventLog
 from common.lifecycle import DedicatedThread, UserError
@@ -17,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepObserver(Protocol):
-    """Hears of every step: progress display, TensorBoard, metrics."""
+    """Hears of every step: event log, progress display, trackers."""
 
     def step_completed(self, version: int, groups: tuple[Group, ...], result: StepResult) -> None: ...
 
@@ -36,7 +38,7 @@ class LearnerLoop:
         publisher: Publisher,
         checkpoints: CheckpointStore,
         events: EventLog,
-        observers: list[StepObserver],
+        observers: Sequence[StepObserver],
     ) -> None:
         self._settings = settings
         self._checkpoint_every_steps = checkpoint_every_steps
@@ -47,53 +49,64 @@ class LearnerLoop:
         self._checkpoints = checkpoints
         self._events = events
         self._observers = observers
-        self._saved_version = -1
-        self._late = asyncio.Event()  # a version could not be published for want of a slot
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
+        self._unpublished = asyncio.Event()  # set while a version waits for a slot
 
     async def run(self) -> None:
-        """Returns the run's end; a cancellation first leaves a checkpoint, if there is something new to save."""
+        """Returns when the last step is taken; a cancellation leaves a checkpoint of the steps that were."""
         async with asyncio.TaskGroup() as tasks:
-            helpers = [tasks.create_task(self._announce_versions()), tasks.create_task(self._publish_late())]
+            late = tasks.create_task(self._publish_late())
+            await self._publish()
+            await self._save()  # whatever happens next, there is something to resume from
             try:
-                await self._publish()
-                if self._saved_version < 0:
-                    await self._save()  # whatever happens next, there is something to resume from
-                while self.version < self._settings.total_steps:
+                while self._engine.version < self._settings.total_steps:
                     await self._train_once()
             finally:
                 await self._save()
-            for helper in helpers:
-                helper.cancel()
+            late.cancel()
 
     async def _train_once(self) -> None:
-        version = self.version
+        version = self._engine.version
         with self._events.interval("wait_batch", version=version):
             groups = await self._coordinator.take_batch(version)
+        # Once begun, a step is finished and reported: a cancellation that comes meanwhile is obeyed after it.
+        await finish(self._take_step(groups))
+
+    async def _take_step(self, groups: tuple[Group, ...]) -> None:
+        version = self._engine.version
         with self._events.interval("train", version=version):
             result = await self._training.run(self._step, groups)
-        if result.skipped is not None:
-            path = self._set_aside(groups)
-            raise UserError(f"step {version} was not taken: {result.skipped}; its batch is in {path}")
-        await self._coordinator.step_completed(self.version, tuple(group.lease_id for group in groups))
+        if result.refusal is not None:
+            raise UserError(f"step {version} was not taken: {result.refusal}; {self._set_aside(version, groups)}")
+        version = self._engine.version
+        await self._coordinator.step_completed(version, tuple(group.lease_id for group in groups))
         await self._publish()
         for observer in self._observers:
-            observer.step_completed(self.version, groups, result)
-        if self.version % self._checkpoint_every_steps == 0:
+            observer.step_completed(version, groups, result)
+        if version % self._checkpoint_every_steps == 0:
             await self._save()
 
     def _step(self, groups: tuple[Group, ...]) -> StepResult:
-        return self._engine.step(build_batch(groups, self._settings, version=self._engine.version))
+        batch = build_batch(
+            groups,
+            version=self._engine.version,
+            max_staleness=self._settings.max_staleness,
+            micro_batch_tokens=self._settings.micro_batch_tokens,
+        )
+        return self._engine.step(batch)
+
+    def _set_aside(self, version: int, groups: tuple[Group, ...]) -> str:
+        """Keep the batch that broke the step for whoever wants to know why."""
+        tasks = [group.task_id for group in groups]
+        self._events.emit("step_refused", version=version, tasks=tasks, leases=[group.lease_id for group in groups])
+        return f"its tasks were {tasks}; the run stops at the checkpoint of version {version}"
 
     async def _publish(self) -> None:
-        """Copy the parameters out, between two steps; skipped, and done later, when every slot is being read."""
+        """Copy the parameters out, between two steps; later, when every slot is still being read."""
         slot = self._publisher.take_slot()
         if slot is None:
-            self._late.set()
+            self._unpublished.set()
             return
+        self._unpublished.clear()
         with self._events.interval("publish", num_bytes=self._publisher.num_bytes) as fields:
             fields["version"] = version = await self._training.run(self._copy_out, slot)
         await self._publisher.hand_over(slot, version)
@@ -104,12 +117,36 @@ class LearnerLoop:
 
     async def _publish_late(self) -> None:
         while True:
-            await self._late.wait()
+            await self._unpublished.wait()
             await self._publisher.slot_free()
-            self._late.clear()
-            if self._publisher.newest_version < self.version:
+            if self._unpublished.is_set():
                 await self._publish()
 
-    async def _announce_versions(self) -> None:
-        async for version in self._publisher.ready_versions():
-            await self._coordinator.published(version)
+    async def _save(self) -> None:
+        await finish(self._save_now())
+
+    async def _save_now(self) -> None:
+        with self._events.interval("save", version=self._engine.version):
+            frontier = await self._coordinator.take_frontier()
+            path = await self._training.run(self._write_checkpoint, frontier)
+        self._events.emit("checkpoint", path=str(path), version=self._engine.version)
+
+    def _write_checkpoint(self, frontier: bytes) -> Path:
+        return self._checkpoints.save(
+            version=self._engine.version,
+            model=self._settings.model,
+            frontier=frontier,
+            write_engine=self._engine.save,
+        )
+
+
+async def finish(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` to its end even when cancelled meanwhile; the cancellation is raised afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+        raise

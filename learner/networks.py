@@ -24,7 +24,7 @@ class PolicyNetwork(nn.Module):
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT. Position 0 has none."""
+        """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
         predicted_BT = loss_mask_BT[:, 1:]
         logits_NV = self._logits(token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
         targets_N1 = token_ids_BT[:, 1:][predicted_BT].unsqueeze(1)

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from common import messages
 from common.codec import Decoder, encode
-from common.lifecycle import ChildProcess
-from common.snapshot import ITEM_BYTES, NO_VERSION, TensorSpec
-from common.wire import Router, open_router
+from common.keys import ServerKeys
+from common.lifecycle import ChildProcess, UserError
+from common.snapshot import ITEM_BYTES, NO_VERSION, DType, TensorSpec
+from common.wire import Peer, Router, open_router
 from learner.snapshot_server import SnapshotServerSettings
 
 logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 3  # one being written, the newest, and one that a slower server is still pulling
 
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def lay_out(tensors: Sequence[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
@@ -71,12 +72,13 @@ class Slots:
 class Publisher:
     """Publishes versions through one snapshot server process."""
 
-    def __init__(self, slots: Slots, layout: tuple[TensorSpec, ...], router: Router) -> None:
+    def __init__(self, slots: Slots, layout: tuple[TensorSpec, ...], router: Router, server: ChildProcess) -> None:
         self._slots = slots
         self._layout = layout
         self._router = router
+        self._server = server
         self._decoder = Decoder(messages.SnapshotsToLearner, max_payload_bytes=0)
-        self._peer = None
+        self._peer: Peer | None = None
         self._free = list(range(len(slots.descriptors)))
         self._changed = asyncio.Condition()
         self.address = ""
@@ -117,6 +119,11 @@ class Publisher:
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._free))
 
+    async def watch(self) -> None:
+        """Raises UserError when the snapshot server ends by itself."""
+        code = await self._server.wait()
+        raise UserError(f"the snapshot server ended with exit code {code}; start the learner to resume")
+
     async def ready_versions(self) -> AsyncIterator[int]:
         """Follows the snapshot server for ever; yields each version once it is being served."""
         while True:
@@ -141,7 +148,7 @@ async def open_publisher(
     *,
     run_id: str,
     listen: str,
-    keys_directory: Path | None,
+    keys: ServerKeys | None,
     private_directory: Path,
 ) -> AsyncIterator[Publisher]:
     """Starts the snapshot server for tensors of these names and shapes; ends it on exit.
@@ -156,14 +163,15 @@ async def open_publisher(
                 run_id=run_id,
                 parent_pid=os.getpid(),
                 listen=listen,
-                keys_directory=str(keys_directory) if keys_directory else None,
+                keys_directory=str(keys.directory) if keys is not None else None,
                 learner_socket=router.address,
                 slot_descriptors=slots.descriptors,
                 slot_bytes=slots.slot_bytes,
             )
             path = private_directory / "snapshots.json"
             path.write_bytes(msgspec.json.encode(settings))
-            async with ChildProcess.run_module("learner.snapshot_server", str(path), pass_fds=slots.descriptors):
-                yield Publisher(slots, layout, router)
+            child = ChildProcess.run_module("learner.snapshot_server", str(path), pass_fds=slots.descriptors)
+            async with child as process:
+                yield Publisher(slots, layout, router, process)
     finally:
         slots.close()

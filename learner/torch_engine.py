@@ -31,7 +31,7 @@ class TorchNetwork:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         del is_last
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, learning_rate: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)

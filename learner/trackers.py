@@ -1,10 +1,14 @@
 """Trackers: where the scalars of each step go beside the event log."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.lifecycle import UserError
+from learner.config import LearnerConfig
+from learner.run_directory import RunDirectory
 
 
 class Tracker(Protocol):
@@ -44,3 +48,19 @@ class WandbTracker:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextmanager
+def open_trackers(config: LearnerConfig, run: RunDirectory) -> Iterator[Sequence[Tracker]]:
+    """Those that are configured; what they have is written when the block ends."""
+    with ExitStack() as stack:
+        trackers: list[Tracker] = []
+        if config.tensorboard:
+            trackers.append(TensorBoardTracker(run.path / "tensorboard"))
+        if config.wandb_project is not None:
+            trackers.append(
+                WandbTracker(config.wandb_project, run_id=run.run_id, directory=run.path, config=asdict(config))
+            )
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        yield trackers

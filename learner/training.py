@@ -35,9 +35,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if (self.critic_model is not None) != (self.advantage == "gae"):
-            raise ValueError(f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, grpo none")
+            raise ValueError(
+                f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, grpo none"
+            )
         if self.dtype == "bfloat16" and self.zero_stage == 0:
-            raise ValueError("dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many")
+            raise ValueError(
+                "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from common import messages
 from common.config import parse
 from common.events import EventLog
-from common.fingerprint import fingerprint_model_config
+from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import load_client_key
 from common.lifecycle import UserError, configure_logging, run_until_stopped
 from common.metrics import start_metrics_server
@@ -22,7 +22,7 @@ from rollout_server.environments.environment import Environment, EnvironmentSett
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.inference import InferenceEngine
 from rollout_server.server import RolloutServer, join
-from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config, tokenizer_fingerprint
+from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
 from rollout_server.weight_receiver import WeightReceiver
@@ -96,7 +96,7 @@ def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) 
         raise UserError(f"cannot load {model}; --model says where this node has {welcome.model}: {error}") from error
     ready = messages.Ready(
         model_fingerprint=fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         capacity_groups=config.max_groups,
         capacity_bytes=1 << 40,
     )

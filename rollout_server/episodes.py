@@ -83,9 +83,11 @@ class EpisodeRunner:
         self._max_model_len = min(max_model_len, engine.max_model_len)
         self._wait_for_version = wait_for_version
         self.num_running = 0
+        self.num_sampled_tokens = 0  # since the start, also of groups that failed
 
     def __repr__(self) -> str:
-        return f"<EpisodeRunner {self._environment.url}, {self.num_running} groups running>"
+        progress = f"{self.num_running} groups running, {self.num_sampled_tokens} tokens sampled"
+        return f"<EpisodeRunner {self._environment.url}, {progress}>"
 
     async def run(self, lease: Lease) -> Group:
         """The group of the lease; raises LeaseFailure. If one sample fails, the others are cancelled."""
@@ -164,6 +166,7 @@ class EpisodeRunner:
             completion = await self._engine.generate(log.token_ids, sampling, f"{lease.lease_id}.{index}.{log.turns}")
         except ValueError as error:
             raise LeaseFailure("engine_error", f"the engine refused the prompt: {error}") from error
+        self.num_sampled_tokens += completion.token_ids.size
         _check_sample(completion, lease.min_version)
         return completion
 

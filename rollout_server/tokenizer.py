@@ -1,17 +1,13 @@
 """Tokenizer: the little that episodes need of one; transformers' tokenizers fit as they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from common.fingerprint import fingerprint_vocabulary
+from common.fingerprint import TokenizerFacts
 
 
-class Tokenizer(Protocol):
+class Tokenizer(TokenizerFacts, Protocol):
     bos_token: str | None
-    chat_template: str | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -23,20 +19,12 @@ class Tokenizer(Protocol):
         """Called with tokenize=True, return_dict=False; ValueError or jinja2.TemplateError when it cannot render."""
         ...
 
-    def get_vocab(self) -> Mapping[str, int]: ...
-
 
 def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a Hugging Face model, by name or directory; raises OSError or ValueError if there is none."""
     from transformers import AutoTokenizer  # takes seconds to import, and tests with a small tokenizer need none of it
 
     return cast(Tokenizer, AutoTokenizer.from_pretrained(model))
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal on learner and server exactly when they give ids the same meaning and render chats alike."""
-    special = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return fingerprint_vocabulary(tokenizer.get_vocab(), special, tokenizer.chat_template)
 
 
 def model_config(model: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def start_vllm(settings: VllmSettings) -> Any:
         warnings.simplefilter("ignore")  # about how vLLM uses its own dependencies
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        class QuietAsyncLLM(AsyncLLM):  # type: ignore[misc]
+        class QuietAsyncLLM(AsyncLLM):
             """Its destructor calls functions that are gone by the time the interpreter ends, and complains."""
 
             def __del__(self) -> None:
@@ -95,6 +95,9 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         enable_prefix_caching=True,
+        # A prompt computed in parts has its seeded generator rolled back after each, which fails on CPU and ends the
+        # engine; and after a weight update every running request is computed anew at once.
+        enable_chunked_prefill=None if not on_cpu else False,
         worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
         disable_log_stats=True,
     ).create_engine_config()

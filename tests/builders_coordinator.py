@@ -90,6 +90,7 @@ def an_open_run(**overrides: object) -> OpenRun:
         "model_fingerprint": "model-1",
         "tokenizer_fingerprint": "tokenizer-1",
         "max_model_len": 16,
+        "dtype": "float32",
         "vocab_size": 100,
         "weights_address": "tcp://127.0.0.1:6000",
         "frontier": b"",

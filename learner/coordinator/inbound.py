@@ -128,6 +128,8 @@ class Inbound:
             model=self.settings.model,
             model_fingerprint=self.run.model_fingerprint,
             tokenizer_fingerprint=self.run.tokenizer_fingerprint,
+            dtype=self.run.dtype,
+            environment=self.settings.environment,
             max_model_len=self.run.max_model_len,
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,

@@ -22,7 +22,6 @@ PIPELINE_CALLS = 8  # at most so many are sent ahead to a worker that runs one c
 PIPELINE_S = 0.002  # and no more than it answers in this time: those behind a slow call would wait for it in vain
 CONCURRENT_CALLS = 256  # sent to a worker that runs them all at once
 STALL_GRACE_S = 1.0  # a concurrent worker ends its late calls itself; if not even that happens, its loop is blocked
-SECOND_LOOK_S = 0.05
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _STANDARD_ERROR = 2
 _NO_HELLO = "it did not survive its import"
@@ -212,15 +211,11 @@ class WorkerProcess(asyncio.Protocol):
         self._stop_watching()
         if oldest := next(iter(self._in_flight.values()), None):
             patience_s = self._settings.step_timeout_s + (STALL_GRACE_S if self._concurrent else 0.0)
-            self._deadline = self._loop.call_at(oldest.started_at + patience_s, self._look_again)
+            self._deadline = self._loop.call_at(oldest.started_at + patience_s, self._give_up)
 
     def _stop_watching(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-
-    def _look_again(self) -> None:
-        # If this event loop itself was blocked, an answer may wait unread: let it in before judging.
-        self._deadline = self._loop.call_later(SECOND_LOOK_S, self._give_up)
 
     def _give_up(self) -> None:
         self._late = True

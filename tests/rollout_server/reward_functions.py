@@ -1,17 +1,18 @@
 """Reward functions as users write them, good and bad. Imported by reward workers, never by the tests themselves."""
 
 import asyncio
+import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 Row = Mapping[str, Any]
 
@@ -63,6 +64,14 @@ def _print(text: str) -> float:
     return 1.0
 
 
+def _garble(_: str) -> float:
+    """Writes into whatever is open, the connection to the server included."""
+    for descriptor in range(3, 32):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, b"\xff" * 100)
+    return 1.0
+
+
 def _start_program_that_never_ends(path: str) -> None:
     program = subprocess.Popen(["sleep", "1000"])
     Path(path).write_text(f"{os.getpid()} {program.pid}")
@@ -86,13 +95,15 @@ async def _rendezvous() -> float:
 _ACTIONS: dict[str, Any] = {
     "reward": float,
     "int": int,
-    "numpy": lambda text: np.float32(text),
+    "numpy": lambda text: importlib.import_module("numpy").float32(text),
     "fraction": Fraction,
+    "wait": lambda text: float(not threading.Event().wait(float(text))),
     "hang": _hang,
     "block": _hang,
     "raise": _raise,
     "raise_unprintable": _raise_unprintable,
     "raise_cancelled": lambda _: (_ for _ in ()).throw(asyncio.CancelledError()),
+    "raise_timeout": lambda _: (_ for _ in ()).throw(TimeoutError("of its own")),
     "raise_surrogate": lambda _: _raise("\ud800"),
     "leave": lambda text: sys.exit(int(text)),
     "die": lambda text: os._exit(int(text)),
@@ -102,11 +113,12 @@ _ACTIONS: dict[str, Any] = {
     "none": lambda _: None,
     "text": lambda text: text,
     "boolean": lambda _: True,
-    "numpy_boolean": lambda _: np.bool_(True),
+    "numpy_boolean": lambda _: importlib.import_module("numpy").bool_(True),
     "huge": lambda _: 1e30,
     "huge_int": lambda _: 10**400,
     "list": lambda _: [1.0],
     "print": _print,
+    "garble": _garble,
     "start_program": _start_program_that_never_ends,
     "process": lambda _: os.getpid(),
     "heavy_modules": lambda _: sum(name in sys.modules for name in ("torch", "transformers", "zmq", "vllm")),

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from rollout_server.environments.environment import (
     parse_row,
 )
 from rollout_server.environments.worker_pool import WorkerPool
+from rollout_server.environments.worker_process import WorkerProcess
 
 REWARDS = "tests.rollout_server.reward_functions"
 ROW_JSON = b'{"prompt": "do", "bonus": 100}'
@@ -87,6 +90,11 @@ def test_a_malformed_url_is_an_error_that_shows_the_form(target):
         environment_at(f"python:{target}")
 
 
+def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'gopher://x' has an unknown scheme; known: python:"):
+        environment_at("gopher://x")
+
+
 async def test_modules_are_found_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def score(prompt, completion, row): return 7\n")
     monkeypatch.chdir(tmp_path)
@@ -115,7 +123,7 @@ async def test_a_module_that_cannot_be_imported_is_an_error_at_the_start_with_th
 async def test_a_module_that_is_slow_to_import_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text("import select\nselect.select([], [], [], 1.0)\ndef f(p, c, r): return 1\n")
     monkeypatch.chdir(tmp_path)
-    async with WorkerPool("slow", "f", EnvironmentSettings(step_timeout_s=0.2)) as pool:
+    async with WorkerPool("slow", "f", EnvironmentSettings(step_timeout_s=0.5)) as pool:
         assert await pool.reward("", "", b"{}") == 1.0
 
 
@@ -129,6 +137,37 @@ async def test_a_worker_sees_no_accelerator_and_imports_nothing_heavy():
     async with a_pool() as pool:
         assert await pool.reward("do", "accelerator", ROW_JSON) == 0
         assert await pool.reward("do", "heavy_modules", ROW_JSON) == 0
+
+
+async def a_deep_pipeline(pool: WorkerPool) -> None:
+    """Quick calls, after which several are sent ahead to a worker at once."""
+    for _ in range(100):
+        await pool.reward("do", "reward 1", ROW_JSON)
+
+
+async def test_calls_sent_ahead_of_time_to_a_worker_that_dies_are_computed_by_the_next():
+    async with a_pool() as pool, asyncio.TaskGroup() as tasks:
+        await a_deep_pipeline(pool)
+        before = tasks.create_task(pool.reward("do", "reward 1", ROW_JSON))
+        death = tasks.create_task(failure_of(pool, "die 3"))
+        after = [tasks.create_task(pool.reward("do", f"reward {index}", ROW_JSON)) for index in range(5)]
+    assert before.result() == 1.0
+    assert death.result().reason == "the worker process died: exit code 3"
+    assert [reward.result() for reward in after] == list(range(5))
+
+
+async def test_each_call_sent_ahead_of_time_has_the_whole_time_limit_for_itself():
+    async with a_pool(step_timeout_s=1.0) as pool:
+        await a_deep_pipeline(pool)
+        assert await asyncio.gather(*(pool.reward("do", "wait 0.3", ROW_JSON) for _ in range(5))) == [1.0] * 5
+
+
+async def test_nothing_is_sent_to_a_worker_that_was_killed():
+    worker = await WorkerProcess.start(REWARDS, "obeys", EnvironmentSettings(), lambda: None)
+    assert worker.has_room_beside(0)
+    worker.kill()
+    assert not worker.has_room_beside(0)
+    assert await worker.death() == []
 
 
 async def test_calls_that_wait_behind_one_that_kills_the_worker_are_computed_by_the_next_worker():
@@ -153,6 +192,40 @@ async def test_async_functions_run_concurrently_within_a_worker():
     assert [meeting.result() for meeting in meetings] == [1.0] * 3
 
 
+async def test_an_async_function_that_hangs_is_ended_without_its_worker():
+    async with a_pool("obeys_async", step_timeout_s=0.3) as pool:
+        worker = await pool.reward("do", "process", ROW_JSON)
+        assert (await failure_of(pool, "hang")).kind == "environment_timeout"
+        assert await pool.reward("do", "process", ROW_JSON) == worker
+
+
+async def test_a_timeout_error_of_the_function_itself_is_an_error_and_not_a_timeout():
+    async with a_pool("obeys_async") as pool:
+        failure = await failure_of(pool, "raise_timeout")
+    assert (failure.kind, failure.reason.split(":")[0]) == ("environment_error", "TimeoutError")
+
+
+@pytest.mark.parametrize("new_event_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_an_answer_that_waits_while_the_servers_own_loop_is_blocked_is_not_late(new_event_loop):
+    class Blocking(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            select.select([], [], [], 1.0)
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().create_unix_connection(Blocking, sock=ours)
+        with theirs:
+            async with a_pool(step_timeout_s=0.5) as pool, asyncio.TaskGroup() as tasks:
+                reward = tasks.create_task(pool.reward("do", "wait 0.1", ROW_JSON))
+                await asyncio.sleep(0.05)  # the call is on its way
+                theirs.send(b"block")
+            assert reward.result() == 1.0
+        transport.close()
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
+
+
 async def test_one_call_after_the_other_needs_one_worker_however_many_there_may_be():
     async with a_pool(workers=3) as pool:
         assert len({await pool.reward("do", "process", ROW_JSON) for _ in range(10)}) == 1
@@ -172,6 +245,16 @@ async def test_a_group_larger_than_the_limit_of_concurrent_steps_waits_and_ends(
     async with a_pool(max_concurrent_steps=3) as pool:
         calls = (pool.reward("do", f"reward {index}", ROW_JSON) for index in range(50))
         assert await asyncio.gather(*calls) == list(range(50))
+
+
+async def test_no_more_calls_are_queued_than_the_limit_of_concurrent_steps():
+    async with a_pool(max_concurrent_steps=3) as pool, asyncio.TaskGroup() as tasks:
+        calls = [tasks.create_task(pool.reward("do", "hang", ROW_JSON)) for _ in range(10)]
+        await asyncio.sleep(0.05)
+        assert "2 calls queued" in repr(pool)
+        assert "1 calls in flight" in repr(pool)
+        for call in calls:
+            call.cancel()
 
 
 async def test_a_function_that_vanishes_fails_its_calls_with_the_reason(tmp_path, monkeypatch):
@@ -228,7 +311,7 @@ async def test_workers_die_with_their_parent_even_while_the_function_hangs():
 
 def test_all_of_it_works_on_uvloop():
     async def main() -> None:
-        async with a_pool(step_timeout_s=0.3, workers=2) as pool, asyncio.TaskGroup() as tasks:
+        async with a_pool(step_timeout_s=0.5, workers=2) as pool, asyncio.TaskGroup() as tasks:
             hang = tasks.create_task(failure_of(pool, "hang"))
             death = tasks.create_task(failure_of(pool, "die 3"))
             rewards = [tasks.create_task(pool.reward("do", f"reward {index}", ROW_JSON)) for index in range(100)]

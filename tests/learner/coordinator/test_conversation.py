@@ -312,3 +312,27 @@ def test_the_status_shows_every_server_and_what_the_learner_waits_for():
     assert (status.leased, status.running, status.queued, status.trained) == (4, 4, 0, 0)
     assert status.refused == {"malformed": 2}
     assert status.waiting_for == "server a: 4 groups running, oldest lease 0 since 3 s"
+
+
+def test_a_lease_that_failed_before_its_row_was_there_is_not_lent():
+    desk = Desk(groups_per_step=1, max_staleness=0)
+    desk.say(A, a_hello(epoch="epoch of a"))
+    desk.inbound.hear(A, a_ready(), b"", 0.0)
+    desk.inbound.hear(A, LeaseFailed(lease_id=0, kind="engine", reason="dead"), b"", 0.0)
+    assert [lease.lease_id for _, lease in desk.answers()] == [1]
+
+
+def test_a_server_that_was_dropped_must_get_ready_anew():
+    desk = Desk()
+    desk.join(A)
+    desk.say(A, Leaving(reason="pause"))
+    desk.say(A, a_hello("a", epoch="epoch of a"))
+    assert not desk.outbound.sessions.of_peer(A).ready
+
+
+def test_the_number_of_sessions_is_bounded(monkeypatch):
+    monkeypatch.setattr("learner.coordinator.sessions.MAX_SESSIONS", 1)
+    desk = Desk()
+    desk.join(A)
+    [(_, refused)] = desk.say(B, a_hello("b", epoch="2"))
+    assert refused == Refused(reason="1 servers have joined already; try again when one has left", retry=True)

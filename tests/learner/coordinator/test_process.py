@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from common.messages import CloseRun, Finished, GroupAccepted, Lease, Pulse, RunOpened
 from learner.coordinator.service_settings import write_settings
-from tests.builders_coordinator import a_heartbeat, an_open_run
+from tests.builders_coordinator import a_coordinator, a_heartbeat, an_open_run
 from tests.builders_coordinator_service import a_learner, a_server, finish, settings_in
 
 
@@ -107,3 +107,13 @@ async def test_bad_prompts_end_the_process_with_one_sentence(tmp_path):
     assert process.returncode == 2
     assert "none.jsonl cannot be read: No such file or directory" in errors.decode()
     assert "Traceback" not in errors.decode()
+
+
+async def test_a_checkpoint_of_other_prompts_ends_the_process_with_one_sentence(tmp_path):
+    settings = settings_in(tmp_path)
+    frontier = a_coordinator(source="other prompts").frontier()
+    async with a_process(settings, tmp_path) as process, a_learner(settings) as learner, asyncio.timeout(30):
+        await learner.say(an_open_run(frontier=frontier))
+        _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert "trained on 'other prompts', the run is configured for 'prompts.jsonl (20 rows" in errors.decode()

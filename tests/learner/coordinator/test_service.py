@@ -158,6 +158,19 @@ async def test_a_learner_that_contradicts_itself_ends_the_service(tmp_path):
         assert failure.group_contains(LearnerError, match="asks for the batch of version 7, the run is at 0")
 
 
+async def test_a_run_is_opened_once(tmp_path):
+    settings = settings_in(tmp_path)
+    async with a_learner(settings) as learner:
+
+        async def open_twice():
+            await learner.ask(an_open_run(), RunOpened)
+            await learner.say(an_open_run())
+
+        with pytest.raises(ExceptionGroup) as failure:
+            await asyncio.gather(serve(settings, open_tasks(settings.prompts, seed=0)), open_twice())
+        assert failure.group_contains(LearnerError, match="the learner opened the run twice")
+
+
 async def test_a_dataset_row_that_cannot_be_used_ends_the_service_with_its_place(tmp_path):
     class BrokenTasks:
         name = "broken"

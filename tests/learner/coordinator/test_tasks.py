@@ -173,3 +173,17 @@ def test_a_dataset_of_hugging_face_is_read_from_a_local_folder(tmp_path, monkeyp
     assert [json.loads(source.row(index)) for index in range(4)] == rows
     with pytest.raises(DataError, match="the dataset cannot be loaded"):
         open_rows(f"hf:{tmp_path / 'data'}:test", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the split has no rows"),
+        ([{"question": "x"}], "row 0: expected"),
+        ([{"prompt": "x", "image": object()}], "row 0: a column cannot be written as JSON"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_an_error_that_says_why(monkeypatch, rows, message):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    with pytest.raises(DataError, match=message):
+        open_rows("hf:some/dataset", seed=0)

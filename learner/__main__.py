@@ -1,0 +1,242 @@
+"""The learner command: start coordinator and snapshot server, wait for rollout servers, train, checkpoint."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from common import messages
+from common.config import parse, write_resolved
+from common.events import EventLog
+from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
+from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
+from common.lifecycle import ChildProcess, DedicatedThread, UserError, configure_logging, run_until_stopped
+from common.metrics import start_metrics_server
+from common.wire import curve_keypair, is_local
+from learner import joining
+from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.config import LearnerConfig
+from learner.coordinator.client import CoordinatorClient, open_coordinator
+from learner.loop import LearnerLoop
+from learner.measurements import measure
+from learner.observers import StepLog
+from learner.plan import coordinator_settings, model_of, train_settings
+from learner.progress import Progress, ProgressDisplay
+from learner.publisher import Publisher, open_publisher
+from learner.run_directory import RunDirectory, open_run_directory
+from learner.trackers import open_trackers
+from learner.training import TrainEngine, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+KNOWN_TABLES = ("learner", "rollout_server")
+REFRESH_S = 1.0
+
+EXAMPLES = """\
+examples:
+  learner --max-staleness 2                          the demo model and task on this machine; prints how to join
+  learner --config run.toml --max-staleness 0        synchronous PPO
+  learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
+  learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
+
+A run directory that holds a checkpoint is resumed from it.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_learner(sys.argv[1:] if argv is None else argv)
+    configure_logging("learner")
+    return run_until_stopped(lambda: learn(config))
+
+
+def parse_learner(argv: list[str]) -> LearnerConfig:
+    return parse(LearnerConfig, argv, program="learner", table="learner", known_tables=KNOWN_TABLES, epilog=EXAMPLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The parts of a running learner."""
+
+    config: LearnerConfig
+    run: RunDirectory
+    settings: TrainSettings
+    engine: TrainEngine
+    training: DedicatedThread
+    checkpoints: CheckpointStore
+    events: EventLog
+    publisher: Publisher
+    coordinator: CoordinatorClient
+    coordinator_process: ChildProcess
+    tasks: asyncio.TaskGroup
+
+
+async def learn(config: LearnerConfig) -> int:
+    async with open_learner(config) as learner:
+        await open_run(learner)
+        await train(learner)
+        path = learner.run.huggingface / f"step-{learner.engine.version:06d}"
+        await learner.training.run(learner.engine.export_huggingface, path)
+        learner.events.emit("export", path=str(path))
+        logger.info("finished; the policy is in %s", path)
+        reason = f"{learner.engine.version} steps are trained"
+        await learner.coordinator.close_run(reason, learner.coordinator_process)
+    return 0
+
+
+@asynccontextmanager
+async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
+    """Everything that has to be there before the first batch; closed in reverse order, whatever happens."""
+    async with AsyncExitStack() as stack:
+        run = stack.enter_context(open_run_directory(config.run_dir.absolute()))
+        write_resolved(config, run.path / "learner.toml", table="learner")
+        events = EventLog(run.path / f"events-learner-{run.lineage}.jsonl", "learner")
+        stack.callback(events.close)
+        checkpoints = CheckpointStore(run.checkpoints, keep=config.keep_checkpoints)
+        checkpoint = checkpoints.latest()
+        training = DedicatedThread("training")
+        stack.callback(training.close)
+        settings = train_settings(config, await training.run(model_of, config, run))
+        keys = prepare_keys(config, run)
+        engine = await training.run(open_engine, settings, checkpoint)
+        publisher = await stack.enter_async_context(
+            open_publisher(
+                engine.snapshot_tensors(),
+                run_id=run.lineage_id,
+                listen=joining.weights_address(config),
+                keys=keys,
+                private_directory=run.private,
+            )
+        )
+        coordinator, process = await stack.enter_async_context(
+            open_coordinator(coordinator_settings(config, settings, run, keys), run.private)
+        )
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        background = [
+            tasks.create_task(coordinator.run()),
+            tasks.create_task(coordinator.watch(process)),
+            tasks.create_task(publisher.watch()),
+            tasks.create_task(announce_versions(publisher, coordinator)),
+        ]
+        yield Learner(
+            config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
+            events=events, publisher=publisher, coordinator=coordinator, coordinator_process=process, tasks=tasks,
+        )  # fmt: skip
+        for task in background:
+            task.cancel()
+
+
+def open_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
+    from learner.deepspeed_engine import open_deepspeed_engine  # takes seconds to import, and --help needs none of it
+
+    engine = open_deepspeed_engine(settings)
+    if checkpoint is not None:
+        engine.load(checkpoint.directory)
+        logger.info("resuming at version %d from %s", engine.version, checkpoint.directory)
+    return engine
+
+
+def prepare_keys(config: LearnerConfig, run: RunDirectory) -> ServerKeys | None:
+    """Keys are made when somebody on another machine could connect."""
+    if is_local(config.listen) and is_local(joining.weights_address(config)):
+        return None
+    keys = ensure_server_keys(run.keys, curve_keypair)
+    ensure_client_key(keys, joining.KEY_NAME, curve_keypair)
+    return keys
+
+
+async def open_run(learner: Learner) -> None:
+    """Open the run with the coordinator, and say how to join it."""
+    settings, checkpoint = learner.settings, learner.checkpoints.latest()
+    facts = await learner.training.run(model_facts, settings.model)
+    max_model_len = joining.checked_model_len(learner.config, facts.max_model_len)
+    address = await learner.coordinator.open_run(
+        messages.OpenRun(
+            version=learner.engine.version,
+            model_fingerprint=facts.model_fingerprint,
+            tokenizer_fingerprint=facts.tokenizer_fingerprint,
+            max_model_len=max_model_len,
+            vocab_size=facts.vocab_size,
+            dtype=settings.dtype,
+            weights_address=await learner.publisher.listening(),
+            frontier=checkpoint.state.frontier if checkpoint is not None else b"",
+        )
+    )
+    learner.run.remember_address(address)
+    logger.info("rollout servers join with:\n\n    %s\n", joining.join_command(learner.config, learner.run, address))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    max_model_len: int
+    vocab_size: int
+
+
+def model_facts(model: str) -> ModelFacts:
+    """What rollout servers must agree with; raises UserError when the tokenizer is missing."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model} has no tokenizer: {error}") from error
+    return ModelFacts(
+        fingerprint_model_config(config.to_dict()),
+        fingerprint_tokenizer(tokenizer),
+        int(getattr(config, "max_position_embeddings", 1 << 20)),
+        int(config.vocab_size),
+    )
+
+
+async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient) -> None:
+    async for version in publisher.ready_versions():
+        await coordinator.published(version)
+
+
+async def train(learner: Learner) -> None:
+    """The loop, with everything that watches it."""
+    config, events = learner.config, learner.events
+    progress = Progress(
+        total_steps=config.total_steps,
+        queue_groups=config.queue_capacity,
+        waited_s=lambda: learner.coordinator.waited_s,
+        status=lambda: learner.coordinator.status,
+    )
+    async with AsyncExitStack() as stack:
+        trackers = stack.enter_context(open_trackers(config, learner.run))
+        loop = LearnerLoop(
+            settings=learner.settings,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            engine=learner.engine,
+            training=learner.training,
+            coordinator=learner.coordinator,
+            publisher=learner.publisher,
+            checkpoints=learner.checkpoints,
+            events=events,
+            observers=[StepLog(events, trackers), progress],
+        )
+        if config.metrics_listen is not None:
+            measurements = lambda: measure(learner.engine, learner.publisher, learner.coordinator)  # noqa: E731
+            stack.enter_context(start_metrics_server(config.metrics_listen, measurements))
+        display = stack.enter_context(ProgressDisplay(progress, Console()))
+        refreshing = learner.tasks.create_task(refresh(display))
+        try:
+            await loop.run()
+        finally:
+            refreshing.cancel()
+
+
+async def refresh(display: ProgressDisplay) -> None:
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        display.refresh()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

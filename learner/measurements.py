@@ -1,0 +1,33 @@
+"""What Prometheus is told of a learner and, through its coordinator's status, of the whole run."""
+
+from collections.abc import Iterator
+
+from common.metrics import Measurement
+from learner.coordinator.client import CoordinatorClient
+from learner.publisher import Publisher
+from learner.training import TrainEngine
+
+
+def measure(engine: TrainEngine, publisher: Publisher, coordinator: CoordinatorClient) -> Iterator[Measurement]:
+    yield Measurement(name="policy_version", value=engine.version, help="optimizer steps completed")
+    yield Measurement(name="published_version", value=publisher.published_version, help="newest snapshot served")
+    yield Measurement(name="skipped_versions_total", value=publisher.skipped_versions, help="never published")
+    yield Measurement(name="batch_wait_seconds_total", value=coordinator.waited_s, help="the learner had no batch")
+    status = coordinator.status
+    if status is None:
+        return
+    for state in ("leased", "running", "queued", "trained", "expired"):
+        yield Measurement(name=f"groups_{state}", value=getattr(status, state), help="groups of this run, by state")
+    yield Measurement(name="queue_bytes", value=status.queued_bytes, help="bytes of queued groups")
+    for state in ("failed", "cancelled", "refused"):
+        for reason, count in getattr(status, state).items():
+            yield Measurement(
+                name=f"groups_{state}", value=count, help="groups of this run, by reason", labels={"reason": reason}
+            )
+    for server in status.servers:
+        labels = {"server": server.server}
+        yield Measurement(name="server_version", value=server.loaded_version, help="weights it has", labels=labels)
+        yield Measurement(
+            name="server_running_groups", value=server.running_groups, help="leases it has", labels=labels
+        )
+        yield Measurement(name="server_silent_seconds", value=server.silent_s, help="since last heard", labels=labels)

@@ -1,0 +1,79 @@
+"""From the one configuration to what each part needs to know: the seam between settings and parts."""
+
+from common.keys import ServerKeys
+from learner import joining
+from learner.algorithms import build_advantages, build_loss
+from learner.config import LearnerConfig
+from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.settings import CoordinatorSettings
+from learner.run_directory import RunDirectory
+from learner.training import TrainSettings
+
+
+def model_of(config: LearnerConfig, run: RunDirectory) -> str:
+    """The model to train; without one, the demo's, made in the run directory."""
+    if config.model is not None:
+        return config.model
+    from learner.demo.model import build_demo_model
+
+    directory = run.path / "demo-model"
+    if not (directory / "config.json").exists():
+        build_demo_model(directory, seed=config.seed)
+    return str(directory)
+
+
+def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
+    """Raises ValueError for an algorithm or a setting of it that does not exist."""
+    build_loss(config.loss, config.loss_setting)
+    build_advantages(config.advantage, config.advantage_setting)
+    return TrainSettings(
+        model=model,
+        critic_model=(config.critic_model or model) if config.advantage == "gae" else None,
+        dtype=config.dtype,
+        zero_stage=config.zero_stage,
+        learning_rate=config.learning_rate,
+        critic_learning_rate=config.critic_learning_rate,
+        lr_schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.total_steps,
+        adam_betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+        max_staleness=config.max_staleness,
+        loss=config.loss,
+        loss_settings=config.loss_setting,
+        advantage=config.advantage,
+        advantage_settings=config.advantage_setting,
+        seed=config.seed,
+    )
+
+
+def coordinator_settings(
+    config: LearnerConfig, settings: TrainSettings, run: RunDirectory, keys: ServerKeys | None
+) -> ServiceSettings:
+    rules = CoordinatorSettings(
+        groups_per_step=config.groups_per_step,
+        max_staleness=config.max_staleness,
+        queue_groups=config.queue_capacity,
+        queue_bytes=config.queue_bytes,
+        max_group_bytes=config.max_group_bytes,
+        max_task_failures=config.max_attempts,
+        server_timeout_s=config.server_timeout_s,
+    )
+    return ServiceSettings(
+        run_id=run.lineage_id,
+        learner_socket=f"ipc://{run.private}/coordinator",
+        listen=joining.listen_address(config, run),
+        rules=rules,
+        model=settings.model,
+        environment=config.environment,
+        prompts=config.data,
+        seed=config.seed,
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        keys=str(keys.directory) if keys is not None else "",
+        event_log=str(run.path / f"events-coordinator-{run.lineage}.jsonl"),
+    )
