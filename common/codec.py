@@ -146,7 +146,7 @@ def _checked_logprobs(logprobs: np.ndarray, loss_mask: np.ndarray, where: str) -
             f"{where}.behavior_logprobs: expected finite values, got {logprobs[~np.isfinite(logprobs)][0]}"
         )
     if logprobs.max() > LOGPROB_SLACK:
-        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {logprobs.max()}")
+        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {logprobs.max():g}")
     if logprobs[~loss_mask].any():
         raise ProtocolError(f"{where}.behavior_logprobs: expected 0 where no token was sampled")
     if logprobs.max() <= 0:

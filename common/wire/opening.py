@@ -27,6 +27,8 @@ RECEIVE_QUEUE_MESSAGES = 1_000  # per connection, and fewer if they are large:
 RECEIVE_QUEUE_BYTES = 64 << 20
 REMOTE_FRAME_BYTES = 256 << 20
 
+CURVE_OVERHEAD_BYTES = 33  # that encryption adds to a frame
+
 ZAP_DOMAIN = "countercurrent"
 REFUSAL_LOG_S = 10.0
 
@@ -47,7 +49,7 @@ async def open_router(address: str, *, max_frame_bytes: int, keys: ServerKeys | 
     check_path_is_free(address)
     with _open_context() as context, _authenticating(context, keys):
         socket = context.socket(zmq.ROUTER)
-        _set_options(socket, max_frame_bytes)
+        _set_options(socket, max_frame_bytes, encrypted=keys is not None)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             _set_key_pair(socket, keys)
@@ -82,7 +84,7 @@ async def open_dealer(
         max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
     with _open_context() as context:
         socket = context.socket(zmq.DEALER)
-        _set_options(socket, max_frame_bytes)
+        _set_options(socket, max_frame_bytes, encrypted=key is not None)
         # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
         socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -113,11 +115,11 @@ def _open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
         context.destroy(linger=LINGER_MS)
 
 
-def _set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int) -> None:
+def _set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int, *, encrypted: bool) -> None:
     queue_messages = RECEIVE_QUEUE_MESSAGES
-    if max_frame_bytes > 0:
-        queue_messages = min(queue_messages, max(2, RECEIVE_QUEUE_BYTES // max_frame_bytes))
-    socket.set(zmq.MAXMSGSIZE, max_frame_bytes)
+    if max_frame_bytes >= 0:
+        queue_messages = min(queue_messages, max(2, RECEIVE_QUEUE_BYTES // max(max_frame_bytes, 1)))
+        socket.set(zmq.MAXMSGSIZE, max_frame_bytes + (CURVE_OVERHEAD_BYTES if encrypted else 0))
     socket.set(zmq.LINGER, LINGER_MS)
     socket.set(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
     socket.set(zmq.RCVHWM, queue_messages)
