@@ -1,20 +1,15 @@
 """Opening sockets: their limits, their keys, and who is let in."""
 
-import logging
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 import zmq
-import zmq.auth.thread
 from zmq.utils import z85
 
-from common.keys import AllowList, ClientKey, KeyPair, ServerKeys
+from common.keys import ClientKey, KeyPair, ServerKeys
 from common.wire.addresses import WireError, check_address, check_path_is_free, is_local
+from common.wire.doorkeeper import ZAP_DOMAIN, start_doorkeeper
 from common.wire.sockets import Dealer, Router
-
-logger = logging.getLogger(__name__)
 
 HANDSHAKE_MS = 3_000
 HEARTBEAT_MS = 2_000
@@ -28,9 +23,6 @@ RECEIVE_QUEUE_BYTES = 64 << 20
 REMOTE_FRAME_BYTES = 256 << 20
 
 CURVE_OVERHEAD_BYTES = 33  # that encryption adds to a frame
-
-ZAP_DOMAIN = "countercurrent"
-REFUSAL_LOG_S = 10.0
 
 
 def curve_keypair() -> KeyPair:
@@ -47,15 +39,15 @@ async def open_router(address: str, *, max_frame_bytes: int, keys: ServerKeys | 
     """
     check_address(address, has_keys=keys is not None, where_keys_are="rollout servers need a key file from keys/")
     check_path_is_free(address)
-    with _open_context() as context, _authenticating(context, keys):
-        socket = context.socket(zmq.ROUTER)
+    with _open_context() as context, context.socket(zmq.ROUTER) as socket:
         _set_options(socket, max_frame_bytes, encrypted=keys is not None)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
+            start_doorkeeper(context, keys.directory)
             _set_key_pair(socket, keys)
             socket.set(zmq.CURVE_SERVER, 1)
-            socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
-            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without an authenticator nobody is let in, instead of everybody
+            socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorkeeper nobody is let in, instead of everybody
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
@@ -82,8 +74,7 @@ async def open_dealer(
     check_address(address, has_keys=key is not None, where_keys_are="give the key file the learner wrote, with --key")
     if max_frame_bytes is None:
         max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
-    with _open_context() as context:
-        socket = context.socket(zmq.DEALER)
+    with _open_context() as context, context.socket(zmq.DEALER) as socket:
         _set_options(socket, max_frame_bytes, encrypted=key is not None)
         # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
         socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -112,7 +103,7 @@ def _open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
     try:
         yield context
     finally:
-        context.destroy(linger=LINGER_MS)
+        context.term()  # waits for LINGER_MS at most, and ends the doorkeeper
 
 
 def _set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int, *, encrypted: bool) -> None:
@@ -134,43 +125,3 @@ def _set_key_pair(socket: "zmq.Socket[bytes]", pair: ServerKeys | ClientKey) -> 
         raise WireError(f"the public and the secret key of {pair} do not belong together; make new keys")
     socket.set(zmq.CURVE_PUBLICKEY, pair.public)
     socket.set(zmq.CURVE_SECRETKEY, pair.secret)
-
-
-class _Doorkeeper:
-    """pyzmq's credentials provider over our allow-list; called in the authenticator's thread."""
-
-    def __init__(self, directory: Path) -> None:
-        self._allowed = AllowList(directory)
-        self._refused = 0  # since they were last logged
-        self._logged_s = -REFUSAL_LOG_S
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        public = z85.decode(key)
-        if self._allowed.name_of(public) is not None:
-            return True
-        self._refused += 1
-        if time.monotonic() - self._logged_s >= REFUSAL_LOG_S:
-            logger.warning(
-                "refused %d connections; the last one's key, %s, is not on the allow-list %s",
-                self._refused,
-                public.hex()[:8],
-                self._allowed,
-            )
-            self._refused, self._logged_s = 0, time.monotonic()
-        return False
-
-
-@contextmanager
-def _authenticating(context: "zmq.Context[zmq.Socket[bytes]]", keys: ServerKeys | None) -> Iterator[None]:
-    if keys is None:
-        yield
-        return
-    log = logging.getLogger("zmq.auth")
-    log.setLevel(logging.ERROR)
-    authenticator = zmq.auth.thread.ThreadAuthenticator(context, log=log)
-    authenticator.start()
-    authenticator.configure_curve_callback(domain=ZAP_DOMAIN, credentials_provider=_Doorkeeper(keys.directory))
-    try:
-        yield
-    finally:
-        authenticator.stop()

@@ -5,10 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 
 import zmq
-from zmq.utils import z85
 
 from common.codec import Frame, Frames
 
@@ -79,8 +77,8 @@ class _Socket:
             self._writable.set()
 
     async def _wait_for_messages(self) -> list[list[zmq.Frame]]:
-        await asyncio.sleep(0)  # a socket that always has something must let others have a turn
         while True:
+            await asyncio.sleep(0)  # a socket that always has something must let others have a turn
             self._readable.clear()
             if messages := self._drain():
                 return messages
@@ -147,8 +145,9 @@ class Router(_Socket):
 
     def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
         routing_id, *body = frames
-        # The authenticator sets User-Id to the key that the peer has proven to hold.
-        key = _hex_key(str(routing_id.get("User-Id"))) if self._has_keys else ""
+        # The doorkeeper set User-Id to the key that the peer has proven to hold.
+        key = routing_id.get("User-Id") if self._has_keys else ""
+        assert isinstance(key, str)
         return Incoming(Peer(routing_id.bytes, key), _body(body))
 
     def send(self, peer: Peer, frames: Frames) -> SendResult:
@@ -157,11 +156,6 @@ class Router(_Socket):
         Frames of ZERO_COPY_BYTES or more are not copied: they must not change until the peer has them.
         """
         return self._send_now([peer.routing_id, *frames])
-
-
-@lru_cache(maxsize=4096)
-def _hex_key(z85_key: str) -> str:
-    return z85.decode(z85_key.encode()).hex()
 
 
 class Dealer(_Socket):
