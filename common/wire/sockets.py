@@ -179,7 +179,8 @@ class Dealer(_Socket):
 
     async def send(self, frames: Frames) -> None:
         """Waits until there is room. There is none while the router is away and the queue to it is full."""
-        while not self.try_send(frames):
+        while True:
             self._writable.clear()
-            self._look()
+            if self.try_send(frames):
+                return
             await self._writable.wait()

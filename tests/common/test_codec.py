@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -109,6 +110,11 @@ def header_of(*values: object) -> bytes:
 def test_a_header_that_no_correct_peer_sends_is_refused(header: bytes):
     with pytest.raises(ProtocolError, match=r"^header: "):
         a_decoder().decode([header, b""])
+
+
+def test_a_header_nested_too_deeply_is_refused_wherever_any_value_may_stand():
+    with pytest.raises(ProtocolError, match="header: maximum recursion depth exceeded"):
+        Decoder(list[Any], max_payload_bytes=0).decode([b"\x91" * 100_000, b""])
 
 
 def test_an_error_quotes_the_peer_briefly_and_without_control_characters():
