@@ -32,6 +32,7 @@ Frames = list[Frame]
 
 BYTES_PER_TOKEN = 4 + 4 + 1
 LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than this is no rounding
+MAX_QUOTED_CHARS = 200
 
 _WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, ChunkReply, SnapshotWritten)
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
@@ -65,10 +66,15 @@ class Decoder:
         try:
             message: Message = self._decoder.decode(header)
         except _DECODE_ERRORS as error:
-            raise ProtocolError(f"header: {error}") from error
+            raise ProtocolError(f"header: {_printable(str(error))}") from error
         if len(payload) and not isinstance(message, _WITH_PAYLOAD):
             raise ProtocolError(f"{type(message).__name__} carries no payload, got {len(payload)} bytes")
-        return message, memoryview(payload)
+        return message, memoryview(payload).toreadonly()
+
+
+def _printable(text: str) -> str:
+    """The peer's own words may be in it: no control characters and no long lines for our log."""
+    return "".join(character if character.isprintable() else "?" for character in text[:MAX_QUOTED_CHARS])
 
 
 def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
@@ -94,8 +100,9 @@ def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
 def unpack_groups(headers: Sequence[GroupHeader], payload: Frame) -> tuple[Group, ...]:
     """Groups whose halves are `headers` and `payload`; raises ProtocolError unless they fit each other exactly.
 
-    The arrays are read-only views of the payload wherever they can be.
+    The arrays are read-only, and views of the payload wherever they can be.
     """
+    payload = memoryview(payload).toreadonly()
     num_tokens = sum(trajectory.num_tokens for header in headers for trajectory in header.trajectories)
     if len(payload) != num_tokens * BYTES_PER_TOKEN:
         raise ProtocolError(
@@ -139,10 +146,14 @@ def _checked_logprobs(logprobs: np.ndarray, loss_mask: np.ndarray, where: str) -
             f"{where}.behavior_logprobs: expected finite values, got {logprobs[~np.isfinite(logprobs)][0]}"
         )
     if logprobs.max() > LOGPROB_SLACK:
-        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {logprobs.max()}")
+        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {logprobs.max():g}")
     if logprobs[~loss_mask].any():
         raise ProtocolError(f"{where}.behavior_logprobs: expected 0 where no token was sampled")
-    return np.minimum(logprobs, 0.0) if logprobs.max() > 0 else logprobs
+    if logprobs.max() <= 0:
+        return logprobs
+    rounded: np.ndarray = np.minimum(logprobs, np.float32(0))
+    rounded.setflags(write=False)
+    return rounded
 
 
 def _token_versions(header: TrajectoryHeader, loss_mask: np.ndarray, where: str) -> np.ndarray:
@@ -155,6 +166,7 @@ def _token_versions(header: TrajectoryHeader, loss_mask: np.ndarray, where: str)
         raise ProtocolError(f"{where}.version_runs: expected to cover {num_sampled} sampled tokens, got {sum(lengths)}")
     token_versions = np.full(loss_mask.size, NOT_SAMPLED, np.int32)
     token_versions[loss_mask] = np.repeat(np.array(versions, np.int32), lengths)
+    token_versions.setflags(write=False)
     return token_versions
 
 

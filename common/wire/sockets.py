@@ -1,0 +1,186 @@
+"""Router and Dealer: ZeroMQ sockets in an event loop, drained without blocking when their descriptor fires."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import zmq
+
+from common.codec import Frame, Frames
+
+DRAIN_LIMIT = 64  # messages per turn, so that one busy socket does not starve the event loop
+DRAIN_BYTES = 16 << 20
+LOOK_ANYWAY_S = 1.0
+ZERO_COPY_BYTES = 1 << 16  # below this, copying is cheaper than sharing
+
+
+class SendResult(Enum):
+    SENT = "sent"
+    FULL = "full"  # the peer takes nothing more at the moment
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of one connection. Its identity is its key; the routing id only says where to send."""
+
+    routing_id: bytes
+    key: str  # public key in hexadecimal, proven; empty on a local socket without keys
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    peer: Peer
+    frames: Frames
+
+
+class _Socket:
+    """A ZeroMQ socket in an event loop.
+
+    The descriptor is edge-triggered: it says once that something changed, in either direction, and any call on the
+    socket may swallow that. So the state is looked up after every call, and once a second in any case.
+    """
+
+    _frames_per_message: int
+
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str) -> None:
+        self._socket = socket
+        self._readable = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._parts: list[zmq.Frame] = []  # of a message that is being received
+        self.address = address
+        self.malformed = 0  # messages dropped for their number of frames
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}, {self.malformed} malformed>"
+
+    def attach(self) -> None:
+        asyncio.get_running_loop().add_reader(self._socket.FD, self._look)
+        self._look_anyway()
+
+    def detach(self) -> None:
+        self._watchdog.cancel()
+        asyncio.get_running_loop().remove_reader(self._socket.FD)
+
+    def _look_anyway(self) -> None:
+        self._look()
+        self._watchdog = asyncio.get_running_loop().call_later(LOOK_ANYWAY_S, self._look_anyway)
+
+    def _look(self) -> None:
+        events = self._socket.get(zmq.EVENTS)
+        assert isinstance(events, int)
+        if events & zmq.POLLIN:
+            self._readable.set()
+        if events & zmq.POLLOUT:
+            self._writable.set()
+
+    async def _wait_for_messages(self) -> list[list[zmq.Frame]]:
+        while True:
+            await asyncio.sleep(0)  # a socket that always has something must let others have a turn
+            self._readable.clear()
+            if messages := self._drain():
+                return messages
+            await self._readable.wait()
+
+    def _drain(self) -> list[list[zmq.Frame]]:
+        """What can be received without waiting, up to DRAIN_LIMIT messages' worth of frames and about DRAIN_BYTES.
+
+        Of a message with too many frames only what is needed to recognise it is kept.
+        """
+        messages: list[list[zmq.Frame]] = []
+        num_bytes = 0
+        for _ in range(DRAIN_LIMIT * self._frames_per_message):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            if len(self._parts) <= self._frames_per_message:
+                self._parts.append(frame)
+            if frame.more:
+                continue
+            if len(self._parts) == self._frames_per_message:
+                messages.append(self._parts)
+            else:
+                self.malformed += 1
+            self._parts = []
+            num_bytes += len(frame)
+            if num_bytes >= DRAIN_BYTES:
+                break
+        self._look()
+        return messages
+
+    def _send_now(self, frames: Sequence[Frame]) -> SendResult:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=all(len(f) < ZERO_COPY_BYTES for f in frames))
+        except zmq.Again:
+            return SendResult.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return SendResult.GONE
+            raise
+        finally:
+            if not self._readable.is_set():
+                self._look()
+        return SendResult.SENT
+
+
+def _body(frames: Sequence[zmq.Frame]) -> Frames:
+    return [frame.buffer if len(frame) >= ZERO_COPY_BYTES else frame.bytes for frame in frames]
+
+
+class Router(_Socket):
+    """Binds, and talks to every peer that connects."""
+
+    _frames_per_message = 3  # routing id, header, payload
+
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, *, has_keys: bool) -> None:
+        super().__init__(socket, address)
+        self._has_keys = has_keys
+
+    async def receive(self) -> list[Incoming]:
+        """What has arrived: at least one message, at most DRAIN_LIMIT."""
+        return [self._incoming(frames) for frames in await self._wait_for_messages()]
+
+    def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
+        routing_id, *body = frames
+        # The doorkeeper set User-Id to the key that the peer has proven to hold.
+        key = routing_id.get("User-Id") if self._has_keys else ""
+        assert isinstance(key, str)
+        return Incoming(Peer(routing_id.bytes, key), _body(body))
+
+    def send(self, peer: Peer, frames: Frames) -> SendResult:
+        """Hands the message to ZeroMQ or says why not; never waits, never queues.
+
+        Frames of ZERO_COPY_BYTES or more are not copied: they must not change until the peer has them.
+        """
+        return self._send_now([peer.routing_id, *frames])
+
+
+class Dealer(_Socket):
+    """Connects to one router; reconnects by itself when the connection breaks."""
+
+    _frames_per_message = 2  # header, payload
+
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str) -> None:
+        super().__init__(socket, address)
+        self._received: deque[list[zmq.Frame]] = deque()
+
+    async def receive(self) -> Frames:
+        """The next message."""
+        if not self._received:
+            self._received.extend(await self._wait_for_messages())
+        return _body(self._received.popleft())
+
+    def try_send(self, frames: Frames) -> bool:
+        """False when the router takes nothing more at the moment. Large frames are not copied, as in Router.send."""
+        return self._send_now(frames) is SendResult.SENT
+
+    async def send(self, frames: Frames) -> None:
+        """Waits until there is room. There is none while the router is away and the queue to it is full."""
+        while True:
+            self._writable.clear()
+            if self.try_send(frames):
+                return
+            await self._writable.wait()
