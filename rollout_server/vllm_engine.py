@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -13,10 +12,9 @@ import numpy as np
 from common.snapshot import NO_VERSION
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.model_tensors import check_snapshot, expected_shapes
-from rollout_server.vllm_start import VllmSettings, start_vllm
+from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
 MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
-SHUTDOWN_S = 2.0
 
 
 @asynccontextmanager
@@ -25,30 +23,28 @@ async def open_vllm_engine(settings: VllmSettings) -> AsyncIterator["VllmEngine"
 
     It generates only after the first load_weights. Raises ValueError for a model or a setting that vLLM refuses.
     """
-    with ThreadPoolExecutor(1, "vllm") as thread:
-        starting = asyncio.get_running_loop().run_in_executor(thread, start_vllm, settings)
-        try:
-            llm = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.wait([starting])  # it cannot be interrupted; left alone it would leave its processes
-            if starting.exception() is None:
-                starting.result().shutdown(SHUTDOWN_S)
-            raise
-        engine = VllmEngine(llm, settings, thread)
-        try:
-            yield engine
-        finally:
-            await engine.close()
+    starting = asyncio.ensure_future(asyncio.to_thread(start_vllm, settings))
+    try:
+        llm = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])  # it cannot be interrupted; left alone it would leave its processes
+        if starting.exception() is None:
+            await stop_vllm(starting.result())
+        raise
+    engine = VllmEngine(llm, settings)
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 class VllmEngine:
     """InferenceEngine on a running AsyncLLM; made by open_vllm_engine."""
 
-    def __init__(self, llm: Any, settings: VllmSettings, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, llm: Any, settings: VllmSettings) -> None:
         self._llm = llm
         self._model = settings.model
         self.clear_cache = settings.clear_cache
-        self._thread = thread
         model_config = llm.model_config
         self.vocab_size: int = model_config.get_vocab_size()
         self.max_model_len: int = model_config.max_model_len
@@ -162,7 +158,7 @@ class VllmEngine:
         self._refusal = "the engine is closed"
         self._open.set()
         await self._llm.abort(self._running)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.shutdown, SHUTDOWN_S)
+        await stop_vllm(self._llm)
 
     async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str) -> Any:
         """vLLM's final output for one prompt."""

@@ -4,6 +4,7 @@ vLLM reads its environment when it is imported and again when it starts. It is t
 after the environment is set, and not with the module.
 """
 
+import asyncio
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 CPU_KV_CACHE_BYTES = 256 << 20
+SHUTDOWN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,14 @@ def start_vllm(settings: VllmSettings) -> Any:
         if on_cpu:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # making the config has set "spawn": seconds slower
         return QuietAsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+async def stop_vllm(llm: Any) -> None:
+    """End the processes of an AsyncLLM; generate() calls that still run would never return."""
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
+    context = llm.engine_core.ctx
+    if all(socket.closed for socket in context._sockets):
+        context._shadow_obj.term()  # vLLM leaves it, with its threads, to the garbage collector
 
 
 def _prepare_environment(settings: VllmSettings, *, on_cpu: bool) -> None:

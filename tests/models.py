@@ -38,6 +38,8 @@ def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -
         for name, parameter in model.named_parameters():
             spread = 0.5 if "layernorm" in name or "norm" in name else LOGIT_SPREAD / parameter.shape[-1] ** 0.5
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=spread / 4)
+        # Their logits are 0: completions do end, but in hundreds of tokens and not in dozens.
+        model.get_output_embeddings().weight.data[[EOS_ID, SECOND_EOS_ID]] = 0.0
     return model.to(dtype).eval()
 
 
