@@ -102,7 +102,6 @@ class VllmEngine:
             max_tokens=1,
             prompt_logprobs=0,
             flat_logprobs=True,
-            skip_reading_prefix_cache=True,  # a cached prefix has no log-probabilities
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,

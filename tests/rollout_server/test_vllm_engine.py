@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from common.snapshot import NO_VERSION, SnapshotError
 from rollout_server import vllm_engine
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
 from rollout_server.vllm_engine import open_vllm_engine, token_versions
-from tests.models import EOS_ID, SECOND_EOS_ID, VOCAB_SIZE, forward_logprobs, save_tiny_model
+from tests.models import END_IDS, FIRST_WORD_ID, VOCAB_SIZE, forward_logprobs, save_tiny_model
 from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine, tiny_settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -23,7 +25,7 @@ TEMPERATURE = 0.8
 
 
 def a_prompt(num_tokens: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(4, VOCAB_SIZE, num_tokens, dtype=np.int32)
+    return np.random.default_rng(seed).integers(FIRST_WORD_ID, VOCAB_SIZE, num_tokens, dtype=np.int32)
 
 
 def a_sampling(seed: int = 0, max_new_tokens: int = 40, temperature: float = TEMPERATURE) -> Sampling:
@@ -108,7 +110,7 @@ async def test_a_completion_terminates_at_any_end_token_and_is_truncated_otherwi
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(live.engine.generate(a_prompt(8, s), a_sampling(s, 60), "e")) for s in range(160)]
     completions = [task.result() for task in running]
-    ends = {EOS_ID, SECOND_EOS_ID}
+    ends = set(END_IDS)
     for completion in completions:
         assert not ends & set(completion.token_ids[:-1].tolist())
         assert completion.terminated == (int(completion.token_ids[-1]) in ends)
@@ -185,18 +187,24 @@ async def test_after_a_failed_update_nothing_is_generated_until_one_succeeds(
     live: LiveEngine, monkeypatch: pytest.MonkeyPatch
 ):
     await live.load_next()
-    broken = live.next_snapshot()
+    snapshot = live.next_snapshot()
     cut = live.directory / "cut"
-    cut.write_bytes(broken.path.read_bytes()[:-100])
-    with monkeypatch.context() as patch:
-        patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
-        with pytest.raises(EngineError, match=f"snapshot {broken.manifest.version} cannot be applied"):
-            await live.engine.load_weights(LocalSnapshot(manifest=broken.manifest, path=cut))
-    with pytest.raises(EngineError, match="not applied completely"):
-        await live.engine.generate(a_prompt(9), a_sampling(), "a")
-    await live.engine.load_weights(broken)
-    completion = await live.engine.generate(a_prompt(9), a_sampling(), "a")
-    assert logprob_error(live, a_prompt(9), completion) < TOLERANCE
+    cut.write_bytes(snapshot.path.read_bytes()[:-100])
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(live.engine.generate(a_prompt(9, 1), a_sampling(1, 300), "running"))
+        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
+            with pytest.raises(EngineError, match=f"snapshot {snapshot.manifest.version} cannot be applied"):
+                await live.engine.load_weights(LocalSnapshot(manifest=snapshot.manifest, path=cut))
+        with pytest.raises(EngineError, match="not applied completely"):
+            await live.engine.generate(a_prompt(9), a_sampling(), "refused")
+        assert not running.done()
+        await live.engine.load_weights(snapshot)
+        after = await live.engine.generate(a_prompt(9), a_sampling(), "after")
+    assert logprob_error(live, a_prompt(9), after) < TOLERANCE
+    assert logprob_error(live, a_prompt(9, 1), running.result()) < TOLERANCE
+    assert len(set(running.result().token_versions.tolist())) == 2
 
 
 async def test_a_call_during_an_update_waits_and_is_sampled_by_the_new_weights(live: LiveEngine):
@@ -285,6 +293,29 @@ async def test_opening_can_be_cancelled_and_leaves_no_process(tmp_path):
     assert child_pids() == before
 
 
+async def test_a_killed_server_leaves_no_engine_behind(tmp_path):
+    program = f"""
+import asyncio, os, signal
+from rollout_server.vllm_engine import open_vllm_engine
+from rollout_server.vllm_start import VllmSettings
+
+async def main():
+    async with open_vllm_engine(VllmSettings(model={str(save_tiny_model(tmp_path, tied=True))!r})) as engine:
+        print(*engine.process_ids(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+    with (tmp_path / "output").open("w+") as output:
+        server = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=output)
+        async with asyncio.timeout(60):
+            assert await server.wait() == -signal.SIGKILL
+        pid = int((tmp_path / "output").read_text().split()[-1])
+    async with asyncio.timeout(5):
+        while is_alive(pid):  # noqa: ASYNC110 (it is nobody's child that could be waited for)
+            await asyncio.sleep(0.01)
+
+
 async def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path):
     with pytest.raises((ValueError, OSError), match="no-such-model"):
         async with open_vllm_engine(tiny_settings(tmp_path / "no-such-model")):
@@ -310,7 +341,7 @@ def child_pids() -> set[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
         return False
-    return True
+    return state not in "ZX"
