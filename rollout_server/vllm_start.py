@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from rollout_server.model_tensors import checkpoint_dtype
+
 CPU_KV_CACHE_BYTES = 256 << 20
 SHUTDOWN_S = 2.0
 
@@ -22,7 +24,7 @@ class VllmSettings:
     """How to run vLLM. None means: what suits the machine."""
 
     model: str  # directory or Hugging Face name; only config and tokenizer are read, weights come from snapshots
-    dtype: str = "auto"  # of weights and activations; "auto" is what the model's config says
+    dtype: str = "auto"  # of weights and activations; "auto" is what the model's config says (vLLM would halve it)
     max_model_len: int | None = None  # prompt and completion together; None is what the model can do
     max_num_seqs: int = 256  # requests that run at once; more wait in vLLM's queue
     kv_cache_bytes: int | None = None  # on GPU None leaves it to gpu_memory_utilization
@@ -94,7 +96,7 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
 
     config = AsyncEngineArgs(
         model=settings.model,
-        dtype=settings.dtype,
+        dtype=checkpoint_dtype(settings.model) if settings.dtype == "auto" else settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         kv_cache_memory_bytes=settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
@@ -106,6 +108,8 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         # Log-probabilities of the distribution sampled from; and it is the whole one, whatever the model suggests.
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
+        # A seeded request whose prompt is computed in parts kills vLLM on CPU: it rewinds a generator that cannot be.
+        enable_chunked_prefill=False if on_cpu else None,
         enable_prefix_caching=True,
         worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
         disable_log_stats=True,

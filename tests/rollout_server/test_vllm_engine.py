@@ -97,6 +97,20 @@ async def test_the_same_seed_samples_the_same_tokens_alone_and_in_a_batch(live: 
     assert len({tuple(task.result().token_ids.tolist()) for task in batch}) > 8
 
 
+async def test_seeds_hold_when_more_prompts_wait_than_one_step_takes(live: LiveEngine):
+    await live.load_next()
+    prompts = [a_prompt(MAX_MODEL_LEN - 30 - i, seed=i) for i in range(24)]
+    async with asyncio.TaskGroup() as tasks:
+        batch = [tasks.create_task(live.engine.generate(p, a_sampling(9, 12), "p")) for p in prompts]
+        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=4), "clock")
+        await live.load_next()  # all prompts are computed once more
+    for prompt, task in zip(prompts, batch, strict=True):
+        assert logprob_error(live, prompt, task.result()) < TOLERANCE
+        alone = await live.engine.generate(prompt, a_sampling(9, 12), "alone")
+        if task.result().token_versions.min() == live.engine.loaded_version:
+            assert task.result().token_ids.tolist() == alone.token_ids.tolist()
+
+
 async def test_the_whole_distribution_is_sampled_whatever_the_models_generation_config_suggests(live: LiveEngine):
     await live.load_next()  # generation_config.json says top_k=4, top_p=0.3 and a repetition penalty
     prompt = a_prompt(12)
