@@ -57,8 +57,9 @@ def bare_contender(engine: VllmEngine, *, output_kind: str, flat_logprobs: bool)
             detokenize=False,
             output_kind=RequestOutputKind[output_kind],
         )
+        prompt = {"type": "token", "prompt_token_ids": prompt_ids.tolist()}
         num_tokens = 0
-        async for output in engine._llm.generate({"prompt_token_ids": prompt_ids.tolist()}, params, request_id):
+        async for output in engine._llm.generate(prompt, params, request_id):
             num_tokens += len(output.outputs[0].token_ids)
         return num_tokens
 
@@ -83,29 +84,33 @@ async def compare(arguments: argparse.Namespace, directory: Path) -> float:
     """Median over the pairs of ours over bare, in tokens per second."""
     save_tiny_model(directory / "model", tied=True)
     settings = VllmSettings(model=str(directory / "model"), max_num_seqs=arguments.batch)
-    ratios: list[float] = []
+    rates: dict[str, list[float]] = {"bare": [], "engine": []}
+    cpu_us: dict[str, list[float]] = {"bare": [], "engine": []}
     async with open_vllm_engine(settings) as engine:
         manifest = write_snapshot(directory / "snapshot", a_tiny_model(1, tied=True), version=1)
         await engine.load_weights(LocalSnapshot(manifest=manifest, path=directory / "snapshot"))
         bare = bare_contender(engine, output_kind=arguments.bare, flat_logprobs=not arguments.bare_dicts)
         contenders = {"bare": bare, "engine": engine_contender(engine)}
         for pair in range(-1, arguments.pairs):  # the first warms up
-            rate: dict[str, float] = {}
             for name in sorted(contenders, reverse=pair % 2 == 1):
                 wall_s, cpu_s, tokens = await measure(
                     contenders[name], batch=arguments.batch, new_tokens=arguments.new_tokens, turn=pair + 1
                 )
-                rate[name] = tokens / wall_s
-                print(f"pair {pair:2} {name:7} {tokens} tokens, {rate[name]:8.0f} tokens/s, {cpu_s:.3f} s CPU here")
-            if pair >= 0:
-                ratios.append(rate["engine"] / rate["bare"])
-    print(f"ratios {' '.join(f'{ratio:.3f}' for ratio in sorted(ratios))}")
+                if pair >= 0:
+                    rates[name].append(tokens / wall_s)
+                    cpu_us[name].append(cpu_s / tokens * 1e6)
+    for name in contenders:
+        rate, cpu = statistics.median(rates[name]), statistics.median(cpu_us[name])
+        print(f"{name:7} median {rate:8.0f} tokens/s, {cpu:5.1f} us of this process's CPU per token")
+    ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["bare"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"{len(ratios)} pairs, half of the ratios between {low:.3f} and {high:.3f}")
     return statistics.median(ratios)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--bare", choices=["DELTA", "FINAL_ONLY"], default="FINAL_ONLY", help="how the bare side reads")
