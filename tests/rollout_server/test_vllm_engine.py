@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -183,9 +184,7 @@ async def test_a_snapshot_of_another_model_is_refused_and_leaves_the_engine_as_i
         ((flat, *tensors[1:]), "has shape"),
         ((*tensors[:3], halved, *tensors[4:]), "is bfloat16, the engine runs in float32"),
     ]:
-        manifest = type(whole.manifest)(
-            run_id="test", version=99, tensors=wrong, num_bytes=0, chunk_bytes=1, chunk_digests=(), digest=b""
-        )
+        manifest = msgspec.structs.replace(whole.manifest, tensors=wrong)
         with pytest.raises(SnapshotError, match=complaint):
             await live.engine.load_weights(LocalSnapshot(manifest=manifest, path=whole.path))
     truncated = live.directory / "truncated"
@@ -197,20 +196,24 @@ async def test_a_snapshot_of_another_model_is_refused_and_leaves_the_engine_as_i
     assert logprob_error(live, a_prompt(9), completion) < TOLERANCE
 
 
+@pytest.mark.parametrize("lacking", ["bytes", "a tensor"])
 async def test_after_a_failed_update_nothing_is_generated_until_one_succeeds(
-    live: LiveEngine, monkeypatch: pytest.MonkeyPatch
+    live: LiveEngine, lacking: str, monkeypatch: pytest.MonkeyPatch
 ):
     await live.load_next()
     snapshot = live.next_snapshot()
-    cut = live.directory / "cut"
-    cut.write_bytes(snapshot.path.read_bytes()[:-100])
+    broken = LocalSnapshot(manifest=snapshot.manifest, path=live.directory / "cut")
+    broken.path.write_bytes(snapshot.path.read_bytes()[:-100])
+    if lacking == "a tensor":
+        manifest = msgspec.structs.replace(snapshot.manifest, tensors=snapshot.manifest.tensors[:-1])
+        broken = LocalSnapshot(manifest=manifest, path=snapshot.path)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(live.engine.generate(a_prompt(9, 1), a_sampling(1, 300), "running"))
         await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
         with monkeypatch.context() as patch:
             patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
             with pytest.raises(EngineError, match=f"snapshot {snapshot.manifest.version} cannot be applied"):
-                await live.engine.load_weights(LocalSnapshot(manifest=snapshot.manifest, path=cut))
+                await live.engine.load_weights(broken)
         with pytest.raises(EngineError, match="not applied completely"):
             await live.engine.generate(a_prompt(9), a_sampling(), "refused")
         assert not running.done()
@@ -238,7 +241,7 @@ async def test_cancelling_a_generate_aborts_it_in_the_engine(live: LiveEngine):
         await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
         running.cancel()
     assert running.cancelled()
-    assert "0 running" in repr(live.engine)
+    assert "0 calls" in repr(live.engine)
     assert live.engine._llm.get_num_unfinished_requests() == 0
 
 
@@ -296,15 +299,39 @@ async def test_a_stalled_engine_fails_its_health_check_and_a_killed_one_fails_wh
             await call
 
 
+async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEngine):
+    await disposable.load_next()
+    (pid,) = disposable.engine.process_ids()
+    os.kill(pid, signal.SIGINT)  # as a terminal sends it to the whole group: no reason to end
+    await disposable.engine.check_health(timeout_s=5)
+    os.kill(pid, signal.SIGSTOP)
+    calls = [
+        asyncio.ensure_future(call)
+        for call in (
+            disposable.engine.generate(a_prompt(9), a_sampling(), "r"),
+            disposable.engine.check_health(60),
+            disposable.load_next(),
+            disposable.engine.generate(a_prompt(9), a_sampling(), "waits for the update"),
+            disposable.engine.token_logprobs(a_prompt(9)),
+        )
+    ]
+    async with asyncio.timeout(10):
+        await asyncio.wait(calls, timeout=0.1)
+        await disposable.engine.close()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+    assert not is_alive(pid)
+
+
 async def test_opening_can_be_cancelled_and_leaves_no_process(tmp_path):
     before = child_pids()
     opening = asyncio.ensure_future(open_vllm_engine(tiny_settings(save_tiny_model(tmp_path, tied=True))).__aenter__())
-    while child_pids() == before:  # noqa: ASYNC110 (nobody tells of a new child)
+    while not child_pids() - before:  # noqa: ASYNC110 (nobody tells of a new child)
         await asyncio.sleep(0.01)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    assert child_pids() == before
+    assert not child_pids() - before
 
 
 async def test_a_killed_server_leaves_no_engine_behind(tmp_path):
