@@ -80,8 +80,17 @@ def merge(intervals: Intervals) -> Intervals:
 
 def intersect(first: Intervals, second: Intervals) -> Intervals:
     """Moments that lie in both; each argument disjoint and in order, as merge() returns it."""
-    both = [(max(a, c), min(b, d)) for a, b in first for c, d in second if max(a, c) < min(b, d)]
-    return merge(both)
+    both: Intervals = []
+    i = j = 0
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < end:
+            both.append((start, end))
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return both
 
 
 def length_s(intervals: Intervals) -> float:

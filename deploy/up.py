@@ -3,11 +3,10 @@
 import asyncio
 import logging
 import socket
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.lifecycle import ChildProcess
+from common.lifecycle import EXIT_USER_ERROR, ChildProcess, UserError
 from learner.config import LearnerConfig
 
 logger = logging.getLogger(__name__)
@@ -37,18 +36,15 @@ async def up(plan: RunPlan) -> int:
     """Runs until the learner ends; returns its exit code. A rollout server that dies is started again."""
     address = f"tcp://127.0.0.1:{a_free_port()}"
     plan.learner.run_dir.mkdir(parents=True, exist_ok=True)
-    async with AsyncExitStack() as stack:
-        flags = ["--config", str(plan.config), "--listen", address, *plan.learner_flags]
-        learner = await stack.enter_async_context(ChildProcess.run_module("learner", *flags))
-        async with asyncio.TaskGroup() as tasks:
-            servers = [
-                tasks.create_task(keep_rollout_server(plan, index, address))
-                for index in range(plan.num_rollout_servers)
-            ]
-            code = await learner.wait()
-            _, pending = await asyncio.wait(servers, timeout=FAREWELL_S)
-            for server in pending:
-                server.cancel()
+    flags = ["--config", str(plan.config), "--listen", address, *plan.learner_flags]
+    async with ChildProcess.run_module("learner", *flags) as learner, asyncio.TaskGroup() as tasks:
+        servers = [
+            tasks.create_task(keep_rollout_server(plan, index, address)) for index in range(plan.num_rollout_servers)
+        ]
+        code = await learner.wait()
+        _, pending = await asyncio.wait(servers, timeout=FAREWELL_S)
+        for server in pending:
+            server.cancel()
     return code
 
 
@@ -65,6 +61,13 @@ async def keep_rollout_server(plan: RunPlan, index: int, address: str) -> None:
             code = await server.wait()
         if code == 0:
             return
+        if code == EXIT_USER_ERROR:
+            raise UserError(f"rollout server {index} cannot run: {last_line(log)}")
         logger.warning("rollout server %d ended with exit code %d; %s says why", index, code, log)
         await asyncio.sleep(RESTART_PAUSE_S)
-    raise RuntimeError(f"rollout server {index} died {MAX_RESTARTS + 1} times; {log} says why")
+    raise UserError(f"rollout server {index} died {MAX_RESTARTS + 1} times; {log} says why")
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"{log} is empty"

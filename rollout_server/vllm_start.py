@@ -111,9 +111,6 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         # A seeded request whose prompt is computed in parts kills vLLM on CPU: it rewinds a generator that cannot be.
         enable_chunked_prefill=False if on_cpu else None,
         enable_prefix_caching=True,
-        # A prompt computed in parts has its seeded generator rolled back after each, which fails on CPU and ends the
-        # engine; and after a weight update every running request is computed anew at once.
-        enable_chunked_prefill=None if not on_cpu else False,
         worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
         disable_log_stats=True,
     ).create_engine_config()

@@ -277,7 +277,7 @@ async def test_cancelling_a_run_ends_its_episodes(tmp_path):
     async with asyncio.TaskGroup() as tasks:
         run = tasks.create_task(runner.run(a_lease()))
         async with asyncio.timeout(5):
-            while len(environment.texts) < 4:  # noqa: ASYNC110 - each lap is one lap of the engine
+            while len(environment.texts) < 4:
                 await asyncio.sleep(0)
         assert (environment.num_open, runner.num_running) == (4, 1)
         run.cancel()

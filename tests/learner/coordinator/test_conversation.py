@@ -76,6 +76,8 @@ def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample()
         model="tiny",
         model_fingerprint="model-1",
         tokenizer_fingerprint="tokenizer-1",
+        dtype="float32",
+        environment="python:tasks:environment",
         max_model_len=16,
         max_new_tokens=8,
         temperature=1.0,

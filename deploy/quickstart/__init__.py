@@ -1,0 +1,1 @@
+"""The quickstart: the demo run from nothing to a picture."""
