@@ -48,6 +48,7 @@ def run_until_stopped(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
     process at once. Returns main's own code, 128 + signal when stopped by one, 2 for a UserError, 1 for a crash.
     """
     received: list[signal.Signals] = []
+    os.register_at_fork(after_in_child=_forget_signal_handling)
     try:
         return uvloop.run(_cancel_on_signal(main, received))
     except asyncio.CancelledError:
@@ -76,6 +77,13 @@ async def _cancel_on_signal(main: Callable[[], Coroutine[Any, Any, int]], receiv
     for watched in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(watched, stop, watched)
     return await main()
+
+
+def _forget_signal_handling() -> None:
+    """A forked child shares the pipe that wakes this event loop: without this, its signals would be taken for ours."""
+    signal.set_wakeup_fd(-1)
+    for watched in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(watched, signal.SIG_DFL)
 
 
 def _user_errors(error: BaseException) -> list[UserError]:

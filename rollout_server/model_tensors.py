@@ -19,6 +19,11 @@ def expected_shapes(model: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
+def checkpoint_dtype(model: str) -> str:
+    """The type that the model's config declares for its weights, such as "bfloat16"."""
+    return str(AutoConfig.from_pretrained(model).dtype or torch.float32).removeprefix("torch.")
+
+
 def check_snapshot(snapshot: LocalSnapshot, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
     """Raises SnapshotError unless the snapshot holds every parameter of the model, and nothing else.
 
@@ -38,7 +43,7 @@ def check_snapshot(snapshot: LocalSnapshot, shapes: Mapping[str, tuple[int, ...]
             )
         if tensor.dtype != dtype:
             raise SnapshotError(
-                f"{where}: {tensor.name} is {tensor.dtype}, the engine runs in {dtype}; publish in the engine's type"
+                f"{where}: {tensor.name} is {tensor.dtype}, the engine runs in {dtype}; they must be the same"
             )
     if (num_bytes := snapshot.path.stat().st_size) != manifest.num_bytes:
         raise SnapshotError(f"{where} has {manifest.num_bytes} bytes, {snapshot.path} has {num_bytes}; pull it again")

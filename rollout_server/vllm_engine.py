@@ -1,11 +1,9 @@
 """VllmEngine: the InferenceEngine on vLLM's AsyncLLM. Only the vllm_*.py files name vllm."""
 
 import asyncio
-import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,9 @@ import numpy as np
 from common.snapshot import NO_VERSION
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.model_tensors import check_snapshot, expected_shapes
-from rollout_server.vllm_start import VllmSettings, start_vllm
+from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
 MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
-SHUTDOWN_S = 2.0
 
 
 @asynccontextmanager
@@ -25,30 +22,28 @@ async def open_vllm_engine(settings: VllmSettings) -> AsyncIterator["VllmEngine"
 
     It generates only after the first load_weights. Raises ValueError for a model or a setting that vLLM refuses.
     """
-    with ThreadPoolExecutor(1, "vllm") as thread:
-        starting = asyncio.get_running_loop().run_in_executor(thread, start_vllm, settings)
-        try:
-            llm = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await asyncio.wait([starting])  # it cannot be interrupted; left alone it would leave its processes
-            if starting.exception() is None:
-                starting.result().shutdown(SHUTDOWN_S)
-            raise
-        engine = VllmEngine(llm, settings, thread)
-        try:
-            yield engine
-        finally:
-            await engine.close()
+    starting = asyncio.ensure_future(asyncio.to_thread(start_vllm, settings))
+    try:
+        llm = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])  # it cannot be interrupted; left alone it would leave its processes
+        if starting.exception() is None:
+            await stop_vllm(starting.result())
+        raise
+    engine = VllmEngine(llm, settings)
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 class VllmEngine:
     """InferenceEngine on a running AsyncLLM; made by open_vllm_engine."""
 
-    def __init__(self, llm: Any, settings: VllmSettings, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, llm: Any, settings: VllmSettings) -> None:
         self._llm = llm
         self._model = settings.model
         self.clear_cache = settings.clear_cache
-        self._thread = thread
         model_config = llm.model_config
         self.vocab_size: int = model_config.get_vocab_size()
         self.max_model_len: int = model_config.max_model_len
@@ -56,8 +51,7 @@ class VllmEngine:
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._shapes = expected_shapes(settings.model)
         self._eos_ids = _eos_ids(model_config.hf_config)
-        self._request_numbers = itertools.count()
-        self._running: set[str] = set()
+        self._calls: set[asyncio.Timeout] = set()  # of vLLM, in flight
         self._updating = asyncio.Lock()  # held while weights are replaced
         self._open = asyncio.Event()  # cleared while weights are replaced
         self._open.set()
@@ -66,7 +60,7 @@ class VllmEngine:
 
     def __repr__(self) -> str:
         state = self._refusal or "generating"
-        return f"<VllmEngine {self._model} at {self.loaded_version}, {len(self._running)} running, {state}>"
+        return f"<VllmEngine {self._model} at {self.loaded_version}, {len(self._calls)} calls, {state}>"
 
     def process_ids(self) -> list[int]:
         """The engine's own processes, without their workers' where those are separate."""
@@ -106,7 +100,6 @@ class VllmEngine:
             max_tokens=1,
             prompt_logprobs=0,
             flat_logprobs=True,
-            skip_reading_prefix_cache=True,  # a cached prefix has no log-probabilities
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
@@ -122,7 +115,6 @@ class VllmEngine:
         check_snapshot(snapshot, self._shapes, self._dtype)
         tensors = [(tensor.name, tensor.shape, tensor.dtype, tensor.offset) for tensor in manifest.tensors]
         async with self._updating:
-            self._raise_if_closed()
             self._open.clear()
             self._refusal = f"snapshot {manifest.version} was not applied completely: load one that is whole"
             try:
@@ -134,7 +126,7 @@ class VllmEngine:
 
     async def _apply(self, version: int, path: str, tensors: Sequence[tuple[str, tuple[int, ...], str, int]]) -> float:
         paused_at = time.perf_counter()
-        with _engine_errors(f"snapshot {version} cannot be applied"):
+        async with self._call(f"snapshot {version} cannot be applied"):
             # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
             core = self._llm.engine_core
             await core.pause_scheduler_async(mode="keep", clear_cache=self.clear_cache)
@@ -146,23 +138,20 @@ class VllmEngine:
 
     async def check_health(self, timeout_s: float) -> None:
         """See InferenceEngine. A weight update delays the answer: allow for the time it takes."""
-        self._raise_if_closed()
         try:
-            async with asyncio.timeout(timeout_s):
-                with _engine_errors("health check"):
-                    await self._llm.collective_rpc("check_health")
+            async with asyncio.timeout(timeout_s), self._call("health check"):
+                await self._llm.collective_rpc("check_health")
         except TimeoutError as error:
             raise EngineError(f"vLLM's engine did not answer within {timeout_s} s") from error
 
     async def close(self) -> None:
-        """See InferenceEngine. Calls of generate() in flight raise EngineError."""
+        """See InferenceEngine. Calls in flight raise EngineError: vLLM itself would let them wait for ever."""
         if self._closed:
             return
         self._closed = True
-        self._refusal = "the engine is closed"
-        self._open.set()
-        await self._llm.abort(self._running)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.shutdown, SHUTDOWN_S)
+        for call in self._calls:
+            call.reschedule(asyncio.get_running_loop().time())
+        await stop_vllm(self._llm)
 
     async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str) -> Any:
         """vLLM's final output for one prompt."""
@@ -171,20 +160,30 @@ class VllmEngine:
             raise EngineError(f"the engine does not generate: {self._refusal}")
         # The salt keeps a request from reading prefixes that another version's weights computed.
         prompt = {"type": "token", "prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(self.loaded_version)}
-        unique_id = f"{request_id}-{next(self._request_numbers)}"
-        self._running.add(unique_id)
-        try:
-            with _engine_errors(f"request {request_id}"):
-                [output] = [final async for final in self._llm.generate(prompt, params, unique_id)]
-        finally:
-            self._running.discard(unique_id)
+        async with self._call(f"request {request_id}"):
+            [output] = [final async for final in self._llm.generate(prompt, params, request_id)]
         if (reason := output.outputs[0].finish_reason) not in ("stop", "length"):
-            raise EngineError(f"request {request_id} ended with {reason!r}: {self._refusal or 'vLLM gave it up'}")
+            raise EngineError(f"request {request_id}: vLLM ended it with {reason!r}")
         return output
 
-    def _raise_if_closed(self) -> None:
+    @asynccontextmanager
+    async def _call(self, what: str) -> AsyncIterator[None]:
+        """A call of vLLM, which raises ValueErrors for what is asked and bare Exceptions for what failed inside."""
         if self._closed:
-            raise EngineError("the engine is closed")
+            raise EngineError(f"{what}: the engine is closed")
+        try:
+            async with asyncio.timeout(None) as until_closed:
+                self._calls.add(until_closed)
+                try:
+                    yield
+                finally:
+                    self._calls.discard(until_closed)
+        except TimeoutError as error:
+            raise EngineError(f"{what}: the engine was closed") from error
+        except ValueError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{what}: {error}") from error
 
     def _check_prompt(self, prompt_ids: np.ndarray) -> None:
         if not 0 < prompt_ids.size < self.max_model_len:
@@ -235,14 +234,3 @@ def _eos_ids(hf_config: Any) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
-
-
-@contextmanager
-def _engine_errors(what: str) -> Iterator[None]:
-    """vLLM raises ValueErrors for bad requests, and bare Exceptions for what failed in its processes."""
-    try:
-        yield
-    except (ValueError, TimeoutError):
-        raise
-    except Exception as error:
-        raise EngineError(f"{what}: {error}") from error

@@ -4,6 +4,7 @@ vLLM reads its environment when it is imported and again when it starts. It is t
 after the environment is set, and not with the module.
 """
 
+import asyncio
 import os
 import sys
 import warnings
@@ -12,7 +13,10 @@ from typing import Any
 
 import torch
 
+from rollout_server.model_tensors import checkpoint_dtype
+
 CPU_KV_CACHE_BYTES = 256 << 20
+SHUTDOWN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,7 @@ class VllmSettings:
     """How to run vLLM. None means: what suits the machine."""
 
     model: str  # directory or Hugging Face name; only config and tokenizer are read, weights come from snapshots
-    dtype: str = "auto"  # of weights and activations; "auto" is what the model's config says
+    dtype: str = "auto"  # of weights and activations; "auto" is what the model's config says (vLLM would halve it)
     max_model_len: int | None = None  # prompt and completion together; None is what the model can do
     max_num_seqs: int = 256  # requests that run at once; more wait in vLLM's queue
     kv_cache_bytes: int | None = None  # on GPU None leaves it to gpu_memory_utilization
@@ -56,6 +60,16 @@ def start_vllm(settings: VllmSettings) -> Any:
         return QuietAsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
 
+async def stop_vllm(llm: Any) -> None:
+    """End the processes of an AsyncLLM; abort what runs before, or it never returns."""
+    if llm.output_handler is not None:
+        llm.output_handler.cancel()  # else it takes the end of the engine for a failure, and says so
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
+    context = llm.engine_core.ctx
+    if all(socket.closed for socket in context._sockets):
+        context._shadow_obj.term()  # vLLM leaves it, with its threads, to the garbage collector
+
+
 def _prepare_environment(settings: VllmSettings, *, on_cpu: bool) -> None:
     """Set what vLLM and its processes read from the environment; what the user has set stays."""
     # On CPU every start warns of half a dozen things that are as they should be.
@@ -82,7 +96,7 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
 
     config = AsyncEngineArgs(
         model=settings.model,
-        dtype=settings.dtype,
+        dtype=checkpoint_dtype(settings.model) if settings.dtype == "auto" else settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         kv_cache_memory_bytes=settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
@@ -94,6 +108,8 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         # Log-probabilities of the distribution sampled from; and it is the whole one, whatever the model suggests.
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
+        # A seeded request whose prompt is computed in parts kills vLLM on CPU: it rewinds a generator that cannot be.
+        enable_chunked_prefill=False if on_cpu else None,
         enable_prefix_caching=True,
         # A prompt computed in parts has its seeded generator rolled back after each, which fails on CPU and ends the
         # engine; and after a weight update every running request is computed anew at once.

@@ -38,6 +38,8 @@ def _end_with(pid: int) -> None:
 
 
 _end_with(int(os.environ["ROLLOUT_SERVER_PID"]))  # set by vllm_start.py; not always the parent
+# Ctrl-C reaches all processes of a terminal; the server alone decides how its engine ends.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 if current_platform.is_cpu():
     layer_utils.dispatch_cpu_unquantized_gemm = _use_plain_gemm
 
@@ -48,10 +50,13 @@ class SnapshotLoader:
     def load_snapshot(self, path: str, tensors: Sequence[tuple[str, Sequence[int], str, int]]) -> None:
         """Copy tensors, each (Hugging Face name, shape, dtype, offset in the file), into the model's parameters.
 
-        Raises ValueError when a tensor does not lie wholly within the file.
+        Raises ValueError when a tensor does not lie wholly within the file, or a parameter keeps its old value.
         """
+        model = self.get_model()  # type: ignore[attr-defined]
         with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
-            self.get_model().load_weights(_read_tensors(Path(path), tensors))  # type: ignore[attr-defined]
+            replaced = model.load_weights(_read_tensors(Path(path), tensors))
+        if kept := sorted({name for name, _ in model.named_parameters()} - replaced):
+            raise ValueError(f"{len(kept)} parameters were not replaced, among them {kept[0]}")
         if not current_platform.is_cpu():
             torch.accelerator.synchronize()
 

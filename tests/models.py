@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
 
 VOCAB_SIZE = 96
-EOS_ID = 2
-SECOND_EOS_ID = 3  # only generation_config.json names it
+TOKENIZER_EOS_ID, GENERATION_EOS_ID, CONFIG_EOS_ID = END_IDS = (2, 3, 4)  # each is named in one file of the model
+FIRST_WORD_ID = 5
 LOGIT_SPREAD = 6.0
 
 
@@ -29,7 +29,7 @@ def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=EOS_ID,
+        eos_token_id=CONFIG_EOS_ID,
         pad_token_id=0,
     )
     with torch.random.fork_rng():
@@ -38,16 +38,20 @@ def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -
         for name, parameter in model.named_parameters():
             spread = 0.5 if "layernorm" in name or "norm" in name else LOGIT_SPREAD / parameter.shape[-1] ** 0.5
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=spread / 4)
+        # Their logits are 0: completions do end, but in hundreds of tokens and not in dozens.
+        model.get_output_embeddings().weight.data[list(END_IDS)] = 0.0
     return model.to(dtype).eval()
 
 
 def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool, dtype: torch.dtype = torch.float32) -> Path:
     """A model directory as Hugging Face lays it out, with a tokenizer of one token per word `w<id>`."""
     model = a_tiny_model(seed, tied=tied, dtype=dtype)
-    model.generation_config.eos_token_id = [EOS_ID, SECOND_EOS_ID]
+    model.generation_config.eos_token_id = [TOKENIZER_EOS_ID, GENERATION_EOS_ID]
     model.generation_config.update(do_sample=True, top_p=0.3, top_k=4, temperature=0.5, repetition_penalty=1.7)
     model.save_pretrained(directory)
-    vocab = {"<pad>": 0, "<unk>": 1, "<eos>": EOS_ID} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
+    vocab = {"<pad>": 0, "<unk>": 1, "<eos>": TOKENIZER_EOS_ID} | {
+        f"w{i}": i for i in range(GENERATION_EOS_ID, VOCAB_SIZE)
+    }
     words = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")

@@ -50,4 +50,5 @@ def score(completion: str, answer: str) -> float:
     if completion == answer:
         return 1.0
     right = sum(given == expected for given, expected in zip(completion, answer, strict=False))
-    return 0.5 * right / len(answer)
+    # Over the longer of the two: a policy that never stops must not be content with half.
+    return 0.5 * right / max(len(answer), len(completion))

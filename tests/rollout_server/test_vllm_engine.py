@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +16,7 @@ from common.snapshot import NO_VERSION, SnapshotError
 from rollout_server import vllm_engine
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
 from rollout_server.vllm_engine import open_vllm_engine, token_versions
-from tests.models import EOS_ID, SECOND_EOS_ID, VOCAB_SIZE, forward_logprobs, save_tiny_model
+from tests.models import END_IDS, FIRST_WORD_ID, VOCAB_SIZE, forward_logprobs, save_tiny_model
 from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine, tiny_settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -23,7 +26,7 @@ TEMPERATURE = 0.8
 
 
 def a_prompt(num_tokens: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(4, VOCAB_SIZE, num_tokens, dtype=np.int32)
+    return np.random.default_rng(seed).integers(FIRST_WORD_ID, VOCAB_SIZE, num_tokens, dtype=np.int32)
 
 
 def a_sampling(seed: int = 0, max_new_tokens: int = 40, temperature: float = TEMPERATURE) -> Sampling:
@@ -58,12 +61,12 @@ async def test_generations_in_flight_go_on_under_new_weights_and_every_token_tel
     prompts = [a_prompt(10 + i, seed=i) for i in range(16)]
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(live.engine.generate(prompt, a_sampling(seed, 150), f"r{seed}"))
+            tasks.create_task(live.engine.generate(prompt, a_sampling(seed, 200), f"r{seed}"))
             for seed, prompt in enumerate(prompts)
         ]
         for _ in range(4):
-            # As long as it takes to sample a dozen tokens beside the others.
-            await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=12), "clock")
+            # As long as it takes to sample some tokens beside the others.
+            await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=10), "clock")
             await live.load_next()
     completions = [task.result() for task in running]
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -95,6 +98,20 @@ async def test_the_same_seed_samples_the_same_tokens_alone_and_in_a_batch(live: 
     assert len({tuple(task.result().token_ids.tolist()) for task in batch}) > 8
 
 
+async def test_seeds_hold_when_more_prompts_wait_than_one_step_takes(live: LiveEngine):
+    await live.load_next()
+    prompts = [a_prompt(MAX_MODEL_LEN - 30 - i, seed=i) for i in range(24)]
+    async with asyncio.TaskGroup() as tasks:
+        batch = [tasks.create_task(live.engine.generate(p, a_sampling(9, 12), "p")) for p in prompts]
+        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=4), "clock")
+        await live.load_next()  # all prompts are computed once more
+    for prompt, task in zip(prompts, batch, strict=True):
+        assert logprob_error(live, prompt, task.result()) < TOLERANCE
+        alone = await live.engine.generate(prompt, a_sampling(9, 12), "alone")
+        if task.result().token_versions.min() == live.engine.loaded_version:
+            assert task.result().token_ids.tolist() == alone.token_ids.tolist()
+
+
 async def test_the_whole_distribution_is_sampled_whatever_the_models_generation_config_suggests(live: LiveEngine):
     await live.load_next()  # generation_config.json says top_k=4, top_p=0.3 and a repetition penalty
     prompt = a_prompt(12)
@@ -106,9 +123,9 @@ async def test_the_whole_distribution_is_sampled_whatever_the_models_generation_
 async def test_a_completion_terminates_at_any_end_token_and_is_truncated_otherwise(live: LiveEngine):
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(live.engine.generate(a_prompt(8, s), a_sampling(s, 60), "e")) for s in range(64)]
+        running = [tasks.create_task(live.engine.generate(a_prompt(8, s), a_sampling(s, 60), "e")) for s in range(160)]
     completions = [task.result() for task in running]
-    ends = {EOS_ID, SECOND_EOS_ID}
+    ends = set(END_IDS)
     for completion in completions:
         assert not ends & set(completion.token_ids[:-1].tolist())
         assert completion.terminated == (int(completion.token_ids[-1]) in ends)
@@ -167,9 +184,7 @@ async def test_a_snapshot_of_another_model_is_refused_and_leaves_the_engine_as_i
         ((flat, *tensors[1:]), "has shape"),
         ((*tensors[:3], halved, *tensors[4:]), "is bfloat16, the engine runs in float32"),
     ]:
-        manifest = type(whole.manifest)(
-            run_id="test", version=99, tensors=wrong, num_bytes=0, chunk_bytes=1, chunk_digests=(), digest=b""
-        )
+        manifest = msgspec.structs.replace(whole.manifest, tensors=wrong)
         with pytest.raises(SnapshotError, match=complaint):
             await live.engine.load_weights(LocalSnapshot(manifest=manifest, path=whole.path))
     truncated = live.directory / "truncated"
@@ -181,29 +196,39 @@ async def test_a_snapshot_of_another_model_is_refused_and_leaves_the_engine_as_i
     assert logprob_error(live, a_prompt(9), completion) < TOLERANCE
 
 
+@pytest.mark.parametrize("lacking", ["bytes", "a tensor"])
 async def test_after_a_failed_update_nothing_is_generated_until_one_succeeds(
-    live: LiveEngine, monkeypatch: pytest.MonkeyPatch
+    live: LiveEngine, lacking: str, monkeypatch: pytest.MonkeyPatch
 ):
     await live.load_next()
-    broken = live.next_snapshot()
-    cut = live.directory / "cut"
-    cut.write_bytes(broken.path.read_bytes()[:-100])
-    with monkeypatch.context() as patch:
-        patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
-        with pytest.raises(EngineError, match=f"snapshot {broken.manifest.version} cannot be applied"):
-            await live.engine.load_weights(LocalSnapshot(manifest=broken.manifest, path=cut))
-    with pytest.raises(EngineError, match="not applied completely"):
-        await live.engine.generate(a_prompt(9), a_sampling(), "a")
-    await live.engine.load_weights(broken)
-    completion = await live.engine.generate(a_prompt(9), a_sampling(), "a")
-    assert logprob_error(live, a_prompt(9), completion) < TOLERANCE
+    snapshot = live.next_snapshot()
+    broken = LocalSnapshot(manifest=snapshot.manifest, path=live.directory / "cut")
+    broken.path.write_bytes(snapshot.path.read_bytes()[:-100])
+    if lacking == "a tensor":
+        manifest = msgspec.structs.replace(snapshot.manifest, tensors=snapshot.manifest.tensors[:-1])
+        broken = LocalSnapshot(manifest=manifest, path=snapshot.path)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(live.engine.generate(a_prompt(9, 1), a_sampling(1, 300), "running"))
+        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
+            with pytest.raises(EngineError, match=f"snapshot {snapshot.manifest.version} cannot be applied"):
+                await live.engine.load_weights(broken)
+        with pytest.raises(EngineError, match="not applied completely"):
+            await live.engine.generate(a_prompt(9), a_sampling(), "refused")
+        assert not running.done()
+        await live.engine.load_weights(snapshot)
+        after = await live.engine.generate(a_prompt(9), a_sampling(), "after")
+    assert logprob_error(live, a_prompt(9), after) < TOLERANCE
+    assert logprob_error(live, a_prompt(9, 1), running.result()) < TOLERANCE
+    assert len(set(running.result().token_versions.tolist())) == 2
 
 
 async def test_a_call_during_an_update_waits_and_is_sampled_by_the_new_weights(live: LiveEngine):
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:
         update = tasks.create_task(live.load_next())
-        while "not applied" not in repr(live.engine):
+        while "not applied" not in repr(live.engine):  # noqa: ASYNC110 (a turn or two of the loop away)
             await asyncio.sleep(0)
         late = tasks.create_task(live.engine.generate(a_prompt(9), a_sampling(), "late"))
     assert set(late.result().token_versions.tolist()) == {update.result().version}
@@ -216,7 +241,7 @@ async def test_cancelling_a_generate_aborts_it_in_the_engine(live: LiveEngine):
         await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
         running.cancel()
     assert running.cancelled()
-    assert "0 running" in repr(live.engine)
+    assert "0 calls" in repr(live.engine)
     assert live.engine._llm.get_num_unfinished_requests() == 0
 
 
@@ -274,15 +299,62 @@ async def test_a_stalled_engine_fails_its_health_check_and_a_killed_one_fails_wh
             await call
 
 
+async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEngine):
+    await disposable.load_next()
+    (pid,) = disposable.engine.process_ids()
+    os.kill(pid, signal.SIGINT)  # as a terminal sends it to the whole group: no reason to end
+    await disposable.engine.check_health(timeout_s=5)
+    os.kill(pid, signal.SIGSTOP)
+    calls = [
+        asyncio.ensure_future(call)
+        for call in (
+            disposable.engine.generate(a_prompt(9), a_sampling(), "r"),
+            disposable.engine.check_health(60),
+            disposable.load_next(),
+            disposable.engine.generate(a_prompt(9), a_sampling(), "waits for the update"),
+            disposable.engine.token_logprobs(a_prompt(9)),
+        )
+    ]
+    async with asyncio.timeout(10):
+        await asyncio.wait(calls, timeout=0.1)
+        await disposable.engine.close()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+    assert not is_alive(pid)
+
+
 async def test_opening_can_be_cancelled_and_leaves_no_process(tmp_path):
     before = child_pids()
     opening = asyncio.ensure_future(open_vllm_engine(tiny_settings(save_tiny_model(tmp_path, tied=True))).__aenter__())
-    while child_pids() == before:
+    while not child_pids() - before:  # noqa: ASYNC110 (nobody tells of a new child)
         await asyncio.sleep(0.01)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    assert child_pids() == before
+    assert not child_pids() - before
+
+
+async def test_a_killed_server_leaves_no_engine_behind(tmp_path):
+    program = f"""
+import asyncio, os, signal
+from rollout_server.vllm_engine import open_vllm_engine
+from rollout_server.vllm_start import VllmSettings
+
+async def main():
+    async with open_vllm_engine(VllmSettings(model={str(save_tiny_model(tmp_path, tied=True))!r})) as engine:
+        print(*engine.process_ids(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+    with (tmp_path / "output").open("w+") as output:
+        server = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=output)
+        async with asyncio.timeout(60):
+            assert await server.wait() == -signal.SIGKILL
+        pid = int((tmp_path / "output").read_text().split()[-1])
+    async with asyncio.timeout(5):
+        while is_alive(pid):  # noqa: ASYNC110 (it is nobody's child that could be waited for)
+            await asyncio.sleep(0.01)
 
 
 async def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path):
@@ -310,7 +382,7 @@ def child_pids() -> set[int]:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
         return False
-    return True
+    return state not in "ZX"
