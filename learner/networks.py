@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
+
+transformers_logging.disable_progress_bar()  # the learner shows its own progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -15,7 +15,9 @@ NUM_PROMPTS = 512
 def accuracy(model_directory: Path) -> float:
     """Share of NUM_PROMPTS held-out prompts that greedy decoding answers exactly."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory).eval()
     rows = list(evaluation_prompts())
@@ -29,7 +31,8 @@ def accuracy(model_directory: Path) -> float:
             do_sample=False,
         )
     texts = tokenizer.batch_decode(answers_BT[:, prompts_BT.shape[1] :], skip_special_tokens=True)
-    return sum(text == row["answer"] for text, row in zip(texts, rows, strict=True)) / len(rows)
+    right = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    return sum(right) / len(right)
 
 
 def main() -> int:

@@ -113,12 +113,14 @@ class Inbound:
             logger.warning("server %r refused: %s", hello.server, reason)
             self.outbound.say(peer, Refused(reason=reason))
             return
+        is_new = self.outbound.sessions.of_peer(peer) is None
         try:
             session = self.outbound.sessions.greet(hello, peer=peer, now=now)
         except GreetingRefused as error:
             self.outbound.say(peer, Refused(reason=str(error), retry=True))
             return
-        logger.info("server %s says hello", session.server_id)
+        if is_new:
+            logger.info("server %s says hello", session.server_id)
         self.outbound.say(peer, self._welcome())
 
     def _welcome(self) -> Welcome:

@@ -9,9 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from learner.demo.task import NUM_DIGITS, training_prompts
 
+transformers_logging.disable_progress_bar()
 logger = logging.getLogger(__name__)
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")

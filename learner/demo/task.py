@@ -3,6 +3,7 @@
 One prompt in five is held out of training by a hash of it: what is reported of these is generalisation.
 """
 
+import random
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,9 +24,11 @@ def rows() -> Iterator[Row]:
         yield {"prompt": f"{digits}=", "answer": digits}
 
 
-def training_prompts() -> Iterator[Row]:
-    """The rows that may be trained on."""
-    return (row for row in rows() if not is_held_out(row["answer"]))
+def training_prompts(seed: int = 0) -> Iterator[Row]:
+    """The rows that may be trained on, in an order that the seed gives."""
+    chosen = [row for row in rows() if not is_held_out(row["answer"])]
+    random.Random(seed).shuffle(chosen)
+    return iter(chosen)
 
 
 def evaluation_prompts() -> Iterator[Row]:
