@@ -1,6 +1,7 @@
 """The vLLM engine, judged by a transformers forward in float32 on the same weights."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -383,12 +384,8 @@ async def test_tokens_of_no_or_doubtful_version_are_an_engine_error(spans):
         token_versions([SimpleNamespace(version=v, start=start, end=end) for v, start, end in spans], 5)
 
 
-def child_pids() -> set[int]:
-    children = set()
-    for task in os.listdir(f"/proc/{os.getpid()}/task"):
-        with open(f"/proc/{os.getpid()}/task/{task}/children") as file:
-            children |= {int(pid) for pid in file.read().split()}
-    return children
+def child_pids() -> set[int | None]:
+    return {process.pid for process in multiprocessing.active_children()}
 
 
 async def until_dead(pid: int) -> None:
