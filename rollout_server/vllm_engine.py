@@ -55,11 +55,15 @@ class VllmEngine:
         self._updating = asyncio.Lock()  # held while weights are replaced
         self._open = asyncio.Event()  # cleared while weights are replaced
         self._open.set()
-        self._closed = False
+        self._ended: str | None = None  # how
         self._refusal: str | None = "no weights were loaded yet: load_weights comes first"
 
+        # vLLM's reader of outputs ends when the engine dies; calls that wait for anything else would wait for ever.
+        llm._run_output_handler()
+        llm.output_handler.add_done_callback(lambda _: self._end(self._ended or "died"))
+
     def __repr__(self) -> str:
-        state = self._refusal or "generating"
+        state = self._ended or self._refusal or "generating"
         return f"<VllmEngine {self._model} at {self.loaded_version}, {len(self._calls)} calls, {state}>"
 
     def process_ids(self) -> list[int]:
@@ -145,13 +149,16 @@ class VllmEngine:
             raise EngineError(f"vLLM's engine did not answer within {timeout_s} s") from error
 
     async def close(self) -> None:
-        """See InferenceEngine. Calls in flight raise EngineError: vLLM itself would let them wait for ever."""
-        if self._closed:
+        """See InferenceEngine. Calls in flight raise EngineError."""
+        if self._ended == "was closed":
             return
-        self._closed = True
+        self._end("was closed")
+        await stop_vllm(self._llm)
+
+    def _end(self, how: str) -> None:
+        self._ended = how
         for call in self._calls:
             call.reschedule(asyncio.get_running_loop().time())
-        await stop_vllm(self._llm)
 
     async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str) -> Any:
         """vLLM's final output for one prompt."""
@@ -169,17 +176,17 @@ class VllmEngine:
     @asynccontextmanager
     async def _call(self, what: str) -> AsyncIterator[None]:
         """A call of vLLM, which raises ValueErrors for what is asked and bare Exceptions for what failed inside."""
-        if self._closed:
-            raise EngineError(f"{what}: the engine is closed")
+        if self._ended:
+            raise EngineError(f"{what}: the engine {self._ended}")
         try:
-            async with asyncio.timeout(None) as until_closed:
-                self._calls.add(until_closed)
+            async with asyncio.timeout(None) as until_end:
+                self._calls.add(until_end)
                 try:
                     yield
                 finally:
-                    self._calls.discard(until_closed)
+                    self._calls.discard(until_end)
         except TimeoutError as error:
-            raise EngineError(f"{what}: the engine was closed") from error
+            raise EngineError(f"{what}: the engine {self._ended}") from error
         except ValueError:
             raise
         except Exception as error:

@@ -62,8 +62,8 @@ def start_vllm(settings: VllmSettings) -> Any:
 
 async def stop_vllm(llm: Any) -> None:
     """End the processes of an AsyncLLM; abort what runs before, or it never returns."""
-    if llm.output_handler is not None:
-        llm.output_handler.cancel()  # else it takes the end of the engine for a failure, and says so
+    if llm.output_handler is not None:  # it takes the end of the engine for a failure, and says so
+        llm.output_handler.cancel()
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
     context = llm.engine_core.ctx
     if all(socket.closed for socket in context._sockets):

@@ -1,6 +1,7 @@
 """The vLLM engine, judged by a transformers forward in float32 on the same weights."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +34,16 @@ def a_sampling(seed: int = 0, max_new_tokens: int = 40, temperature: float = TEM
     return Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
+async def hold(live: LiveEngine) -> None:
+    """From now on requests are taken but nothing is sampled, so that what a test starts cannot end too early."""
+    await live.engine._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+
+
+async def until_calls(live: LiveEngine, num_calls: int) -> None:
+    while f", {num_calls} calls" not in repr(live.engine):  # noqa: ASYNC110 (a turn or two of the loop away)
+        await asyncio.sleep(0)
+
+
 def logprob_error(live: LiveEngine, prompt: np.ndarray, completion: Completion) -> float:
     """Largest difference to a forward of the very version that is said to have sampled each token."""
     tokens = np.concatenate([prompt, completion.token_ids])
@@ -59,20 +70,25 @@ async def test_after_every_update_log_probabilities_are_those_of_the_new_weights
 async def test_generations_in_flight_go_on_under_new_weights_and_every_token_tells_its_version(live: LiveEngine):
     await live.load_next()
     prompts = [a_prompt(10 + i, seed=i) for i in range(16)]
-    async with asyncio.TaskGroup() as tasks:
-        running = [
-            tasks.create_task(live.engine.generate(prompt, a_sampling(seed, 200), f"r{seed}"))
-            for seed, prompt in enumerate(prompts)
-        ]
-        for _ in range(4):
-            # As long as it takes to sample some tokens beside the others.
-            await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=10), "clock")
-            await live.load_next()
-    completions = [task.result() for task in running]
-    for prompt, completion in zip(prompts, completions, strict=True):
-        assert logprob_error(live, prompt, completion) < TOLERANCE
-        assert all(earlier <= later for earlier, later in pairwise(completion.token_versions))
-    assert sum(len(set(completion.token_versions.tolist())) >= 3 for completion in completions) >= 4
+    mixed = 0
+    for _ in range(10):  # on a busy machine the engine may be done before this process gets to update it
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(live.engine.generate(prompt, a_sampling(seed, 250), f"r{seed}"))
+                for seed, prompt in enumerate(prompts)
+            ]
+            for _ in range(4):
+                # As long as it takes to sample some tokens beside the others.
+                await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=8), "clock")
+                await live.load_next()
+        for prompt, task in zip(prompts, running, strict=True):
+            completion = task.result()
+            assert logprob_error(live, prompt, completion) < TOLERANCE
+            assert all(earlier <= later for earlier, later in pairwise(completion.token_versions))
+            mixed += len(set(completion.token_versions.tolist())) >= 3
+        if mixed >= 4:
+            return
+    pytest.fail(f"only {mixed} completions had tokens of three versions")
 
 
 @pytest.mark.parametrize("clear_cache", [True, False])
@@ -207,9 +223,10 @@ async def test_after_a_failed_update_nothing_is_generated_until_one_succeeds(
     if lacking == "a tensor":
         manifest = msgspec.structs.replace(snapshot.manifest, tensors=snapshot.manifest.tensors[:-1])
         broken = LocalSnapshot(manifest=manifest, path=snapshot.path)
+    await hold(live)
     async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(live.engine.generate(a_prompt(9, 1), a_sampling(1, 300), "running"))
-        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
+        running = tasks.create_task(live.engine.generate(a_prompt(9, 1), a_sampling(1), "running"))
+        await until_calls(live, 1)
         with monkeypatch.context() as patch:
             patch.setattr(vllm_engine, "check_snapshot", lambda *_: None)
             with pytest.raises(EngineError, match=f"snapshot {snapshot.manifest.version} cannot be applied"):
@@ -221,14 +238,13 @@ async def test_after_a_failed_update_nothing_is_generated_until_one_succeeds(
         after = await live.engine.generate(a_prompt(9), a_sampling(), "after")
     assert logprob_error(live, a_prompt(9), after) < TOLERANCE
     assert logprob_error(live, a_prompt(9, 1), running.result()) < TOLERANCE
-    assert len(set(running.result().token_versions.tolist())) == 2
 
 
 async def test_a_call_during_an_update_waits_and_is_sampled_by_the_new_weights(live: LiveEngine):
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:
         update = tasks.create_task(live.load_next())
-        while "not applied" not in repr(live.engine):
+        while "not applied" not in repr(live.engine):  # noqa: ASYNC110 (a turn or two of the loop away)
             await asyncio.sleep(0)
         late = tasks.create_task(live.engine.generate(a_prompt(9), a_sampling(), "late"))
     assert set(late.result().token_versions.tolist()) == {update.result().version}
@@ -236,13 +252,15 @@ async def test_a_call_during_an_update_waits_and_is_sampled_by_the_new_weights(l
 
 async def test_cancelling_a_generate_aborts_it_in_the_engine(live: LiveEngine):
     await live.load_next()
+    await hold(live)
     async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(live.engine.generate(a_prompt(9), a_sampling(max_new_tokens=400), "long"))
-        await live.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
+        running = tasks.create_task(live.engine.generate(a_prompt(9), a_sampling(), "cancelled"))
+        await until_calls(live, 1)
         running.cancel()
     assert running.cancelled()
-    assert "0 calls" in repr(live.engine)
+    assert ", 0 calls" in repr(live.engine)
     assert live.engine._llm.get_num_unfinished_requests() == 0
+    await live.load_next()
 
 
 async def test_a_healthy_engine_passes_its_health_check(live: LiveEngine):
@@ -255,15 +273,13 @@ async def test_nothing_is_generated_before_the_first_snapshot_and_close_ends_wha
         await disposable.engine.generate(a_prompt(5), a_sampling(), "early")
     await disposable.load_next()
     pids = disposable.engine.process_ids()
-    running = [
-        asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s, 400), "r")) for s in range(8)
-    ]
-    await disposable.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
+    await hold(disposable)
+    running = [asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s), "r")) for s in range(8)]
+    await until_calls(disposable, 8)
     async with asyncio.timeout(10):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*running, return_exceptions=True)
-    assert any(isinstance(outcome, EngineError) for outcome in outcomes)
-    assert all(isinstance(outcome, EngineError | Completion) for outcome in outcomes)
+    assert all(isinstance(outcome, EngineError) for outcome in outcomes)
     assert not any(is_alive(pid) for pid in pids)
     await disposable.engine.close()
     for call in (
@@ -278,18 +294,16 @@ async def test_nothing_is_generated_before_the_first_snapshot_and_close_ends_wha
 async def test_a_stalled_engine_fails_its_health_check_and_a_killed_one_fails_what_runs(disposable: LiveEngine):
     await disposable.load_next()
     (pid,) = disposable.engine.process_ids()
-    running = [
-        asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s, 400), "r")) for s in range(4)
-    ]
-    await disposable.engine.generate(a_prompt(5), a_sampling(max_new_tokens=3), "clock")
     os.kill(pid, signal.SIGSTOP)
+    running = [asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s), "r")) for s in range(4)]
+    running.append(asyncio.ensure_future(disposable.load_next()))
+    await until_calls(disposable, 5)
     with pytest.raises(EngineError, match=r"did not answer within 0.2 s"):
         await disposable.engine.check_health(timeout_s=0.2)
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(5):
         outcomes = await asyncio.gather(*running, return_exceptions=True)
-    assert any(isinstance(outcome, EngineError) for outcome in outcomes)
-    assert all(isinstance(outcome, EngineError | Completion) for outcome in outcomes)
+    assert all(isinstance(outcome, EngineError) for outcome in outcomes)
     for call in (
         disposable.engine.generate(a_prompt(5), a_sampling(), "late"),
         disposable.load_next(),
@@ -315,18 +329,18 @@ async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEn
             disposable.engine.token_logprobs(a_prompt(9)),
         )
     ]
+    await until_calls(disposable, 3)  # the other two wait for the update
     async with asyncio.timeout(10):
-        await asyncio.wait(calls, timeout=0.1)
         await disposable.engine.close()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
-    assert not is_alive(pid)
+    await until_dead(pid)
 
 
 async def test_opening_can_be_cancelled_and_leaves_no_process(tmp_path):
     before = child_pids()
     opening = asyncio.ensure_future(open_vllm_engine(tiny_settings(save_tiny_model(tmp_path, tied=True))).__aenter__())
-    while not child_pids() - before:
+    while not child_pids() - before:  # noqa: ASYNC110 (nobody tells of a new child)
         await asyncio.sleep(0.01)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -352,9 +366,7 @@ asyncio.run(main())
         async with asyncio.timeout(60):
             assert await server.wait() == -signal.SIGKILL
         pid = int((tmp_path / "output").read_text().split()[-1])
-    async with asyncio.timeout(5):
-        while is_alive(pid):
-            await asyncio.sleep(0.01)
+    await until_dead(pid)
 
 
 async def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path):
@@ -372,12 +384,14 @@ async def test_tokens_of_no_or_doubtful_version_are_an_engine_error(spans):
         token_versions([SimpleNamespace(version=v, start=start, end=end) for v, start, end in spans], 5)
 
 
-def child_pids() -> set[int]:
-    children = set()
-    for task in os.listdir(f"/proc/{os.getpid()}/task"):
-        with open(f"/proc/{os.getpid()}/task/{task}/children") as file:
-            children |= {int(pid) for pid in file.read().split()}
-    return children
+def child_pids() -> set[int | None]:
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+async def until_dead(pid: int) -> None:
+    async with asyncio.timeout(5):
+        while is_alive(pid):  # noqa: ASYNC110 (it may be nobody's child that could be waited for)
+            await asyncio.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
