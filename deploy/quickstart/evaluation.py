@@ -31,8 +31,8 @@ def accuracy(model_directory: Path) -> float:
             do_sample=False,
         )
     texts = tokenizer.batch_decode(answers_BT[:, prompts_BT.shape[1] :], skip_special_tokens=True)
-    right = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
-    return sum(right) / len(right)
+    right: list[bool] = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    return right.count(True) / len(right)
 
 
 def main() -> int:

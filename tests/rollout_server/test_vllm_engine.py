@@ -40,7 +40,7 @@ async def hold(live: LiveEngine) -> None:
 
 
 async def until_calls(live: LiveEngine, num_calls: int) -> None:
-    while f", {num_calls} calls" not in repr(live.engine):  # noqa: ASYNC110 (a turn or two of the loop away)
+    while f", {num_calls} calls" not in repr(live.engine):
         await asyncio.sleep(0)
 
 
@@ -244,7 +244,7 @@ async def test_a_call_during_an_update_waits_and_is_sampled_by_the_new_weights(l
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:
         update = tasks.create_task(live.load_next())
-        while "not applied" not in repr(live.engine):  # noqa: ASYNC110 (a turn or two of the loop away)
+        while "not applied" not in repr(live.engine):
             await asyncio.sleep(0)
         late = tasks.create_task(live.engine.generate(a_prompt(9), a_sampling(), "late"))
     assert set(late.result().token_versions.tolist()) == {update.result().version}
@@ -340,7 +340,7 @@ async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEn
 async def test_opening_can_be_cancelled_and_leaves_no_process(tmp_path):
     before = child_pids()
     opening = asyncio.ensure_future(open_vllm_engine(tiny_settings(save_tiny_model(tmp_path, tied=True))).__aenter__())
-    while not child_pids() - before:  # noqa: ASYNC110 (nobody tells of a new child)
+    while not child_pids() - before:
         await asyncio.sleep(0.01)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -390,7 +390,7 @@ def child_pids() -> set[int | None]:
 
 async def until_dead(pid: int) -> None:
     async with asyncio.timeout(5):
-        while is_alive(pid):  # noqa: ASYNC110 (it may be nobody's child that could be waited for)
+        while is_alive(pid):
             await asyncio.sleep(0.01)
 
 
