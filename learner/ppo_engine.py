@@ -145,7 +145,7 @@ class PpoEngine:
             micro.loss_mask_BT.to(device),
             num_loss_tokens=num_loss_tokens,
         )
-        sums = {**output.metrics, "loss": float(output.loss), "entropy": float(entropy_BT.sum())}
+        sums = {**output.metrics, "loss": float(output.loss.detach()), "entropy": float(entropy_BT.sum())}
         sums |= _mismatch(logprobs_BT.detach().cpu(), micro)
         if math.isfinite(sums["loss"]):
             self._policy.backward(output.loss, is_last=is_last)
@@ -168,7 +168,7 @@ class PpoEngine:
             micro.loss_mask_BT.to(device),
             num_loss_tokens=num_loss_tokens,
         )
-        sums = {**output.metrics, "value_loss": float(output.loss)}
+        sums = {**output.metrics, "value_loss": float(output.loss.detach())}
         if math.isfinite(sums["value_loss"]):
             self._critic.backward(output.loss, is_last=is_last)
         return sums
