@@ -24,14 +24,19 @@ def build_batch(groups: Sequence[Group], *, version: int, max_staleness: int, mi
         _pad([trajectories[index] for index in indexes], indexes, version=version, max_staleness=max_staleness)
         for indexes in _cut(order, trajectories, micro_batch_tokens)
     ]
-    num_loss_tokens = sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in micro_batches)
+    over_stale = [_is_over_stale(trajectory, version, max_staleness) for trajectory in trajectories]
     return TrainBatch(
         micro_batches=micro_batches,
         rewards_N=torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32),
         group_index_N=torch.tensor(group_index, dtype=torch.int64),
-        num_loss_tokens=num_loss_tokens,
-        num_over_stale_tokens=sum(trajectory.num_sampled_tokens for trajectory in trajectories) - num_loss_tokens,
+        num_loss_tokens=sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in micro_batches),
+        num_over_stale_tokens=sum(int(is_over_T.sum()) for is_over_T in over_stale),
     )
+
+
+def _is_over_stale(trajectory: Trajectory, version: int, max_staleness: int) -> np.ndarray:
+    """[T] bool: sampled, but too old to be trained on."""
+    return trajectory.loss_mask & (token_staleness(trajectory.token_versions, current=version) > max_staleness)
 
 
 def _cut(order: Sequence[int], trajectories: Sequence[Trajectory], micro_batch_tokens: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.lifecycle import UserError
 from learner.networks import load_critic, load_policy
 from learner.ppo_engine import PpoEngine
 from learner.training import TrainSettings
@@ -61,9 +62,14 @@ class DeepSpeedNetwork:
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
-        if loaded is None:
-            raise ValueError(f"{directory} holds no checkpoint of this engine")
+        """Raises UserError when there is no such checkpoint, or it was written with other settings."""
+        if not (directory / TAG).is_dir():
+            raise UserError(f"{directory} holds no checkpoint; was the run begun with another advantage?")
+        is_partitioned = any((directory / TAG).glob("*zero_pp_rank_*"))
+        if is_partitioned != (self._stage > 0):
+            began = "1 or 2" if is_partitioned else "0"
+            raise UserError(f"{directory} was written at zero_stage {began} and cannot be read at {self._stage}")
+        self._engine.load_checkpoint(str(directory), tag=TAG)
 
 
 def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:

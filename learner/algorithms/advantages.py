@@ -22,7 +22,10 @@ def group_relative_advantages(
     num_groups = int(group_index_N.max()) + 1
     count_G = torch.zeros(num_groups, dtype=rewards_N.dtype).index_add_(0, group_index_N, torch.ones_like(rewards_N))
     total_G = torch.zeros_like(count_G).index_add_(0, group_index_N, rewards_N)
-    centered_N = rewards_N - (total_G / count_G)[group_index_N]
+    least_G = torch.zeros_like(count_G).scatter_reduce_(0, group_index_N, rewards_N, "amin", include_self=False)
+    most_G = torch.zeros_like(count_G).scatter_reduce_(0, group_index_N, rewards_N, "amax", include_self=False)
+    # Equal rewards differ from their mean by a rounding error, which dividing by the deviation would blow up.
+    centered_N = torch.where((least_G == most_G)[group_index_N], 0.0, rewards_N - (total_G / count_G)[group_index_N])
     if not normalize_std:
         return centered_N
     squares_G = torch.zeros_like(count_G).index_add_(0, group_index_N, centered_N.square())

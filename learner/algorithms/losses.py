@@ -98,9 +98,12 @@ def value_loss(
     value_clip: float = 0.5,
 ) -> LossOutput:
     """Half the squared error, the larger of unclipped and clipped to old_values +- value_clip, as PPO's authors do."""
+    values_BT, old_values_BT, returns_BT = (  # before any square: its slope at nan is nan, even times 0
+        torch.where(loss_mask_BT, tensor_BT, 0.0) for tensor_BT in (values_BT, old_values_BT, returns_BT)
+    )
     clipped_values_BT = old_values_BT + (values_BT - old_values_BT).clamp(-value_clip, value_clip)
     error_BT = torch.maximum((values_BT - returns_BT).square(), (clipped_values_BT - returns_BT).square())
-    loss = 0.5 * torch.where(loss_mask_BT, error_BT, 0.0).sum() / num_loss_tokens
+    loss = 0.5 * error_BT.sum() / num_loss_tokens
     return LossOutput(loss, {"value_error_squared": _masked_sum((values_BT - returns_BT).square(), loss_mask_BT)})
 
 

@@ -1,0 +1,129 @@
+"""Builders for the learner's tests: valid by default, every value can be overridden."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.staleness import NOT_SAMPLED
+from common.trajectory import FinishReason, Group, Trajectory
+from learner.batching import build_batch
+from learner.training import MicroBatch, StepResult, TrainBatch, TrainEngine, TrainSettings
+from tests.models import VOCAB_SIZE
+
+MAX_STALENESS = 2
+
+
+def a_trajectory(
+    mask: Sequence[int] = (0, 0, 1, 1),
+    *,
+    versions: Sequence[int] | int = 0,  # of the sampled tokens
+    reward: float = 1.0,
+    terminated: bool = True,
+    token_ids: Sequence[int] | None = None,
+    behavior_logprob: float = -1.0,
+) -> Trajectory:
+    """One trajectory; where `mask` is 1 the policy sampled the token."""
+    loss_mask = np.array(mask, dtype=bool)
+    token_versions = np.full(loss_mask.size, NOT_SAMPLED, dtype=np.int32)
+    token_versions[loss_mask] = versions
+    ids = np.arange(3, 3 + loss_mask.size) if token_ids is None else np.array(token_ids)
+    return Trajectory(
+        token_ids=ids.astype(np.int32),
+        loss_mask=loss_mask,
+        behavior_logprobs=np.where(loss_mask, behavior_logprob, 0.0).astype(np.float32),
+        token_versions=token_versions,
+        reward=reward,
+        finish_reason=FinishReason.TERMINATED if terminated else FinishReason.TRUNCATED,
+    )
+
+
+def a_group(*trajectories: Trajectory, task_id: int = 0) -> Group:
+    return Group(lease_id=task_id, task_id=task_id, trajectories=trajectories)
+
+
+def random_groups(seed: int, *, num_groups: int = 3, group_size: int = 4, version: int = 0) -> tuple[Group, ...]:
+    """Prompts, completions and environment tokens of random lengths, some of them sampled a version earlier."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        a_group(*(_random_trajectory(rng, version) for _ in range(group_size)), task_id=index)
+        for index in range(num_groups)
+    )
+
+
+def _random_trajectory(rng: np.random.Generator, version: int) -> Trajectory:
+    mask = [0] * rng.integers(2, 5) + [1] * rng.integers(1, 8)
+    if rng.random() < 0.5:
+        mask += [0] * 2 + [1] * rng.integers(1, 4)
+    num_sampled = sum(mask)
+    return a_trajectory(
+        mask,
+        versions=np.sort(rng.integers(max(version - 1, 0), version + 1, num_sampled)).tolist(),
+        reward=float(rng.normal()),
+        terminated=bool(rng.random() < 0.7),
+        token_ids=rng.integers(3, VOCAB_SIZE, len(mask)).tolist(),
+        behavior_logprob=-float(rng.uniform(2.0, 5.0)),
+    )
+
+
+def a_batch(groups: Sequence[Group], *, version: int = 0, micro_batch_tokens: int = 1000) -> TrainBatch:
+    return build_batch(groups, version=version, max_staleness=MAX_STALENESS, micro_batch_tokens=micro_batch_tokens)
+
+
+def some_train_settings(model: str, **overrides: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "model": model,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 3e-2,
+        "total_steps": 10,
+        "lr_schedule": "linear",
+        "warmup_steps": 1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        "max_staleness": MAX_STALENESS,
+        "temperature": 0.9,
+    }
+    return TrainSettings(**(values | overrides))
+
+
+def train(engine: TrainEngine, *, steps: int, micro_batch_tokens: int = 40) -> list[StepResult]:
+    """Steps on batches that depend on the version alone, of several micro-batches each."""
+    results = []
+    for _ in range(steps):
+        groups = random_groups(engine.version, version=engine.version)
+        batch = a_batch(groups, version=engine.version, micro_batch_tokens=micro_batch_tokens)
+        assert len(batch.micro_batches) > 2
+        result = engine.step(batch)
+        assert result.refusal is None, result.refusal
+        results.append(result)
+    return results
+
+
+def weights_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in engine.snapshot_tensors()}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+def with_nan(batch: TrainBatch, name: str) -> TrainBatch:
+    """The batch with one nan in field `name` of its last micro-batch, at a token that is trained on."""
+    *others, last = batch.micro_batches
+    values = {field: getattr(last, field) for field in MicroBatch.__slots__}
+    tensor = values[name].clone()
+    if tensor.dim() == 2:
+        row, token = last.loss_mask_BT.nonzero()[0].tolist()
+        tensor[row, token] = float("nan")
+    else:
+        tensor[0] = float("nan")
+    poisoned = MicroBatch(**(values | {name: tensor}))
+    return TrainBatch(
+        micro_batches=[*others, poisoned],
+        rewards_N=batch.rewards_N,
+        group_index_N=batch.group_index_N,
+        num_loss_tokens=batch.num_loss_tokens,
+        num_over_stale_tokens=batch.num_over_stale_tokens,
+    )

@@ -1,0 +1,216 @@
+"""DeepSpeed against its plain torch twin: same batches, same steps, same weights."""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.lifecycle import UserError
+from learner.deepspeed_engine import open_deepspeed_engine
+from learner.ppo_engine import PpoEngine
+from learner.torch_engine import open_torch_engine
+from learner.training import StepResult, TrainSettings
+from tests.builders_learner import (
+    a_batch,
+    a_group,
+    a_trajectory,
+    largest_difference,
+    random_groups,
+    some_train_settings,
+    train,
+    weights_of,
+    with_nan,
+)
+from tests.models import save_tiny_model
+
+STEPS = 3
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment():
+    """DeepSpeed reads the launcher's variables from the environment; the tests after these get theirs back."""
+    before = dict(os.environ)
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    yield
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True))
+
+
+@pytest.fixture(scope="module")
+def twin(model) -> tuple[PpoEngine, list[StepResult]]:
+    engine = open_torch_engine(some_train_settings(model))
+    return engine, train(engine, steps=STEPS)
+
+
+def critic_weights(engine: PpoEngine) -> dict[str, torch.Tensor]:
+    assert engine._critic is not None
+    return {name: each.detach().clone() for name, each in engine._critic.module.named_parameters()}
+
+
+def assert_close_metrics(results: list[StepResult], expected: list[StepResult], tolerance: float = 1e-4) -> None:
+    for one, other in zip(results, expected, strict=True):
+        assert one.metrics == pytest.approx(other.metrics, rel=tolerance, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_float32_deepspeed_equals_plain_torch(stage, model, twin):
+    engine = open_deepspeed_engine(some_train_settings(model, zero_stage=stage))
+    results = train(engine, steps=STEPS)
+    expected_engine, expected_results = twin
+    assert largest_difference(weights_of(engine), weights_of(expected_engine)) < 1e-5
+    assert_close_metrics(results, expected_results)
+    assert results[0].metrics["grad_norm"] > 0.5  # so that it was clipped
+    assert engine.version == STEPS
+
+
+def test_bfloat16_at_stage_1_stays_close_to_float32(model):
+    gentle = some_train_settings(model, learning_rate=1e-3)
+    engine = open_deepspeed_engine(replace(gentle, dtype="bfloat16", zero_stage=1))
+    expected = open_torch_engine(gentle)
+    start = weights_of(expected)
+    results, expected_results = train(engine, steps=STEPS), train(expected, steps=STEPS)
+    assert {tensor.dtype for tensor in weights_of(engine).values()} == {torch.bfloat16}
+    moved = largest_difference(weights_of(expected), start)
+    mean_difference = torch.cat(
+        [(weights_of(engine)[name].float() - tensor).abs().flatten() for name, tensor in weights_of(expected).items()]
+    ).mean()
+    assert mean_difference < 0.5 * moved
+    for one, other in zip(results, expected_results, strict=True):
+        for name in ("loss", "entropy", "grad_norm", "behavior_weight"):
+            assert one.metrics[name] == pytest.approx(other.metrics[name], rel=0.1, abs=0.03), name
+
+
+def gae_settings(model: str, **overrides) -> TrainSettings:
+    return some_train_settings(
+        model,
+        learning_rate=1e-3,  # Adam turns rounding errors of tiny gradients into errors of the size of a step
+        critic_learning_rate=3e-3,
+        critic_model=model,
+        advantage="gae",
+        advantage_settings={"gamma": 0.9, "gae_lambda": 0.8},
+        **overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint_after_two_steps(model, tmp_path_factory) -> tuple[Path, PpoEngine, list[StepResult]]:
+    """Policy and critic, stage 1: the checkpoint, and what became of the engine in two more steps."""
+    engine = open_deepspeed_engine(gae_settings(model, zero_stage=1))
+    train(engine, steps=2)
+    directory = tmp_path_factory.mktemp("checkpoints") / "two"
+    directory.mkdir()
+    engine.save(directory)
+    return directory, engine, train(engine, steps=2)
+
+
+def test_a_critic_on_deepspeed_equals_one_on_plain_torch(checkpoint_after_two_steps, model):
+    _, engine, results = checkpoint_after_two_steps
+    twin = open_torch_engine(gae_settings(model))
+    assert_close_metrics(results, train(twin, steps=4)[2:])
+    assert largest_difference(weights_of(engine), weights_of(twin)) < 1e-5
+    assert largest_difference(critic_weights(engine), critic_weights(twin)) < 1e-5
+
+
+def test_a_resumed_engine_continues_bit_identically(checkpoint_after_two_steps, model):
+    directory, engine, expected_results = checkpoint_after_two_steps
+    resumed = open_deepspeed_engine(gae_settings(model, zero_stage=1, seed=99))
+    resumed.load(directory)
+    assert resumed.version == 2
+    assert train(resumed, steps=2) == expected_results
+    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
+    assert largest_difference(critic_weights(resumed), critic_weights(engine)) == 0.0
+
+
+def test_a_bfloat16_engine_resumes_from_its_float32_master_weights(model, tmp_path):
+    settings = some_train_settings(model, dtype="bfloat16", zero_stage=2, learning_rate=1e-5)
+    engine = open_deepspeed_engine(settings)
+    train(engine, steps=2)
+    engine.save(tmp_path)
+    train(engine, steps=2)
+    resumed = open_deepspeed_engine(replace(settings, seed=99))
+    resumed.load(tmp_path)
+    train(resumed, steps=2)
+    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
+
+
+def test_a_checkpoint_names_no_latest_of_its_own(checkpoint_after_two_steps):
+    directory, _, _ = checkpoint_after_two_steps
+    assert not list(directory.rglob("latest*"))
+
+
+def test_a_checkpoint_that_fits_no_longer_is_refused_with_the_reason(checkpoint_after_two_steps, model, tmp_path):
+    directory, _, _ = checkpoint_after_two_steps
+    unpartitioned = open_deepspeed_engine(some_train_settings(model, zero_stage=0))
+    with pytest.raises(UserError, match="was written at zero_stage 1 or 2 and cannot be read at 0"):
+        unpartitioned.load(directory)
+    with pytest.raises(UserError, match=f"{tmp_path}/policy holds no checkpoint; was the run begun with"):
+        unpartitioned.load(tmp_path)
+    unpartitioned.save(tmp_path)
+    with pytest.raises(UserError, match="was written at zero_stage 0 and cannot be read at 2"):
+        open_deepspeed_engine(some_train_settings(model, zero_stage=2)).load(tmp_path)
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def broken_step(request, model) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    engine = open_deepspeed_engine(some_train_settings(model, zero_stage=request.param))
+    before = weights_of(engine)
+    layer = engine._model.model.layers[1].mlp.down_proj
+    layer.register_full_backward_hook(lambda _module, inputs, _outputs: tuple(each * math.nan for each in inputs))
+    result = engine.step(a_batch(random_groups(0), micro_batch_tokens=40))
+    return result.refusal, before, weights_of(engine)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_no_weight_moves(broken_step):
+    refusal, before, after = broken_step
+    assert refusal.startswith("the gradient of ")
+    assert largest_difference(after, before) == 0.0
+
+
+@pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_B"])
+def test_a_loss_that_is_not_finite_is_refused_and_no_weight_moves(field, model):
+    engine = open_deepspeed_engine(gae_settings(model))
+    train(engine, steps=1)
+    before, critic_before = weights_of(engine), critic_weights(engine)
+    result = engine.step(with_nan(a_batch(random_groups(1), version=1, micro_batch_tokens=40), field))
+    assert "is not finite" in result.refusal
+    assert engine.version == 1
+    assert largest_difference(weights_of(engine), before) == 0.0
+    assert largest_difference(critic_weights(engine), critic_before) == 0.0
+
+
+def test_a_micro_batch_of_over_stale_tokens_alone_is_stepped_over(model):
+    old = a_group(a_trajectory(versions=0), a_trajectory(versions=0, reward=0.0))
+    fresh = a_group(
+        a_trajectory((0, 0, 0, 1, 1), versions=9, reward=0.5), a_trajectory((0, 0, 0, 1, 1), versions=9, reward=0.0)
+    )
+    batch = a_batch([old, fresh], version=9, micro_batch_tokens=10)
+    assert [int(micro.loss_mask_BT.sum()) for micro in batch.micro_batches] == [0, 4]
+    settings = some_train_settings(model)
+    engines = [open_deepspeed_engine(settings), open_torch_engine(settings)]
+    assert [engine.step(batch).refusal for engine in engines] == [None, None]
+    assert largest_difference(*map(weights_of, engines)) < 1e-5
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_an_exported_policy_is_the_same_function_in_transformers(tied, dtype, tmp_path):
+    path = str(save_tiny_model(tmp_path / "start", tied=tied))
+    engine = open_deepspeed_engine(some_train_settings(path, dtype=dtype))
+    train(engine, steps=1)
+    engine.export_huggingface(tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto").eval()
+    assert str(exported.dtype) == f"torch.{dtype}"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, engine._model(ids).logits, rtol=0, atol=0)

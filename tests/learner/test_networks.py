@@ -1,0 +1,105 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from common.lifecycle import UserError
+from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
+from tests.builders_learner import a_batch, random_groups
+from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs
+
+MICRO = a_batch(random_groups(0, group_size=2)).micro_batches[0]
+INPUTS = (MICRO.token_ids_BT, MICRO.attention_mask_BT, MICRO.loss_mask_BT)
+
+
+def a_model_that_caps_its_logits() -> Gemma2ForCausalLM:
+    config = Gemma2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=0.5,
+        attn_implementation="eager",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma2ForCausalLM(config).eval()
+
+
+MODELS = {
+    "tied": lambda: a_tiny_model(0, tied=True),
+    "untied": lambda: a_tiny_model(0, tied=False),
+    "capped": a_model_that_caps_its_logits,
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", MODELS)
+def test_log_probabilities_equal_those_of_a_plain_transformers_forward_without_padding(kind, temperature):
+    model = MODELS[kind]()
+    logprobs_BT, _ = PolicyNetwork(model, temperature=temperature)(*INPUTS)
+    for row, mask_T in enumerate(MICRO.loss_mask_BT):
+        length = int(MICRO.attention_mask_BT[row].sum())
+        alone = forward_logprobs(model, MICRO.token_ids_BT[row, :length].numpy(), temperature=temperature)
+        expected = np.where(mask_T[1:length], alone, 0.0)
+        np.testing.assert_allclose(logprobs_BT[row, 1:length].detach(), expected, atol=2e-5)
+    assert not logprobs_BT[~MICRO.loss_mask_BT].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_is_that_of_the_distribution_the_token_was_drawn_from(temperature):
+    model = a_tiny_model(0, tied=True)
+    _, entropy_BT = PolicyNetwork(model, temperature=temperature)(*INPUTS)
+    with torch.no_grad():
+        logits = model(MICRO.token_ids_BT, attention_mask=MICRO.attention_mask_BT.long()).logits / temperature
+    expected = torch.distributions.Categorical(logits=logits[:, :-1]).entropy()
+    mask = MICRO.loss_mask_BT[:, 1:]
+    torch.testing.assert_close(entropy_BT[:, 1:][mask], expected[mask], atol=2e-5, rtol=0)
+    assert not entropy_BT[~MICRO.loss_mask_BT].any()
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+    network = PolicyNetwork(a_tiny_model(0, tied=True), temperature=1.0)
+    other_ids = torch.where(MICRO.attention_mask_BT, MICRO.token_ids_BT, 77)
+    assert not MICRO.attention_mask_BT.all()
+    torch.testing.assert_close(network(*INPUTS)[0], network(other_ids, *INPUTS[1:])[0], atol=1e-6, rtol=0)
+
+
+def test_a_micro_batch_of_over_stale_tokens_alone_gives_a_zero_gradient_rather_than_none():
+    network = PolicyNetwork(a_tiny_model(0, tied=True), temperature=1.0)
+    logprobs_BT, _ = network(*INPUTS[:2], torch.zeros_like(MICRO.loss_mask_BT))
+    logprobs_BT.sum().backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def a_critic() -> CriticNetwork:
+    critic = CriticNetwork(a_tiny_model(0, tied=True).model)
+    torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+    return critic
+
+
+@torch.no_grad()
+def test_the_value_at_a_token_sees_the_tokens_before_it_and_not_the_token_itself():
+    critic = a_critic()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    values = critic(ids, mask)
+    for t in range(ids.shape[1]):
+        changed = ids.clone()
+        changed[0, t] = 42
+        moved = (critic(changed, mask) - values).abs()[0] > 1e-6
+        assert moved.tolist() == [place > t for place in range(ids.shape[1])]
+
+
+@torch.no_grad()
+def test_a_fresh_critic_finds_every_state_worth_nothing():
+    assert not CriticNetwork(a_tiny_model(0, tied=True).model)(*INPUTS[:2]).any()
+
+
+LOADERS = {"policy": partial(load_policy, temperature=1.0), "critic": load_critic}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_model_that_does_not_exist_is_named(kind, tmp_path):
+    with pytest.raises(UserError, match=f"cannot load the model {tmp_path}/nowhere: "):
+        LOADERS[kind](str(tmp_path / "nowhere"), dtype="float32")
