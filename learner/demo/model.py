@@ -81,4 +81,4 @@ def _warm_start(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> fl
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
