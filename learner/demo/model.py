@@ -47,7 +47,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=MAX_MODEL_LEN
+        tokenizer_object=characters,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=MAX_MODEL_LEN,
     )
 
 
