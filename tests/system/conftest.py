@@ -1,8 +1,11 @@
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from learner.demo.model import build_demo_model
 from tests.system.processes import Stage, a_stage

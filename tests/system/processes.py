@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ class Stage:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._count = 0
+        self._commands: list[Command] = []
+        self._numbers = count(1)
 
     async def start(self, *words: str, within: Sequence[str] = ()) -> Command:
         """Runs an installed command; `within`: words that put it elsewhere, as `ip netns exec NAME` does."""
         program, *arguments = words
-        self._count += 1
-        log = self.path / f"{self._count}-{program}.log"
+        log = self.path / f"{next(self._numbers)}-{program}.log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *within,
@@ -89,11 +90,12 @@ class Stage:
                 stderr=output,
                 start_new_session=True,
             )
-        return Command(words, process, log)
+        self._commands.append(Command(words, process, log))
+        return self._commands[-1]
 
-    async def fails(self, *words: str) -> str:
+    async def fails(self, *words: str, within: Sequence[str] = ()) -> str:
         """What a command says that must refuse to work: exit code 2, and no traceback."""
-        command = await self.start(*words)
+        command = await self.start(*words, within=within)
         assert await command.exit_code() == 2, repr(command)
         assert "Traceback" not in command.log
         return command.log
@@ -112,6 +114,14 @@ class Stage:
             while max(self.steps(), default=0) < step:
                 assert learner.is_running, f"ended before step {step}: {learner!r}"
                 await asyncio.sleep(LOOK_EVERY_S)
+
+    async def close(self) -> None:
+        """Kills whatever is still running here, so that a failed test leaves nothing behind either."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for command in self._commands:
+            await command.exit_code()
 
     def processes(self) -> dict[int, str]:
         """Command lines, by process id, of all that run here."""
@@ -145,12 +155,8 @@ async def _patience(timeout_s: float, command: Command, what: str) -> AsyncItera
 
 @asynccontextmanager
 async def a_stage(path: Path) -> AsyncIterator[Stage]:
-    """Ends whatever is still running in it, so that a failed test leaves nothing behind either."""
     stage = Stage(path)
     try:
         yield stage
     finally:
-        for pid in stage.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        await stage.has_no()
+        await stage.close()
