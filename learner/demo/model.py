@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789=+-*/() abcdefghijklmnopqrstuvwxyz.,:;?!"
 VOCAB_SIZE = 64
+MAX_MODEL_LEN = 512  # prompt and completion: room for the learner's default of max_new_tokens
 
 WARM_START_STEPS = 25
 WARM_START_BATCH = 64
@@ -48,7 +49,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=128
+        tokenizer_object=characters,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=MAX_MODEL_LEN,
     )
 
 
@@ -60,7 +65,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=MAX_MODEL_LEN,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
