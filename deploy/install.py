@@ -58,7 +58,7 @@ def advice(log: str) -> str:
     """What to do about a failed pip, from what it printed."""
     if LOCKED_TORCH in log and ("No matching distribution" in log or "Could not find a version" in log):
         return (
-            f"Your package index does not have {LOCKED_TORCH}, the CPU build of PyTorch. Point pip at an index that has "
+            f"Your package index does not have {LOCKED_TORCH}, the CPU build of PyTorch. Point pip at one that has "
             "it (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), or run: python3 deploy/install.py --allow-cuda-torch\n"
             "which takes the much larger CUDA build instead."
         )
