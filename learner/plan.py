@@ -1,6 +1,9 @@
 """From the one configuration to what each part needs to know: the seam between settings and parts."""
 
+import shutil
+
 from common.keys import ServerKeys
+from common.lifecycle import UserError
 from learner import joining
 from learner.algorithms import build_advantages, build_loss
 from learner.config import LearnerConfig
@@ -17,15 +20,21 @@ def model_of(config: LearnerConfig, run: RunDirectory) -> str:
     from learner.demo.model import build_demo_model
 
     directory = run.path / "demo-model"
-    if not (directory / "config.json").exists():
-        build_demo_model(directory, seed=config.seed)
+    if not directory.exists():
+        unfinished = run.path / "demo-model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        build_demo_model(unfinished, seed=config.seed)
+        unfinished.rename(directory)
     return str(directory)
 
 
 def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
-    """Raises ValueError for an algorithm or a setting of it that does not exist."""
-    build_loss(config.loss, config.loss_setting)
-    build_advantages(config.advantage, config.advantage_setting)
+    """Raises UserError for an algorithm or a setting of it that does not exist."""
+    try:
+        build_loss(config.loss, config.loss_setting)
+        build_advantages(config.advantage, config.advantage_setting)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return TrainSettings(
         model=model,
         critic_model=(config.critic_model or model) if config.advantage == "gae" else None,
