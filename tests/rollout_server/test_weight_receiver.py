@@ -114,9 +114,11 @@ async def following(server: SnapshotServer, tmp_path: Path, engine: TableEngine 
 
 @contextmanager
 def a_receiver(engine: TableEngine, tmp_path: Path) -> Iterator[WeightReceiver]:
-    with closing(EventLog(tmp_path / "events.jsonl", "rollout_server")) as events:
-        with closing(WeightReceiver(engine, events)) as receiver:
-            yield receiver
+    with (
+        closing(EventLog(tmp_path / "events.jsonl", "rollout_server")) as events,
+        closing(WeightReceiver(engine, events)) as receiver,
+    ):
+        yield receiver
 
 
 async def assert_loaded(engine: TableEngine, version: int) -> None:
