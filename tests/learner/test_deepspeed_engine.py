@@ -38,7 +38,6 @@ def _environment():
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     yield
-    torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
