@@ -23,7 +23,7 @@ def test_evaluation_prompts_are_never_trained_on():
 
 @pytest.mark.parametrize(
     ("completion", "expected"),
-    [("3142", 1.0), ("3140", 0.375), ("1423", 0.0), ("", 0.0), ("31", 0.25), ("3142=", 0.5), ("xxxx", 0.0)],
+    [("3142", 1.0), ("3140", 0.375), ("1423", 0.0), ("", 0.0), ("31", 0.25), ("3142=", 0.4), ("xxxx", 0.0)],
 )
 def test_the_right_answer_is_worth_one_and_right_digits_half_their_share(completion, expected):
     assert reward("3142=", completion, {"answer": "3142"}) == expected
