@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import uvloop
 
@@ -26,17 +26,26 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 
 _PR_SET_PDEATHSIG = 1
+_PARENT_VARIABLE = "COUNTERCURRENT_PARENT"  # process id, told to a child and taken out by it
 
 
 class UserError(Exception):
     """Something a person must change: shown as one sentence, without a traceback."""
 
 
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at that moment: a live display puts itself there to keep lines apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure_logging(role: str) -> None:
     """Lines like `12:30:05 learner  waiting for ...`, in UTC, on standard error."""
     formatter = logging.Formatter(f"%(asctime)s {role:<14} %(message)s", datefmt="%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
@@ -46,7 +55,10 @@ def run_until_stopped(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
 
     SIGINT or SIGTERM cancels main: the same path as a crash, so cleanup lives in `finally`. A second SIGINT ends the
     process at once. Returns main's own code, 128 + signal when stopped by one, 2 for a UserError, 1 for a crash.
+    A process started by ChildProcess is stopped by SIGTERM when its parent is gone, however that ended.
     """
+    if (parent_pid := os.environ.get(_PARENT_VARIABLE)) is not None:
+        die_with_parent(int(parent_pid), signal.SIGTERM)
     received: list[signal.Signals] = []
     os.register_at_fork(after_in_child=_forget_signal_handling)
     try:
@@ -96,12 +108,16 @@ def _user_errors(error: BaseException) -> list[UserError]:
     return [mistake for mistakes in found for mistake in mistakes] if all(found) else []
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, however the parent dies.
+def die_with_parent(parent_pid: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent dies, however the parent dies.
 
-    parent_pid: as the parent said; a parent that died before this call is noticed.
+    parent_pid: as the parent said; a parent that died before this call is noticed. The kernel watches the thread that
+    started this process: ours start children from the thread of the event loop only. Raises OSError.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.pop(_PARENT_VARIABLE, None)  # the children of this process have another parent
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, with_signal, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cannot ask the kernel to be told of the parent's death")
     if os.getppid() != parent_pid:
         sys.exit(f"the parent process {parent_pid} is gone")
 
@@ -124,15 +140,17 @@ class ChildProcess:
         return await self._process.wait()
 
     async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """SIGTERM, then SIGKILL to its whole session after grace_s."""
-        if self._process.returncode is None:
+        """SIGTERM, then SIGKILL to its whole process group: after grace_s, or at once when cancelled meanwhile."""
+        try:
+            if self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    self._process.terminate()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(grace_s):
+                        await self._process.wait()
+        finally:
             with suppress(ProcessLookupError):
-                self._process.terminate()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self._process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
 
     @classmethod
@@ -158,7 +176,7 @@ class ChildProcess:
                 stderr=target,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, _PARENT_VARIABLE: str(os.getpid()), **(environment or {})},
             )
         finally:
             if target is not None:
@@ -167,7 +185,7 @@ class ChildProcess:
         try:
             yield child
         finally:
-            await asyncio.shield(child.stop())
+            await child.stop()
 
 
 class DedicatedThread:
