@@ -43,7 +43,10 @@ class LearnerConfig:
         2, help="oldest token that may be trained, in optimizer steps; 0 is synchronous PPO, more overlaps more"
     )
     max_new_tokens: int = option(256, help="longest completion, in tokens")
-    max_model_len: int | None = option(None, help="longest prompt + completion, in tokens; default: what the model has")
+    max_model_len: int | None = option(
+        None,
+        help="longest prompt + completion, in tokens; default: room for a prompt of 1024 + max_new_tokens, if the model can",
+    )
     temperature: float = option(1.0, help="sampling temperature, also of the log-probabilities trained on")
     seed: int = option(0, help="seed of data order, sampling and initialisation")
 
@@ -156,5 +159,9 @@ class LearnerConfig:
     @property
     def max_group_bytes(self) -> int:
         """Largest group: 13 bytes a token (id, log-probability, version, mask), and what describes each trajectory."""
-        max_model_len = self.max_model_len or 2 * self.max_new_tokens + 1024
-        return self.group_size * (13 * max_model_len + 1024)
+        return self.group_size * (13 * self.longest_trajectory + 1024)
+
+    @property
+    def longest_trajectory(self) -> int:
+        """Tokens of prompt and completion together that memory is set aside for."""
+        return self.max_model_len or 2 * self.max_new_tokens + 1024

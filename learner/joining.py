@@ -49,7 +49,7 @@ def join_command(config: LearnerConfig, run: RunDirectory, address: str) -> str:
 
 def checked_model_len(config: LearnerConfig, model_max_len: int) -> int:
     """Longest prompt and completion together; raises UserError when the model cannot do what is asked."""
-    max_model_len = config.max_model_len or model_max_len
+    max_model_len = config.max_model_len or min(model_max_len, config.longest_trajectory)
     if max_model_len > model_max_len:
         raise UserError(f"max_model_len {max_model_len} is more than the {model_max_len} tokens the model can do")
     if config.max_new_tokens >= max_model_len:

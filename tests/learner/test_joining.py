@@ -85,6 +85,8 @@ def test_a_port_that_was_chosen_is_kept(run):
 def test_lengths_beyond_the_model_are_refused_and_its_own_is_the_default():
     assert checked_model_len(LearnerConfig(max_new_tokens=100), 128) == 128
     assert checked_model_len(LearnerConfig(max_new_tokens=50, max_model_len=64), 128) == 64
+    assert checked_model_len(LearnerConfig(max_new_tokens=50), 128) == 128
+    assert checked_model_len(LearnerConfig(max_new_tokens=50), 1 << 20) == 2 * 50 + 1024  # what memory is bounded by
     with pytest.raises(UserError, match="max_model_len 512 is more than the 128 tokens the model can do"):
         checked_model_len(LearnerConfig(max_model_len=512), 128)
     with pytest.raises(UserError, match="max_new_tokens 128 leaves no room for a prompt within 128 tokens"):
