@@ -45,7 +45,7 @@ class LearnerConfig:
     max_new_tokens: int = option(256, help="longest completion, in tokens")
     max_model_len: int | None = option(
         None,
-        help="longest prompt + completion, in tokens; default: room for a prompt of 1024 + max_new_tokens, if the model can",
+        help="longest prompt + completion; default: 2 * max_new_tokens + 1024, or what the model can",
     )
     temperature: float = option(1.0, help="sampling temperature, also of the log-probabilities trained on")
     seed: int = option(0, help="seed of data order, sampling and initialisation")
