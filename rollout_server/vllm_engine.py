@@ -1,19 +1,9 @@
 """VllmEngine: the InferenceEngine on vLLM's AsyncLLM. Only the vllm_*.py files name vllm."""
 
 import asyncio
-<<<<<<< HEAD
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-=======
-import itertools
-import multiprocessing
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from multiprocessing.process import BaseProcess
->>>>>>> w10
 from typing import Any
 
 import numpy as np
@@ -24,10 +14,6 @@ from rollout_server.model_tensors import check_snapshot, expected_shapes
 from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
 MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
-<<<<<<< HEAD
-=======
-SHUTDOWN_S = 0.5  # the engine's process has nothing to save
->>>>>>> w10
 
 
 @asynccontextmanager
@@ -36,7 +22,6 @@ async def open_vllm_engine(settings: VllmSettings) -> AsyncIterator["VllmEngine"
 
     It generates only after the first load_weights. Raises ValueError for a model or a setting that vLLM refuses.
     """
-<<<<<<< HEAD
     starting = asyncio.ensure_future(asyncio.to_thread(start_vllm, settings))
     try:
         llm = await asyncio.shield(starting)
@@ -50,32 +35,6 @@ async def open_vllm_engine(settings: VllmSettings) -> AsyncIterator["VllmEngine"
         yield engine
     finally:
         await engine.close()
-=======
-    with ThreadPoolExecutor(1, "vllm") as thread:
-        others = multiprocessing.active_children()
-        starting = asyncio.get_running_loop().run_in_executor(thread, start_vllm, settings)
-        try:
-            llm = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await _give_up(starting, others)
-            raise
-        engine = VllmEngine(llm, settings, thread)
-        try:
-            yield engine
-        finally:
-            await engine.close()
->>>>>>> w10
-
-
-async def _give_up(starting: asyncio.Future[Any], others: Sequence[BaseProcess]) -> None:
-    """A start cannot be interrupted, but it fails at once when the engine's process dies."""
-    while not starting.done():
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.kill()
-        await asyncio.wait([starting], timeout=0.1)
-    if starting.exception() is None:
-        starting.result().shutdown(SHUTDOWN_S)
 
 
 class VllmEngine:
@@ -163,7 +122,7 @@ class VllmEngine:
             self._open.clear()
             self._refusal = f"snapshot {manifest.version} was not applied completely: load one that is whole"
             try:
-                pause_s = await self._apply(manifest.version, str(snapshot.path.absolute()), tensors)
+                pause_s = await self._apply(manifest.version, str(snapshot.path.resolve()), tensors)
                 self._refusal = None
             finally:
                 self._open.set()
