@@ -60,7 +60,7 @@ def test_an_impossible_value_is_refused_with_a_sentence(settings, sentence):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--zero-stage", "3"], "--zero-stage must be one of 0, 1, 2; got '3'"),
+        (["--zero-stage", "3"], "--zero-stage must be one of 0, 1, 2; got 3"),
         (["--dtype", "float16"], "--dtype must be one of float32, bfloat16; got 'float16'"),
         (["--lr-schedule", "step"], "--lr-schedule must be one of constant, linear, cosine; got 'step'"),
         (["--total-steps", "1.5"], "--total-steps must be a whole number, got '1.5'"),
