@@ -122,7 +122,7 @@ class VllmEngine:
             self._open.clear()
             self._refusal = f"snapshot {manifest.version} was not applied completely: load one that is whole"
             try:
-                pause_s = await self._apply(manifest.version, str(snapshot.path.resolve()), tensors)
+                pause_s = await self._apply(manifest.version, str(snapshot.path.absolute()), tensors)
                 self._refusal = None
             finally:
                 self._open.set()
