@@ -50,7 +50,19 @@ async def _give_up(starting: asyncio.Future[Any], others: Sequence[BaseProcess])
                 process.kill()
         await asyncio.wait([starting], timeout=0.1)
     if starting.exception() is None:
-        starting.result().shutdown(SHUTDOWN_S)
+        _shut_down(starting.result())
+
+
+def _shut_down(llm: Any) -> None:
+    """Returns when the engine's processes are gone: by themselves, or killed."""
+    processes = _processes(llm)
+    llm.shutdown(SHUTDOWN_S)
+    for process in processes:
+        process.join(SHUTDOWN_S)
+
+
+def _processes(llm: Any) -> list[BaseProcess]:
+    return list(llm.engine_core.resources.engine_manager.processes)
 
 
 class VllmEngine:
@@ -82,7 +94,7 @@ class VllmEngine:
 
     def process_ids(self) -> list[int]:
         """The engine's own processes, without their workers' where those are separate."""
-        return [process.pid for process in self._llm.engine_core.resources.engine_manager.processes]
+        return [process.pid for process in _processes(self._llm) if process.pid is not None]
 
     async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
         """See InferenceEngine. A call during a weight update waits and is sampled by the new weights."""
@@ -174,7 +186,7 @@ class VllmEngine:
         self._refusal = "the engine is closed"
         self._open.set()
         await self._llm.abort(self._running)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._llm.shutdown, SHUTDOWN_S)
+        await asyncio.get_running_loop().run_in_executor(self._thread, _shut_down, self._llm)
 
     async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str) -> Any:
         """vLLM's final output for one prompt."""
