@@ -4,11 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from learner.__main__ import parse_learner
-
 from common.lifecycle import configure_logging, run_until_stopped
 from deploy.report import write_report
 from deploy.up import RunPlan, up
+from learner.__main__ import parse_learner
 
 
 def main(argv: list[str] | None = None) -> int:

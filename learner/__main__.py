@@ -16,7 +16,7 @@ from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
 from common.lifecycle import ChildProcess, DedicatedThread, UserError, configure_logging, run_until_stopped
 from common.metrics import start_metrics_server
-from common.wire import curve_keypair, is_local
+from common.wire import curve_keypair
 from learner import joining
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.config import LearnerConfig
@@ -140,8 +140,7 @@ def open_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> Train
 
 
 def prepare_keys(config: LearnerConfig, run: RunDirectory) -> ServerKeys | None:
-    """Keys are made when somebody on another machine could connect."""
-    if is_local(config.listen) and is_local(joining.weights_address(config)):
+    if not joining.needs_keys(config):
         return None
     keys = ensure_server_keys(run.keys, curve_keypair)
     ensure_client_key(keys, joining.KEY_NAME, curve_keypair)
@@ -207,6 +206,7 @@ async def train(learner: Learner) -> None:
         queue_groups=config.queue_capacity,
         waited_s=lambda: learner.coordinator.waited_s,
         status=lambda: learner.coordinator.status,
+        version=learner.engine.version,
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))

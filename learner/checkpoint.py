@@ -71,8 +71,9 @@ class CheckpointStore:
         if final.exists():  # of a life of this run that ended before CURRENT named it
             shutil.rmtree(final)
         temporary.rename(final)
+        _fsync(self._directory)
         self._point_to(name)
-        self._delete_old(name)
+        self._delete_old(version)
         return final
 
     def _current_name(self) -> str | None:
@@ -87,11 +88,17 @@ class CheckpointStore:
         replacement.replace(self._current)
         _fsync(self._directory)
 
-    def _delete_old(self, current: str) -> None:
-        names = sorted(path.name for path in self._directory.glob("step-*") if path.suffix != ".tmp")
-        for name in names[: -self._keep]:
-            if name != current:
-                shutil.rmtree(self._directory / name)
+    def _delete_old(self, version: int) -> None:
+        """Those before the current one, and what a crash left half written."""
+        steps = [path for path in self._directory.glob("step-*") if path.suffix != ".tmp"]
+        known = sorted((_version_of(path), path) for path in steps if _version_of(path) <= version)
+        torn = list(self._directory.glob("step-*.tmp"))
+        for path in [path for _, path in known[: -self._keep]] + torn:
+            shutil.rmtree(path)
+
+
+def _version_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def _make_durable(directory: Path) -> None:

@@ -1,10 +1,12 @@
 """LearnerConfig: every setting of a run, as flags, as [learner] keys of a TOML file, and with their help."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from common.config import option
+from common.messages import MAX_GROUP_SIZE
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
@@ -41,7 +43,10 @@ class LearnerConfig:
         2, help="oldest token that may be trained, in optimizer steps; 0 is synchronous PPO, more overlaps more"
     )
     max_new_tokens: int = option(256, help="longest completion, in tokens")
-    max_model_len: int | None = option(None, help="longest prompt + completion, in tokens; default: what the model has")
+    max_model_len: int | None = option(
+        None,
+        help="longest prompt + completion; default: 2 * max_new_tokens + 1024, or what the model can",
+    )
     temperature: float = option(1.0, help="sampling temperature, also of the log-probabilities trained on")
     seed: int = option(0, help="seed of data order, sampling and initialisation")
 
@@ -96,15 +101,43 @@ class LearnerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must be >= 0, got {self.max_staleness}; 0 means strictly on-policy")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}; a greedy policy explores nothing")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be finite and > 0, got {self.temperature}; a greedy policy explores nothing"
+            )
+        self._check_numbers()
         if self.advantage == "grpo" and self.group_size == 1:
             raise ValueError("group_size 1 leaves grpo nothing to compare with; use at least 2, or --advantage gae")
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
             )
+        self._check_lengths()
         self._check_queue()
+
+    def _check_numbers(self) -> None:
+        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        for name in ("max_grad_norm", "server_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+
+    def _check_lengths(self) -> None:
+        if self.group_size > MAX_GROUP_SIZE:
+            raise ValueError(f"group_size must be at most {MAX_GROUP_SIZE}, got {self.group_size}")
+        if self.max_model_len is None:
+            return
+        if self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}: a prompt and an answer")
+        if self.max_new_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt within max_model_len "
+                f"{self.max_model_len}"
+            )
 
     def _check_queue(self) -> None:
         if self.queue_groups is not None and self.queue_groups < self.groups_per_step:
@@ -126,5 +159,9 @@ class LearnerConfig:
     @property
     def max_group_bytes(self) -> int:
         """Largest group: 13 bytes a token (id, log-probability, version, mask), and what describes each trajectory."""
-        max_model_len = self.max_model_len or 2 * self.max_new_tokens + 1024
-        return self.group_size * (13 * max_model_len + 1024)
+        return self.group_size * (13 * self.longest_trajectory + 1024)
+
+    @property
+    def longest_trajectory(self) -> int:
+        """Tokens of prompt and completion together that memory is set aside for."""
+        return self.max_model_len or 2 * self.max_new_tokens + 1024

@@ -31,20 +31,25 @@ def weights_address(config: LearnerConfig) -> str:
     return f"{config.listen.rpartition(':')[0]}:0"
 
 
+def needs_keys(config: LearnerConfig) -> bool:
+    """Whether somebody on another machine could connect."""
+    return not (is_local(config.listen) and is_local(weights_address(config)))
+
+
 def join_command(config: LearnerConfig, run: RunDirectory, address: str) -> str:
     """What to run, on whatever node, to add a rollout server to the run."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if host in _ALL_NETWORKS:
         address = f"tcp://{config.advertise_host or _host_name()}:{port}"
     words = ["rollout-server", "--learner", address]
-    if not is_local(config.listen):
+    if needs_keys(config):
         words += ["--key", str(run.keys / f"{KEY_NAME}.key")]
     return shlex.join(words)
 
 
 def checked_model_len(config: LearnerConfig, model_max_len: int) -> int:
     """Longest prompt and completion together; raises UserError when the model cannot do what is asked."""
-    max_model_len = config.max_model_len or model_max_len
+    max_model_len = config.max_model_len or min(model_max_len, config.longest_trajectory)
     if max_model_len > model_max_len:
         raise UserError(f"max_model_len {max_model_len} is more than the {model_max_len} tokens the model can do")
     if config.max_new_tokens >= max_model_len:

@@ -1,5 +1,7 @@
 """From the one configuration to what each part needs to know: the seam between settings and parts."""
 
+import shutil
+
 from common.keys import ServerKeys
 from common.lifecycle import UserError
 from learner import joining
@@ -18,8 +20,11 @@ def model_of(config: LearnerConfig, run: RunDirectory) -> str:
     from learner.demo.model import build_demo_model
 
     directory = run.path / "demo-model"
-    if not (directory / "config.json").exists():
-        build_demo_model(directory, seed=config.seed)
+    if not directory.exists():
+        unfinished = run.path / "demo-model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        build_demo_model(unfinished, seed=config.seed)
+        unfinished.rename(directory)
     return str(directory)
 
 

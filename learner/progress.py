@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(
         self, *, total_steps: int, queue_groups: int, waited_s: Callable[[], float],
-        status: Callable[[], CoordinatorStatus | None],
+        status: Callable[[], CoordinatorStatus | None], version: int,
     ) -> None:  # fmt: skip
         self._total_steps = total_steps
         self._queue_groups = queue_groups
@@ -54,7 +54,7 @@ class Progress:
         self._status = status
         self._samples: deque[Sample] = deque()
         self._rewards: deque[float] = deque(maxlen=REWARD_STEPS)
-        self._version = 0
+        self._version = version
         self._metrics: dict[str, float] = {}
 
     def step_completed(self, version: int, groups: tuple[Group, ...], result: StepResult) -> None:

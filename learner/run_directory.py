@@ -54,8 +54,12 @@ class RunDirectory:
 
 @contextmanager
 def open_run_directory(path: Path) -> Iterator[RunDirectory]:
-    """Raises UserError when another learner is using it."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Raises UserError when it cannot be written, or another learner is using it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "lock").touch()
+    except OSError as error:
+        raise UserError(f"cannot write into --run-dir {path}: {error.strerror}; choose another") from error
     with (path / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

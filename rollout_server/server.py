@@ -89,6 +89,7 @@ class RolloutServer:
         self._progress = 0
         self._last_heard_s = time.monotonic()
         self._waiting_for = ""
+        self._is_finished = False
 
     def __repr__(self) -> str:
         return (
@@ -116,7 +117,11 @@ class RolloutServer:
                 self._tasks.create_task(self._heartbeat())
                 self._tasks.create_task(self._watch_engine())
         except* RunFinishedError as finished:
+            self._is_finished = True
             logger.info("%s", finished.exceptions[0])
+        finally:
+            if not self._is_finished:  # its leases go to others at once
+                self._dealer.try_send(encode(messages.Leaving(reason="this rollout server stops")))
 
     async def _enter(self, welcome: messages.Welcome) -> None:
         """Begin, or begin again after the learner restarted: what was leased by its former self is void."""

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT = 8
 REPLY_TIMEOUT_S = 5.0
+ASK_AGAIN_S = 0.2  # after an answer that was of no use
 
 
 class Staging:
@@ -131,7 +132,9 @@ class WeightReceiver:
                 await self._changed.wait_for(lambda: self.published_version > self.loaded_version)
             run_id = self._run_id
             manifest = await self._pull(dealer)
-            if manifest is not None and run_id == self._run_id:
+            if manifest is None:
+                await asyncio.sleep(ASK_AGAIN_S)
+            elif run_id == self._run_id:
                 await self._apply(manifest)
 
     async def _pull(self, dealer: Dealer) -> SnapshotManifest | None:
@@ -156,17 +159,24 @@ class WeightReceiver:
     async def _request_manifest(self, dealer: Dealer) -> SnapshotManifest | None:
         await dealer.send(encode(messages.ManifestRequest(newer_than=self.loaded_version)))
         reply = await self._receive(dealer, "the manifest")
+        while reply is not None and isinstance(reply[0], messages.ChunkReply | messages.SnapshotGone):
+            reply = await self._receive(dealer, "the manifest")  # that was a late answer to a pull given up
         if reply is None or not isinstance(reply[0], messages.ManifestReply):
-            return None  # a late chunk of an older pull, or nothing: ask again
-        manifest = decode_manifest(reply[1])
-        if manifest.run_id != self._run_id:
-            logger.warning(
-                "snapshot %d is of run %s, not of %s; ignored", manifest.version, manifest.run_id, self._run_id
-            )
             return None
+        try:
+            manifest = decode_manifest(reply[1])
+            self._check(manifest)
+        except SnapshotError as error:
+            logger.warning("not loaded, asking again: %s", error)
+            return None
+        return manifest
+
+    def _check(self, manifest: SnapshotManifest) -> None:
+        """Raises SnapshotError for what must never be loaded."""
+        if manifest.run_id != self._run_id:
+            raise SnapshotError(f"snapshot {manifest.version} is of run {manifest.run_id}, not of {self._run_id}")
         if manifest.version <= self.loaded_version:
             raise SnapshotError(f"asked for a version after {self.loaded_version}, was given {manifest.version}")
-        return manifest
 
     async def _receive(self, dealer: Dealer, what: str) -> tuple[messages.Message, memoryview] | None:
         try:

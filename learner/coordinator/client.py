@@ -59,6 +59,7 @@ class CoordinatorClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self._lost)
+                answer.exception()  # seen, also when the asker is cancelled before it looks
         raise self._lost
 
     async def open_run(self, request: messages.OpenRun) -> str:

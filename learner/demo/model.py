@@ -43,6 +43,11 @@ def build_demo_model(directory: Path, *, seed: int = 0) -> None:
     )
 
 
+def save_tokenizer(directory: Path) -> None:
+    """The demo's tokenizer alone, for other models over the same characters."""
+    _tokenizer().save_pretrained(directory)
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     vocab = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
     characters = Tokenizer(WordLevel(vocab, unk_token="<unk>"))

@@ -1,4 +1,3 @@
-# ruff: noqa: T201 (a command-line program prints)
 """Tokens per second of VllmEngine.generate over a bare AsyncLLM: what our side of the engine costs.
 
 Both sample the same prompts with the same seeds, batch, temperature and log-probabilities, on the same engine, in

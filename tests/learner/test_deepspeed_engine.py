@@ -38,7 +38,6 @@ def _environment():
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     yield
-    torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
@@ -67,9 +66,12 @@ def assert_close_metrics(results: list[StepResult], expected: list[StepResult], 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_float32_deepspeed_equals_plain_torch(stage, model, twin):
     engine = open_deepspeed_engine(some_train_settings(model, zero_stage=stage))
+    start = weights_of(engine)
     results = train(engine, steps=STEPS)
     expected_engine, expected_results = twin
-    assert largest_difference(weights_of(engine), weights_of(expected_engine)) < 1e-5
+    # Adam divides by the gradient's own size, so that the rounding of a tiny gradient becomes visible.
+    moved = largest_difference(weights_of(engine), start)
+    assert largest_difference(weights_of(engine), weights_of(expected_engine)) < 2e-3 * moved
     assert_close_metrics(results, expected_results)
     assert results[0].metrics["grad_norm"] > 0.5  # so that it was clipped
     assert engine.version == STEPS

@@ -1,8 +1,8 @@
 import pytest
 
+from common.fingerprint import fingerprint_tokenizer
 from rollout_server.environments.environment import BadRow
 from rollout_server.prompts import continuation_ids, prompt_ids
-from rollout_server.tokenizer import tokenizer_fingerprint
 from tests.rollout_server.tokenizer_twin import BOS_ID, CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer()
@@ -30,5 +30,5 @@ def test_a_chat_without_a_template_is_an_error_that_says_what_to_do():
 
 
 def test_the_fingerprint_is_that_of_vocabulary_and_chat_template():
-    assert tokenizer_fingerprint(TOKENIZER) == tokenizer_fingerprint(CharacterTokenizer())
-    assert tokenizer_fingerprint(TOKENIZER) != tokenizer_fingerprint(CharacterTokenizer(chat_template=None))
+    assert fingerprint_tokenizer(TOKENIZER) == fingerprint_tokenizer(CharacterTokenizer())
+    assert fingerprint_tokenizer(TOKENIZER) != fingerprint_tokenizer(CharacterTokenizer(chat_template=None))

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from common.fingerprint import fingerprint_tokenizer
 from rollout_server.environments.environment import BadRow
 from rollout_server.prompts import continuation_ids, prompt_ids
-from rollout_server.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from rollout_server.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -68,9 +69,9 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row_with_its_reason(tokenizer
 
 
 def test_the_fingerprint_survives_saving_and_tells_templates_apart(tokenizer, tmp_path):
-    assert tokenizer_fingerprint(a_saved_tokenizer(tmp_path / "same")) == tokenizer_fingerprint(tokenizer)
+    assert fingerprint_tokenizer(a_saved_tokenizer(tmp_path / "same")) == fingerprint_tokenizer(tokenizer)
     other = a_saved_tokenizer(tmp_path / "other", chat_template=None)
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    assert fingerprint_tokenizer(other) != fingerprint_tokenizer(tokenizer)
 
 
 def test_a_model_that_does_not_exist_is_an_error_that_names_it(tmp_path):

@@ -1,0 +1,343 @@
+"""WeightReceiver over real sockets, against a snapshot server that can be told to fail in every way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.codec import Decoder, encode
+from common.events import EventLog, read_events
+from common.messages import (
+    ChunkReply,
+    ChunkRequest,
+    ManifestReply,
+    ManifestRequest,
+    Message,
+    NoNewer,
+    ServerToSnapshots,
+    SnapshotGone,
+)
+from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
+from common.wire import Router, open_dealer, open_router
+from rollout_server import weight_receiver
+from rollout_server.inference import EngineError, LocalSnapshot, Sampling, WeightUpdate
+from rollout_server.table_engine import TABLE_TENSOR, TableEngine
+from rollout_server.weight_receiver import WeightReceiver
+
+PATIENCE_S = 20.0
+V = 16
+CHUNK_BYTES = 64
+NUM_CHUNKS = V * V * 4 // CHUNK_BYTES  # more than are in flight at once
+RUN_ID = "run.1"
+
+Answer = tuple[Message, bytes]
+Fault = Callable[[Message, Answer], Answer | None]  # what is answered instead; None: nothing
+
+
+def honestly(request: Message, answer: Answer) -> Answer:
+    return answer
+
+
+def a_table(version: int) -> np.ndarray:
+    return np.random.default_rng(version).normal(size=(V, V)).astype("<f4")
+
+
+def a_manifest(version: int, run_id: str = RUN_ID) -> SnapshotManifest:
+    specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
+    data = memoryview(a_table(version).tobytes())
+    return build_manifest(data, specs, run_id=run_id, version=version, chunk_bytes=CHUNK_BYTES)
+
+
+class SnapshotServer:
+    """Serves the newest of `versions`, unless its fault says otherwise; remembers what it was asked."""
+
+    def __init__(self, newest: int = 0, run_id: str = RUN_ID, address: str = "tcp://127.0.0.1:0") -> None:
+        self.newest = newest
+        self.run_id = run_id
+        self.address = address
+        self.fault: Fault = honestly
+        self.requests: list[Message] = []
+        self._decoder = Decoder(ServerToSnapshots, max_payload_bytes=0)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """At the same address whenever it is opened again."""
+        async with open_router(self.address, max_frame_bytes=1 << 20) as router, asyncio.TaskGroup() as tasks:
+            self.address = router.address
+            serving = tasks.create_task(self._serve(router))
+            yield
+            serving.cancel()
+
+    async def _serve(self, router: Router) -> None:
+        while True:
+            for incoming in await router.receive():
+                request, _ = self._decoder.decode(incoming.frames)
+                self.requests.append(request)
+                answer = self.fault(request, self._answer(request))
+                if answer is not None:
+                    router.send(incoming.peer, encode(*answer))
+
+    def _answer(self, request: Message) -> Answer:
+        match request:
+            case ManifestRequest(newer_than=version) if version >= self.newest:
+                return NoNewer(version=self.newest), b""
+            case ManifestRequest():
+                return ManifestReply(version=self.newest), encode_manifest(a_manifest(self.newest, self.run_id))
+            case ChunkRequest(version=self.newest, index=index):
+                start = index * CHUNK_BYTES
+                chunk = a_table(self.newest).tobytes()[start : start + CHUNK_BYTES]
+                return ChunkReply(version=self.newest, index=index), chunk
+            case _:
+                return SnapshotGone(version=request.version, newest=self.newest), b""
+
+    def asked(self, kind: type[Message]) -> list[Message]:
+        return [request for request in self.requests if isinstance(request, kind)]
+
+    def chunks_asked(self, version: int) -> list[int]:
+        return [request.index for request in self.asked(ChunkRequest) if request.version == version]
+
+
+@asynccontextmanager
+async def following(server: SnapshotServer, tmp_path: Path, engine: TableEngine | None = None):
+    """A receiver that follows the run, not told of any version yet."""
+    engine = engine or TableEngine(vocab_size=V, max_model_len=64, eos_id=0)
+    async with asyncio.timeout(PATIENCE_S), open_dealer(server.address) as dealer, asyncio.TaskGroup() as tasks:
+        with a_receiver(engine, tmp_path) as receiver:
+            await receiver.follow(RUN_ID)
+            running = tasks.create_task(receiver.run(dealer))
+            yield receiver, engine
+            running.cancel()
+
+
+@contextmanager
+def a_receiver(engine: TableEngine, tmp_path: Path) -> Iterator[WeightReceiver]:
+    with (
+        closing(EventLog(tmp_path / "events.jsonl", "rollout_server")) as events,
+        closing(WeightReceiver(engine, events)) as receiver,
+    ):
+        yield receiver
+
+
+async def assert_loaded(engine: TableEngine, version: int) -> None:
+    """Its log-probabilities are those of that version's table."""
+    assert engine.loaded_version == version
+    ids = np.arange(V, dtype=np.int32)
+    table = a_table(version).astype(np.float64)
+    logprobs = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(await engine.token_logprobs(ids), logprobs[ids[:-1], ids[1:]], atol=1e-6)
+
+
+async def test_what_is_announced_is_pulled_and_loaded_version_after_version(tmp_path):
+    server = SnapshotServer()
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        assert repr(receiver) == "<WeightReceiver at version -1, published -1>"
+        for version in (0, 1, 5):
+            server.newest = version
+            await receiver.announce(version)
+            await receiver.wait_for_version(version)
+            await assert_loaded(engine, version)
+            assert sorted(server.chunks_asked(version)) == list(range(NUM_CHUNKS))
+    assert receiver.received_bytes == 3 * NUM_CHUNKS * CHUNK_BYTES
+    updates = [event for event in read_events([tmp_path / "events.jsonl"]) if event["kind"] == "weight_update"]
+    assert [(event["version"], event["num_bytes"]) for event in updates] == [(v, 1024) for v in (0, 1, 5)]
+
+
+async def test_nothing_is_asked_for_before_something_is_announced(tmp_path):
+    server = SnapshotServer()
+    async with server.serving(), following(server, tmp_path) as (receiver, _):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await receiver.wait_for_version(NO_VERSION)
+    assert server.requests == []
+
+
+async def test_a_pull_goes_on_at_the_chunk_where_it_was_cut(tmp_path, monkeypatch, unused_tcp_port):
+    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.3)
+    server = SnapshotServer(address=f"tcp://127.0.0.1:{unused_tcp_port}")
+    half_way = asyncio.Event()
+
+    def falls_silent(request: Message, answer: Answer) -> Answer | None:
+        if isinstance(request, ChunkRequest) and len(server.chunks_asked(0)) > NUM_CHUNKS // 2:
+            half_way.set()
+            return None
+        return answer
+
+    server.fault = falls_silent
+    async with following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(0)
+        async with server.serving():
+            await half_way.wait()
+        arrived = set(server.chunks_asked(0)[: NUM_CHUNKS // 2])
+        server.requests.clear()
+        server.fault = honestly
+        async with server.serving():
+            await receiver.wait_for_version(0)
+            await assert_loaded(engine, 0)
+    assert arrived.isdisjoint(server.chunks_asked(0))  # what had arrived is not asked for again
+    assert server.asked(ManifestRequest) == []
+
+
+async def test_a_chunk_with_a_flipped_bit_is_refused_and_pulled_again(tmp_path, caplog):
+    server = SnapshotServer()
+
+    def flips_a_bit_once(request: Message, answer: Answer) -> Answer:
+        if request == ChunkRequest(version=0, index=5) and server.chunks_asked(0).count(5) == 1:
+            return answer[0], bytes([answer[1][0] ^ 4]) + answer[1][1:]
+        return answer
+
+    server.fault = flips_a_bit_once
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(0)
+        await receiver.wait_for_version(0)
+        await assert_loaded(engine, 0)
+    assert sorted(server.chunks_asked(0)) == sorted([*range(NUM_CHUNKS), 5])
+    assert "chunk 5 of snapshot 0: the digest does not match; pull it again" in caplog.text
+
+
+def flipped_manifest(request: Message, answer: Answer) -> Answer:
+    return answer[0], answer[1][:-1] + bytes([answer[1][-1] ^ 4])
+
+
+def manifest_of(version: int, run_id: str = RUN_ID) -> Fault:
+    return lambda request, answer: (ManifestReply(version=version), encode_manifest(a_manifest(version, run_id)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (flipped_manifest, "the manifest of snapshot 4 does not match its digest"),
+        (manifest_of(4, "stranger.1"), "snapshot 4 is of run stranger.1, not of run.1"),
+        (manifest_of(4, "run.2"), "snapshot 4 is of run run.2, not of run.1"),
+        (manifest_of(2), "asked for a version after 3, was given 2"),
+        (manifest_of(3), "asked for a version after 3, was given 3"),
+    ],
+)
+async def test_a_snapshot_that_must_not_be_loaded_is_not_even_pulled_and_the_next_good_one_is(
+    tmp_path, caplog, monkeypatch, fault, why
+):
+    monkeypatch.setattr(weight_receiver, "ASK_AGAIN_S", 0.02)
+    server = SnapshotServer(newest=3)
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(3)
+        await receiver.wait_for_version(3)
+        server.requests.clear()
+        server.newest = 4
+        server.fault = lambda request, answer: (
+            fault(request, answer) if isinstance(request, ManifestRequest) else answer
+        )
+        await receiver.announce(4)
+        while len(server.asked(ManifestRequest)) < 3:
+            await asyncio.sleep(0.01)
+        assert server.asked(ChunkRequest) == []
+        await assert_loaded(engine, 3)
+        server.fault = honestly
+        await receiver.wait_for_version(4)
+        await assert_loaded(engine, 4)
+    assert why in caplog.text
+
+
+async def test_useless_answers_are_not_asked_for_in_a_hot_loop(tmp_path):
+    server = SnapshotServer(newest=0, run_id="stranger.1")
+    async with server.serving(), following(server, tmp_path) as (receiver, _):
+        await receiver.announce(0)
+        await asyncio.sleep(0.5)
+    assert 1 <= len(server.requests) <= 0.5 / weight_receiver.ASK_AGAIN_S + 1
+
+
+async def test_a_snapshot_that_is_gone_in_the_middle_is_given_up_for_the_newest(tmp_path):
+    server = SnapshotServer(newest=1)
+
+    def moves_on(request: Message, answer: Answer) -> Answer:
+        if request == ChunkRequest(version=1, index=9):
+            server.newest = 7
+            return SnapshotGone(version=1, newest=7), b""
+        return answer
+
+    server.fault = moves_on
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(1)
+        await receiver.wait_for_version(7)
+        await assert_loaded(engine, 7)
+    assert len(server.asked(ManifestRequest)) == 2
+
+
+async def test_what_is_no_reply_is_ignored(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.3)
+    server = SnapshotServer()
+
+    def babbles_once(request: Message, answer: Answer) -> Answer:
+        return (request, b"") if server.requests.count(request) == 1 else answer
+
+    server.fault = babbles_once
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(0)
+        await receiver.wait_for_version(0)
+        await assert_loaded(engine, 0)
+    assert "the snapshot server sent what is not a reply" in caplog.text
+
+
+async def test_another_life_of_the_run_begins_anew_with_whatever_version_it_is_at(tmp_path):
+    server = SnapshotServer(newest=9)
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(9)
+        await receiver.wait_for_version(9)
+        server.newest, server.run_id = 5, "run.2"
+        await receiver.follow("run.2")
+        assert repr(receiver) == "<WeightReceiver at version -1, published -1>"
+        await receiver.announce(5)
+        await receiver.wait_for_version(5)
+        await assert_loaded(engine, 5)
+
+
+class FailingEngine(TableEngine):
+    """Its first `failures` loads fail half-way."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__(vocab_size=V, max_model_len=64, eos_id=0)
+        self.failures = failures
+        self.loads = 0
+
+    async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
+        self.loads += 1
+        if self.loads <= self.failures:
+            raise EngineError("half of it is applied")
+        return await super().load_weights(snapshot)
+
+
+async def test_weights_that_were_applied_half_are_applied_once_more(tmp_path):
+    server, engine = SnapshotServer(), FailingEngine(1)
+    async with server.serving(), following(server, tmp_path, engine) as (receiver, _):
+        await receiver.announce(0)
+        await receiver.wait_for_version(0)
+        await assert_loaded(engine, 0)
+    assert engine.loads == 2
+    assert len(server.chunks_asked(0)) == NUM_CHUNKS  # not pulled again
+
+
+async def test_weights_that_cannot_be_applied_twice_end_the_server(tmp_path):
+    server, engine = SnapshotServer(), FailingEngine(2)
+    async with server.serving(), open_dealer(server.address) as dealer:
+        with a_receiver(engine, tmp_path) as receiver:
+            await receiver.follow(RUN_ID)
+            await receiver.announce(0)
+            with pytest.raises(EngineError, match="half of it is applied"):
+                await receiver.run(dealer)
+    assert receiver.loaded_version == NO_VERSION
+
+
+async def test_tokens_are_sampled_while_a_snapshot_is_pulled_and_tell_which_version_sampled_them(tmp_path):
+    server, engine = SnapshotServer(), TableEngine(vocab_size=V, max_model_len=64, eos_id=0, step_s=0.005)
+    async with server.serving(), following(server, tmp_path, engine) as (receiver, _), asyncio.TaskGroup() as tasks:
+        await receiver.announce(0)
+        await receiver.wait_for_version(0)
+        sampling = Sampling(temperature=0.1, max_new_tokens=40, seed=3)
+        sampled = tasks.create_task(engine.generate(np.array([1], dtype=np.int32), sampling, "a"))
+        await asyncio.sleep(0.03)
+        server.newest = 1
+        await receiver.announce(1)
+        versions = (await sampled).token_versions.tolist()
+    assert versions == sorted(versions)
+    assert set(versions) == {0, 1}
