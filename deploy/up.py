@@ -36,16 +36,21 @@ async def up(plan: RunPlan) -> int:
     """Runs until the learner ends; returns its exit code. A rollout server that dies is started again."""
     address = f"tcp://127.0.0.1:{a_free_port()}"
     plan.learner.run_dir.mkdir(parents=True, exist_ok=True)
-    flags = ["--config", str(plan.config), "--listen", address, *plan.learner_flags]
-    async with ChildProcess.run_module("learner", *flags) as learner, asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as tasks:  # a cancellation stops all processes at the same time
         servers = [
             tasks.create_task(keep_rollout_server(plan, index, address)) for index in range(plan.num_rollout_servers)
         ]
-        code = await learner.wait()
+        code = await asyncio.shield(tasks.create_task(run_learner(plan, address)))
         _, pending = await asyncio.wait(servers, timeout=FAREWELL_S)
         for server in pending:
             server.cancel()
     return code
+
+
+async def run_learner(plan: RunPlan, address: str) -> int:
+    flags = ["--config", str(plan.config), "--listen", address, *plan.learner_flags]
+    async with ChildProcess.run_module("learner", *flags) as learner:
+        return await learner.wait()
 
 
 async def keep_rollout_server(plan: RunPlan, index: int, address: str) -> None:

@@ -1,9 +1,11 @@
 """VllmEngine: the InferenceEngine on vLLM's AsyncLLM. Only the vllm_*.py files name vllm."""
 
 import asyncio
+import multiprocessing
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -22,19 +24,29 @@ async def open_vllm_engine(settings: VllmSettings) -> AsyncIterator["VllmEngine"
 
     It generates only after the first load_weights. Raises ValueError for a model or a setting that vLLM refuses.
     """
+    others = multiprocessing.active_children()
     starting = asyncio.ensure_future(asyncio.to_thread(start_vllm, settings))
     try:
         llm = await asyncio.shield(starting)
     except asyncio.CancelledError:
-        await asyncio.wait([starting])  # it cannot be interrupted; left alone it would leave its processes
-        if starting.exception() is None:
-            await stop_vllm(starting.result())
+        await _give_up(starting, others)
         raise
     engine = VllmEngine(llm, settings)
     try:
         yield engine
     finally:
         await engine.close()
+
+
+async def _give_up(starting: asyncio.Future[Any], others: Sequence[BaseProcess]) -> None:
+    """A start cannot be interrupted, and left alone would leave its processes; it fails once the engine's is dead."""
+    while not starting.done():
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        await asyncio.wait([starting], timeout=0.1)
+    if starting.exception() is None:
+        await stop_vllm(starting.result())
 
 
 class VllmEngine:
