@@ -4,6 +4,7 @@ One line per event: {"t": unix seconds, "role": ..., "kind": ..., ...}; an inter
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ class EventLog:
 
     def __init__(self, path: Path, role: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = _is_torn(path)
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._role = role
-        self._file.write("\n" if path.stat().st_size else "")  # seals a line that a crash left torn
+        self._file.write("\n\n" if is_torn else "")  # the empty line tells a reader why the line before it is none
 
     def close(self) -> None:
         self._file.close()
@@ -46,24 +48,41 @@ class EventLog:
         self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
 
 
+def _is_torn(path: Path) -> bool:
+    """Whether a crash left the last line unfinished."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
 def read_events(paths: Iterable[Path]) -> list[Event]:
     """Events of several logs, by start time. A line torn by a crash is left out; anything else raises ValueError."""
     events: list[Event] = []
     for path in paths:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
-            if not line:
-                continue
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                is_torn = number == len(lines) or lines[number] == ""
+                if line:
+                    events.append(_event(line))
+            except ValueError as error:
+                # Torn: nothing follows, or the seal of the process that went on; the end of the file is no seal.
+                is_torn = number == len(lines) or (lines[number] == b"" and number + 1 < len(lines))
                 if not is_torn:
                     raise ValueError(f"{path}:{number} is not an event: {error}") from error
     return sorted(events, key=lambda event: event["t"])
 
 
+def _event(line: bytes) -> Event:
+    event = json.loads(line)
+    if not isinstance(event, dict) or not {"t", "role", "kind"} <= event.keys():
+        raise ValueError('an event is an object with "t", "role" and "kind"')
+    return event
+
+
 def intervals_of(events: Iterable[Event], kind: str) -> Intervals:
+    """When intervals of this kind were running, of one process or of several."""
     return merge([(event["t"], event["t_end"]) for event in events if event["kind"] == kind and "t_end" in event])
 
 
@@ -71,6 +90,8 @@ def merge(intervals: Intervals) -> Intervals:
     """The same set of moments as disjoint intervals, in order."""
     merged: Intervals = []
     for start, end in sorted(intervals):
+        if start >= end:
+            continue  # no moment lies in it; the clock was set back, or did not tick
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:

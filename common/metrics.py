@@ -17,6 +17,7 @@ from common.lifecycle import UserError
 logger = logging.getLogger(__name__)
 
 MAX_LABEL_VALUES = 256  # of one metric: names that come from peers must not fill the monitoring system
+MAX_PORT = 65535
 PREFIX = "countercurrent_"
 
 
@@ -45,6 +46,7 @@ class StateCollector(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        left_out = 0
         for one in self._measure():
             family = families.get(one.name)
             if family is None:
@@ -52,7 +54,12 @@ class StateCollector(Collector):
                 family = families[one.name] = make(PREFIX + one.name, one.help, labels=list(one.labels))
             if len(family.samples) < MAX_LABEL_VALUES:
                 family.add_metric(list(one.labels.values()), one.value)
+            else:
+                left_out += 1
         yield from families.values()
+        yield GaugeMetricFamily(
+            PREFIX + "measurements_left_out", f"beyond {MAX_LABEL_VALUES} label values of one metric", value=left_out
+        )
 
 
 @contextmanager
@@ -62,15 +69,16 @@ def start_metrics_server(address: str, measure: Measure) -> Iterator[str]:
     `measure` is called on that thread: it must only read. Raises UserError when the address cannot be used.
     """
     host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        raise UserError(f"the metrics address must be HOST:PORT, got {address!r}")
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise UserError(f"the metrics address must be HOST:PORT, with a port up to {MAX_PORT}, got {address!r}")
+    host = host or "127.0.0.1"
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StateCollector(measure))
     try:
-        server, thread = start_http_server(int(port), host or "127.0.0.1", registry)
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
     except OSError as error:
         raise UserError(f"cannot serve metrics at {address}: {error.strerror}; choose another address") from error
-    bound = f"{host or '127.0.0.1'}:{server.server_port}"
+    bound = f"{host}:{server.server_port}"
     logger.info("metrics at http://%s/metrics", bound)
     try:
         yield bound

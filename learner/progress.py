@@ -1,21 +1,25 @@
 """Live progress of a run: a panel in a terminal, a plain line now and then elsewhere."""
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from common.messages import CoordinatorStatus
+from common.messages import CoordinatorStatus, ServerStatus
 from common.trajectory import Group
 from learner.training import StepResult
 
 WINDOW_S = 20.0
 LINE_EVERY_S = 5.0
 REWARD_STEPS = 20  # the reward shown is the mean over so many steps
+MAX_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,26 +27,87 @@ class Sample:
     """Totals at one moment; differences over the window are rates and shares."""
 
     at_s: float
-    waited_s: float  # by the learner, for batches
-    busy_s: float  # of all engines together
-    generated_tokens: int
-    num_servers: int
+    waited_s: float = 0.0  # by the learner, for batches
+    trained_tokens: float = 0.0
+    server_s: float = 0.0  # time that servers were there, of all together, as the three below
+    busy_s: float = 0.0
+    paused_s: float = 0.0
+    generated_tokens: int = 0
 
 
-def idle_shares(first: Sample, last: Sample) -> tuple[float, float, float]:
-    """(learner idle share, generation idle share, generated tokens per second) between two samples."""
-    elapsed_s = max(last.at_s - first.at_s, 1e-9)
-    generation_busy = (last.busy_s - first.busy_s) / (elapsed_s * max(last.num_servers, 1))
-    tokens_per_s = (last.generated_tokens - first.generated_tokens) / elapsed_s
-    return _share((last.waited_s - first.waited_s) / elapsed_s), _share(1.0 - generation_busy), max(tokens_per_s, 0.0)
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What happened between two samples."""
+
+    first: Sample
+    last: Sample
+
+    @property
+    def elapsed_s(self) -> float:
+        return max(self.last.at_s - self.first.at_s, 1e-9)
+
+    @property
+    def server_s(self) -> float:
+        return max(self.last.server_s - self.first.server_s, 1e-9)
+
+    @property
+    def learner_idle(self) -> float:
+        return _share((self.last.waited_s - self.first.waited_s) / self.elapsed_s)
+
+    @property
+    def generation_idle(self) -> float:
+        """Mean over the servers; 1 when there was none."""
+        return _share(1.0 - (self.last.busy_s - self.first.busy_s) / self.server_s)
+
+    @property
+    def paused(self) -> float:
+        """Share of the servers' time that weight updates took."""
+        return _share((self.last.paused_s - self.first.paused_s) / self.server_s)
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        return (self.last.generated_tokens - self.first.generated_tokens) / self.elapsed_s
+
+    @property
+    def trained_tokens_per_s(self) -> float:
+        return (self.last.trained_tokens - self.first.trained_tokens) / self.elapsed_s
 
 
 def _share(value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
+class FleetTotals:
+    """What the rollout servers did together, although each counts from its own start and they come and go."""
+
+    def __init__(self) -> None:
+        self.server_s = self.busy_s = self.paused_s = 0.0
+        self.generated_tokens = 0
+        self._last: dict[str, ServerStatus] = {}
+
+    def observe(self, servers: Sequence[ServerStatus], elapsed_s: float) -> None:
+        """Add what each did since it was last seen; a server seen first, or started again, only begins to count."""
+        for server in servers:
+            before = self._last.get(server.server)
+            if before is None or _began_again(server, before):
+                continue
+            self.server_s += elapsed_s
+            self.busy_s += server.busy_s - before.busy_s
+            self.paused_s += server.paused_s - before.paused_s
+            self.generated_tokens += server.generated_tokens - before.generated_tokens
+        self._last = {server.server: server for server in servers if server.loaded_version >= 0}
+
+
+def _began_again(server: ServerStatus, before: ServerStatus) -> bool:
+    return (
+        server.busy_s < before.busy_s
+        or server.paused_s < before.paused_s
+        or server.generated_tokens < before.generated_tokens
+    )
+
+
 class Progress:
-    """Follows a run; `lines()` is what there is to say of it now."""
+    """Follows a run; `fields()` is what there is to say of it now."""
 
     def __init__(
         self, *, total_steps: int, queue_groups: int, waited_s: Callable[[], float],
@@ -52,28 +117,34 @@ class Progress:
         self._queue_groups = queue_groups
         self._waited_s = waited_s
         self._status = status
+        self._fleet = FleetTotals()
         self._samples: deque[Sample] = deque()
         self._rewards: deque[float] = deque(maxlen=REWARD_STEPS)
         self._version = version
         self._metrics: dict[str, float] = {}
+        self._trained_tokens = 0.0
 
     def step_completed(self, version: int, groups: tuple[Group, ...], result: StepResult) -> None:
         del groups
         self._version = version
         self._metrics = dict(result.metrics)
         self._rewards.append(result.metrics["reward"])
+        self._trained_tokens += result.metrics["trained_tokens"]
 
     def observe(self, now_s: float) -> None:
         """Take a sample for the rates; to be called about once a second."""
         status = self._status()
-        servers = status.servers if status is not None else ()
+        elapsed_s = now_s - self._samples[-1].at_s if self._samples else 0.0
+        self._fleet.observe(status.servers if status is not None else (), elapsed_s)
         self._samples.append(
             Sample(
                 at_s=now_s,
                 waited_s=self._waited_s(),
-                busy_s=sum(server.busy_s for server in servers),
-                generated_tokens=sum(server.generated_tokens for server in servers),
-                num_servers=len(servers),
+                trained_tokens=self._trained_tokens,
+                server_s=self._fleet.server_s,
+                busy_s=self._fleet.busy_s,
+                paused_s=self._fleet.paused_s,
+                generated_tokens=self._fleet.generated_tokens,
             )
         )
         while self._samples[-1].at_s - self._samples[0].at_s > WINDOW_S:
@@ -87,9 +158,12 @@ class Progress:
             mean, largest = self._metrics["staleness_mean"], self._metrics["staleness_max"]
             fields["staleness"] = f"{mean:.2f} mean, {largest:.0f} max"
         if len(self._samples) > 1:
-            learner_idle, generation_idle, tokens_per_s = idle_shares(self._samples[0], self._samples[-1])
-            fields["tokens/s"] = f"{tokens_per_s:,.0f}"
-            fields["idle"] = f"learner {learner_idle:.0%}, generation {generation_idle:.0%}"
+            rates = Rates(self._samples[0], self._samples[-1])
+            fields["tokens/s"] = (
+                f"{rates.generated_tokens_per_s:,.0f} sampled, {rates.trained_tokens_per_s:,.0f} trained"
+            )
+            fields["idle"] = f"learner {rates.learner_idle:.0%}, generation {rates.generation_idle:.0%}"
+            fields["updates"] = f"pause generation {rates.paused:.1%}"
         if (status := self._status()) is not None:
             fields |= self._status_fields(status)
         return fields
@@ -99,15 +173,21 @@ class Progress:
             "queue": f"{status.queued}/{self._queue_groups} groups, {status.queued_bytes / 1e6:.1f} MB, "
             f"{status.running} running"
         }
-        lags = [f"{s.server} -{self._version - s.loaded_version}" for s in status.servers if s.loaded_version >= 0]
-        if lags:
-            fields["version lag"] = ", ".join(lags[:4]) + (f" and {len(lags) - 4} more" if len(lags) > 4 else "")
-        failed = sum(status.failed.values())
+        servers = [f"{s.server} {self._lag(s.loaded_version)}" for s in status.servers]
+        if servers:
+            fields["servers"] = _first(servers)
+        failed = [f"{count} {kind}" for kind, count in status.failed.items() if count]
         if failed:
-            fields["failed"] = ", ".join(f"{count} {kind}" for kind, count in status.failed.items())
+            fields["failed"] = _first(failed)
         if status.waiting_for:
             fields["waiting for"] = status.waiting_for
         return fields
+
+    def _lag(self, loaded_version: int) -> str:
+        if loaded_version < 0:
+            return "starting"
+        behind = self._version - loaded_version
+        return f"{behind} behind" if behind > 0 else "current"
 
     def line(self) -> str:
         return "  ".join(f"{name} {value}" for name, value in self.fields().items() if name != "waiting for")
@@ -115,8 +195,18 @@ class Progress:
     def __rich__(self) -> Table:
         table = Table.grid(padding=(0, 2))
         for name, value in self.fields().items():
-            table.add_row(f"[dim]{name}[/dim]", value)
+            # Text, not markup: names of servers and reasons of failures are other people's words.
+            table.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
+        bar = ProgressBar(
+            total=self._total_steps, completed=self._version, width=40, complete_style="green", finished_style="green"
+        )
+        table.add_row("", bar)
         return table
+
+
+def _first(words: Sequence[str]) -> str:
+    more = len(words) - MAX_NAMED
+    return ", ".join(words[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 class ProgressDisplay:
@@ -125,7 +215,12 @@ class ProgressDisplay:
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
         self._console = console
-        self._live = Live(progress, console=console, auto_refresh=False) if console.is_terminal else None
+        # Log lines go above the panel; not when standard error is a file: they belong there.
+        self._live = (
+            Live(progress, console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+            if console.is_terminal
+            else None
+        )
         self._said_s = -LINE_EVERY_S
         self._last_line = ""
 

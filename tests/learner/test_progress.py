@@ -1,17 +1,13 @@
 import io
+import sys
 import time
 
 import pytest
 from rich.console import Console
 
 from common.messages import CoordinatorStatus, ServerStatus
-from learner.progress import REWARD_STEPS, WINDOW_S, Progress, ProgressDisplay, Sample, idle_shares
+from learner.progress import REWARD_STEPS, WINDOW_S, FleetTotals, Progress, ProgressDisplay, Rates, Sample
 from learner.training import StepResult
-
-
-def a_sample(at_s: float, **values) -> Sample:
-    defaults = {"waited_s": 0.0, "busy_s": 0.0, "generated_tokens": 0, "num_servers": 1}
-    return Sample(at_s=at_s, **(defaults | values))
 
 
 def a_server(name: str = "node1", **values) -> ServerStatus:
@@ -41,23 +37,56 @@ class Run:
         )
 
     def step(self, version: int, reward: float = 0.5) -> None:
-        metrics = {"reward": reward, "staleness_mean": 1.25, "staleness_max": 2.0}
+        metrics = {"reward": reward, "staleness_mean": 1.25, "staleness_max": 2.0, "trained_tokens": 800.0}
         self.progress.step_completed(version, (), StepResult(metrics=metrics))
 
 
-def test_idle_shares_are_differences_over_the_time_between():
-    first = a_sample(10.0, waited_s=1.0, busy_s=5.0, generated_tokens=100, num_servers=2)
-    last = a_sample(14.0, waited_s=2.0, busy_s=11.0, generated_tokens=500, num_servers=2)
-    assert idle_shares(first, last) == pytest.approx((0.25, 0.25, 100.0))
+def test_rates_are_differences_over_the_time_between():
+    first = Sample(at_s=10.0, waited_s=1.0, server_s=20.0, busy_s=5.0, paused_s=1.0, generated_tokens=100)
+    last = Sample(
+        at_s=14.0, waited_s=2.0, server_s=28.0, busy_s=11.0, paused_s=1.8, generated_tokens=500, trained_tokens=200.0
+    )
+    rates = Rates(first, last)
+    assert (rates.learner_idle, rates.generation_idle) == pytest.approx((0.25, 0.25))
+    assert rates.paused == pytest.approx(0.1)
+    assert (rates.generated_tokens_per_s, rates.trained_tokens_per_s) == pytest.approx((100.0, 50.0))
 
 
-def test_two_samples_at_one_moment_divide_nothing_by_zero():
-    assert idle_shares(a_sample(1.0), a_sample(1.0)) == (0.0, 1.0, 0.0)
+def test_without_time_or_servers_nothing_is_divided_by_zero_and_shares_stay_within_bounds():
+    rates = Rates(Sample(at_s=1.0), Sample(at_s=1.0, waited_s=9.0))
+    assert (rates.learner_idle, rates.generation_idle, rates.paused, rates.generated_tokens_per_s) == (
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    )
 
 
-def test_a_server_that_left_takes_its_counts_along_and_rates_stay_within_bounds():
-    first, last = a_sample(0.0, busy_s=50.0, generated_tokens=900), a_sample(1.0, waited_s=9.0, num_servers=0)
-    assert idle_shares(first, last) == (1.0, 1.0, 0.0)
+def test_each_server_counts_from_when_it_was_first_seen_until_it_leaves():
+    fleet = FleetTotals()
+    fleet.observe([a_server("old", busy_s=500.0, generated_tokens=90_000)], 0.0)
+    fleet.observe([a_server("old", busy_s=501.0, generated_tokens=90_100), a_server("new", busy_s=70.0)], 2.0)
+    assert (fleet.server_s, fleet.busy_s, fleet.generated_tokens) == (2.0, 1.0, 100)
+    fleet.observe([a_server("new", busy_s=71.5, paused_s=0.5)], 2.0)
+    assert (fleet.server_s, fleet.busy_s, fleet.paused_s) == (4.0, 2.5, 0.5)
+    fleet.observe([], 2.0)
+    assert fleet.server_s == 4.0
+
+
+@pytest.mark.parametrize("counter", ["busy_s", "paused_s", "generated_tokens"])
+def test_a_server_that_started_again_takes_nothing_back(counter: str):
+    fleet = FleetTotals()
+    fleet.observe([a_server(busy_s=50.0, paused_s=5.0, generated_tokens=900)], 0.0)
+    again = a_server(**({"busy_s": 60.0, "paused_s": 6.0, "generated_tokens": 1000} | {counter: 0}))
+    fleet.observe([again], 1.0)
+    assert (fleet.server_s, fleet.busy_s, fleet.paused_s, fleet.generated_tokens) == (0.0, 0.0, 0.0, 0)
+
+
+def test_a_server_that_is_still_starting_is_not_idle():
+    fleet = FleetTotals()
+    for _ in range(3):
+        fleet.observe([a_server(loaded_version=-1, busy_s=0.0, generated_tokens=0)], 1.0)
+    assert fleet.server_s == 0.0
 
 
 def test_the_values_of_the_display():
@@ -65,22 +94,26 @@ def test_the_values_of_the_display():
     run.status = a_status(a_server(), a_server("node2", loaded_version=1), failed={"timeout": 2})
     run.step(4)
     run.progress.observe(0.0)
+    run.step(5)
     run.waited_s = 1.0
     run.status = a_status(
-        a_server(generated_tokens=2100, busy_s=5.0),
+        a_server(generated_tokens=2100, busy_s=5.0, paused_s=0.04),
         a_server("node2", loaded_version=1, busy_s=3.0),
-        failed={"timeout": 2},
+        failed={"timeout": 2, "hung": 0},
+        waiting_for="server node1",
     )
     run.progress.observe(4.0)
     assert run.progress.fields() == {
-        "step": "4/400",
+        "step": "5/400",
         "reward": "0.500",
         "staleness": "1.25 mean, 2 max",
-        "tokens/s": "500",
+        "tokens/s": "500 sampled, 200 trained",
         "idle": "learner 25%, generation 25%",
+        "updates": "pause generation 0.5%",
         "queue": "3/8 groups, 1.5 MB, 2 running",
-        "version lag": "node1 -1, node2 -3",
+        "servers": "node1 2 behind, node2 4 behind",
         "failed": "2 timeout",
+        "waiting for": "server node1",
     }
 
 
@@ -88,7 +121,7 @@ def test_a_resumed_run_is_shown_at_its_version_before_its_first_step():
     run = Run(version=50)
     run.status = a_status(a_server(loaded_version=50))
     assert run.progress.fields()["step"] == "50/400"
-    assert run.progress.fields()["version lag"] == "node1 -0"
+    assert run.progress.fields()["servers"] == "node1 current"
 
 
 def test_the_reward_shown_is_the_mean_over_the_last_steps():
@@ -107,11 +140,11 @@ def test_rates_are_of_the_last_seconds_and_not_of_the_whole_run():
     assert "learner 0%" in run.progress.fields()["idle"]
 
 
-def test_a_server_without_weights_has_no_lag_and_many_servers_are_summed_up():
+def test_a_server_without_weights_is_starting_and_many_servers_are_summed_up():
     run = Run()
     run.status = a_status(a_server("new", loaded_version=-1), *(a_server(f"n{i}") for i in range(6)))
     run.step(3)
-    assert run.progress.fields()["version lag"] == "n0 -0, n1 -0, n2 -0, n3 -0 and 2 more"
+    assert run.progress.fields()["servers"] == "new starting, n0 current, n1 current, n2 current and 3 more"
 
 
 def test_outside_a_terminal_lines_are_printed_plainly_and_none_is_repeated():
@@ -122,15 +155,45 @@ def test_outside_a_terminal_lines_are_printed_plainly_and_none_is_repeated():
         display.refresh()
         display.refresh()
     assert out.getvalue() == (
-        "step 0/400  tokens/s 0  idle learner 0%, generation 100%  queue 3/8 groups, 1.5 MB, 2 running\n"
+        "step 0/400  tokens/s 0 sampled, 0 trained  idle learner 0%, generation 100%  updates pause generation 0.0%  "
+        "queue 3/8 groups, 1.5 MB, 2 running\n"
     )
 
 
-def test_in_a_terminal_the_panel_says_what_the_learner_waits_for():
-    run, out = Run(), io.StringIO()
-    run.status = a_status(waiting_for="a rollout server")
-    console = Console(file=out, force_terminal=True, width=100)
-    with ProgressDisplay(run.progress, console) as display:
+def shown(run: Run, *, is_terminal: bool = True) -> str:
+    """What a terminal, or a file, is sent."""
+    out = io.StringIO()
+    with ProgressDisplay(run.progress, Console(file=out, force_terminal=is_terminal, width=100)) as display:
         display.refresh()
-    assert "waiting for" in out.getvalue()
-    assert "a rollout server" in out.getvalue()
+    return out.getvalue()
+
+
+def test_in_a_terminal_the_panel_says_what_the_learner_waits_for():
+    run = Run()
+    run.status = a_status(waiting_for="a rollout server")
+    panel = shown(run)
+    assert "waiting for" in panel
+    assert "a rollout server" in panel
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_others_call_themselves_is_shown_as_it_is(is_terminal: bool):
+    run = Run()
+    run.status = a_status(a_server("node[/]"), failed={"[red]": 1}, waiting_for="tasks [bold]")
+    text = shown(run, is_terminal=is_terminal)
+    assert "node[/] current" in text
+    assert "1 [red]" in text
+    assert ("tasks [bold]" in text) == is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_log_lines_go_above_the_panel_unless_they_are_sent_to_a_file(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+):
+    errors, out = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(errors, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", errors)
+    with ProgressDisplay(Run().progress, Console(file=out, force_terminal=True)):
+        sys.stderr.write("a server joined\n")
+    assert ("a server joined" in out.getvalue()) == is_terminal
+    assert ("a server joined" in errors.getvalue()) != is_terminal
