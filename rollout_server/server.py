@@ -89,6 +89,7 @@ class RolloutServer:
         self._progress = 0
         self._last_heard_s = time.monotonic()
         self._waiting_for = ""
+        self._is_greeting_again = False
         self._is_finished = False
 
     def __repr__(self) -> str:
@@ -154,6 +155,9 @@ class RolloutServer:
                     await self._receiver.announce(message.published_version)
                 case messages.Welcome() if message.session != self._session:
                     await self._enter_again(message)
+                case messages.Welcome() if self._is_greeting_again:
+                    self._is_greeting_again = False
+                    await self._dealer.send(encode(self._ready))
                 case messages.Refused():
                     self._hear_refusal(message)
                 case messages.Finished(reason=reason):
@@ -184,6 +188,8 @@ class RolloutServer:
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:
             raise UserError(f"the learner refuses this rollout server: {refused.reason}")
+        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps.
+        self._is_greeting_again = True
         self._dealer.try_send(encode(self._hello))
 
     async def _work(self, lease: messages.Lease) -> None:

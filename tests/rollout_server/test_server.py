@@ -344,6 +344,18 @@ async def test_a_welcome_told_twice_changes_nothing(tmp_path):
         assert sum(isinstance(message, Ready) for message in learner.heard) == 1
 
 
+async def test_a_server_that_must_introduce_itself_again_says_again_that_it_is_ready_and_goes_on(tmp_path):
+    """Its connection was cut, with Ready in it perhaps: without another Ready it would never be given a lease."""
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, step_s=0.1):
+        learner.lease(3)
+        await learner.hear_heartbeat(running_groups=1)
+        learner.say(Refused(reason="say Hello", retry=True))
+        assert await learner.hear(Hello) == HELLO
+        learner.say(learner.welcome())
+        assert await learner.hear(Ready) == READY
+        assert (await learner.hear_group()).lease_id == 3
+
+
 @pytest.mark.parametrize("changes", [{"model_fingerprint": "other"}, {"tokenizer_fingerprint": "other"}])
 async def test_a_learner_that_comes_back_with_another_model_is_not_served(tmp_path, changes):
     async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:
