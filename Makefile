@@ -42,4 +42,4 @@ bench-rollout: venv ## tokens per second of the rollout server's engine over bar
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv.lock .venv.options build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

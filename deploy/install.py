@@ -76,6 +76,10 @@ def stamp_of(requirements: Sequence[str], root: Path = ROOT) -> str:
 
 def advice(log: str) -> str:
     """What to do about a failed pip, from what it printed."""
+    if "ensurepip" in log:
+        return (
+            f"{sys.executable} cannot give an environment its pip; on Debian and Ubuntu: apt-get install python3-venv"
+        )
     missing = "No matching distribution" in log or "Could not find a version" in log
     if missing and LOCKED_TORCH in log:
         return (
@@ -123,6 +127,7 @@ class Installer:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._directory = root / ".venv"
+        self._removed = root / ".venv.removed"
         self._python = self._directory / "bin" / "python"
         self._stamp = self._directory / "installed"
         self._listed = self._directory / "requirements.txt"
@@ -138,19 +143,21 @@ class Installer:
         verb = "updating" if dropped is not None else "installing"
         print(f"{verb} {len(requirements)} locked packages in {self._directory}; details: {self._log}", flush=True)
         self._stamp.unlink(missing_ok=True)
-        self._create_environment()
+        venv.create(self._directory, symlinks=True)
+        self._run("pip", lock_descriptor, "ensurepip", "--upgrade")
         if gone := sorted((dropped or set()) - {name_of(line) for line in requirements}):
-            self._pip("packages no longer needed", lock_descriptor, "uninstall", "--yes", *gone)
+            self._run("packages no longer needed", lock_descriptor, "pip", "uninstall", "--yes", *gone)
         self._listed.write_text("\n".join(requirements) + "\n")
-        self._pip("packages", lock_descriptor, "install", "--no-deps", "-r", str(self._listed))
-        self._pip(
-            "this project", lock_descriptor, "install", "--no-deps", "--no-build-isolation", "-e", str(self._root)
-        )
+        install = ("pip", "install", "--disable-pip-version-check", "--no-input", "--no-deps")
+        self._run("packages", lock_descriptor, *install, "-r", str(self._listed))
+        self._run("this project", lock_descriptor, *install, "--no-build-isolation", "-e", str(self._root))
         self._stamp.write_text(stamp)
         print(f"installed in {time.monotonic() - started_s:.0f} s")
 
     def _prepare(self, stamp: str, needed_gb: int) -> set[str] | None:
         """Names of the packages installed before, where there is something to update; else None, and nothing there."""
+        if self._removed.exists():
+            shutil.rmtree(self._removed)
         if self._directory.is_symlink() or (self._directory.exists() and not self._log.exists()):
             raise InstallError(f"{self._directory} was not made by this installer; move it away, then run make again")
         if self._stamp.exists() and self._stamp.read_text().splitlines()[:1] == stamp.splitlines()[:1]:
@@ -158,25 +165,17 @@ class Installer:
         if self._directory.exists():
             why = "made by another Python or in another place" if self._stamp.exists() else "interrupted"
             print(f"an earlier installation ({why}) is removed first", flush=True)
-            shutil.rmtree(self._directory)
+            self._directory.rename(self._removed)  # at once: half removed, it would not be known as ours
+            shutil.rmtree(self._removed)
         require_space(self._root, needed_gb)
         self._directory.mkdir()
         self._log.touch()
         return None
 
-    def _create_environment(self) -> None:
-        try:
-            venv.create(self._directory, with_pip=True, symlinks=True)
-        except (subprocess.CalledProcessError, ImportError) as error:
-            raise InstallError(
-                f"{sys.executable} cannot create a virtual environment with pip ({error}); "
-                "on Debian and Ubuntu: apt-get install python3-venv"
-            ) from error
-
-    def _pip(self, what: str, lock_descriptor: int, *arguments: str) -> None:
+    def _run(self, what: str, lock_descriptor: int, *arguments: str) -> None:
         started_s = time.monotonic()
         # -I: neither PYTHONPATH nor packages of the user's count as installed.
-        command = [str(self._python), "-I", "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"]
+        command = [str(self._python), "-I", "-m", *arguments]
         before = self._log.stat().st_size
         with self._log.open("ab") as log:
             process = subprocess.Popen(
