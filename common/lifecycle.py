@@ -162,8 +162,12 @@ class ChildProcess:
         output: Path | None = None,
         pass_fds: Sequence[int] = (),
         environment: dict[str, str] | None = None,
+        grace_s: float = STOP_GRACE_S,
     ) -> AsyncIterator["ChildProcess"]:
-        """`python -m module arguments...`; standard output and error go to `output` (appended) if given."""
+        """`python -m module arguments...`; standard output and error go to `output` (appended) if given.
+
+        grace_s: how long it may take to end by itself, 0 for one that has nothing to put in order.
+        """
         target = output.open("ab") if output is not None else None
         try:
             process = await asyncio.create_subprocess_exec(
@@ -185,7 +189,7 @@ class ChildProcess:
         try:
             yield child
         finally:
-            await child.stop()
+            await child.stop(grace_s)
 
 
 class DedicatedThread:

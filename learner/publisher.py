@@ -170,7 +170,8 @@ async def open_publisher(
             )
             path = private_directory / "snapshots.json"
             path.write_bytes(msgspec.json.encode(settings))
-            child = ChildProcess.run_module("learner.snapshot_server", str(path), pass_fds=slots.descriptors)
+            arguments = ("learner.snapshot_server", str(path))
+            child = ChildProcess.run_module(*arguments, pass_fds=slots.descriptors, grace_s=0.0)
             async with child as process:
                 yield Publisher(slots, layout, router, process)
     finally:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_BYTES = 1 << 34
 SAY_IT_EVERY_S = 10.0
 FAREWELL_S = 3.0
+COORDINATOR_GRACE_S = 1.0
 
 
 class CoordinatorLostError(UserError):
@@ -133,6 +134,7 @@ async def open_coordinator(
     """
     path = private_directory / "coordinator.json"
     write_settings(settings, path)
-    child = ChildProcess.run_module("learner.coordinator", str(path), "--parent", str(os.getpid()))
+    arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
+    child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
     async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
         yield CoordinatorClient(dealer), process
