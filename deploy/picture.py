@@ -92,7 +92,7 @@ def draw_staleness(axis: Any, run: RunSummary) -> None:
 def _legend_below(axis: Any) -> None:
     """Where it hides nothing."""
     axis.legend(
-        loc="upper left", bbox_to_anchor=(0, -0.14), ncols=5, handlelength=1.2, columnspacing=1.6, borderaxespad=0.2
+        loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4, handlelength=1.2, columnspacing=1.6, borderaxespad=0.2
     )
 
 
@@ -162,10 +162,8 @@ def busy_shares(intervals: Intervals, edges: np.ndarray) -> np.ndarray:
     if len(ends):
         covered_s = np.concatenate([[0.0], np.cumsum(ends[:, 1] - ends[:, 0])])
         index = np.searchsorted(ends[:, 0], edges, side="right")  # intervals begun by each edge
-        beyond_s = np.clip(
-            ends[np.maximum(index - 1, 0), 1] - edges, 0.0, None
-        )  # what of the last one is still to come
-        busy_s = covered_s[index] - np.where(index > 0, beyond_s, 0.0)
+        to_come_s = np.maximum(ends[np.maximum(index - 1, 0), 1] - edges, 0.0)  # of the last one
+        busy_s = covered_s[index] - np.where(index > 0, to_come_s, 0.0)
     return np.diff(busy_s) / np.diff(edges)
 
 

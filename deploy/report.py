@@ -119,7 +119,7 @@ def describe(run: RunSummary) -> str:
     first, last = run.edge_rewards()
     trained = int(sum(step["trained_tokens"] for step in run.steps))
     rows = [
-        ("steps", f"{len(run.steps)} in {duration(run.wall_s)}"),
+        ("steps", f"{len(run.steps)} in {duration(run.wall_s)}" + _starts(len(run.spans))),
         ("reward in training", f"{first:.3f} -> {last:.3f}"),
         *[(f"held-out, version {e['version']}", _evaluation(e)) for e in run.evaluations],
         ("staleness of tokens", _staleness(run.staleness_shares())),
@@ -132,6 +132,10 @@ def describe(run: RunSummary) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _starts(count: int) -> str:
+    return f" of training, in {count} starts" if count > 1 else ""
 
 
 def duration(seconds: float) -> str:

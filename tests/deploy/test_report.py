@@ -123,6 +123,7 @@ def test_the_pause_between_two_starts_of_the_learner_is_not_part_of_the_run(tmp_
     a_learner(tmp_path, lineage=2, start=10_000.0, steps=[3, 4])
     a_server(tmp_path, "server-0", [(3.0, 4.0), (5000.0, 6000.0), (10_000.5, 10_001.0)])
     run = summarize(tmp_path)
+    assert row(describe(run), "steps") == "4 in 6.5 s of training, in 2 starts"
     assert run.spans == [(1.0, 4.0), (10_000.5, 10_004.0)]
     assert run.wall_s == 6.5
     assert run.share(run.generation) == pytest.approx(1.5 / 6.5)
