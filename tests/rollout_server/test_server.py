@@ -1,0 +1,429 @@
+"""RolloutServer over real sockets with the table engine, against a learner that says what the test tells it to."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.codec import Decoder, encode, unpack_groups
+from common.events import EventLog
+from common.lifecycle import UserError
+from common.messages import (
+    PROTOCOL_VERSION,
+    ChunkReply,
+    Finished,
+    GroupAccepted,
+    GroupFinished,
+    GroupRefused,
+    Heartbeat,
+    Hello,
+    Lease,
+    LeaseCancelled,
+    LeaseFailed,
+    Leaving,
+    ManifestReply,
+    ManifestRequest,
+    Message,
+    Pulse,
+    Ready,
+    Refused,
+    ServerToCoordinator,
+    ServerToSnapshots,
+    Welcome,
+)
+from common.snapshot import TensorSpec, build_manifest, encode_manifest
+from common.trajectory import Group
+from common.wire import Peer, Router, open_dealer, open_router
+from rollout_server import server as server_module
+from rollout_server.busy import MeteredEngine
+from rollout_server.environments.environment import EnvironmentFailure
+from rollout_server.episodes import EpisodeRunner
+from rollout_server.server import RolloutServer, join, with_host_of
+from rollout_server.table_engine import TABLE_TENSOR, TableEngine
+from rollout_server.weight_receiver import WeightReceiver
+from tests.rollout_server.test_episodes import ScriptedEnvironment
+from tests.rollout_server.tokenizer_twin import EOS_ID, CharacterTokenizer
+
+PATIENCE_S = 20.0
+TOKENIZER = CharacterTokenizer()
+V = TOKENIZER.vocab_size
+HELLO = Hello(protocol=PROTOCOL_VERSION, server="a", epoch="epoch-1")
+READY = Ready(model_fingerprint="m", tokenizer_fingerprint="t", capacity_groups=8, capacity_bytes=1 << 30)
+
+
+@pytest.fixture(autouse=True)
+def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 0.05)
+
+
+class FakeLearner:
+    """Both sockets of a learner: leases and groups, manifests and chunks."""
+
+    def __init__(self, router: Router, snapshots: Router, session: str) -> None:
+        self.session = session
+        self.published = 0
+        self.heard: list[Message] = []
+        self._router = router
+        self._snapshots = snapshots
+        self._decoder = Decoder(ServerToCoordinator, max_payload_bytes=1 << 20)
+        self._queue: asyncio.Queue[tuple[Message, Any]] = asyncio.Queue()
+        self._peer: Peer | None = None
+        self.address = router.address
+
+    @property
+    def run_id(self) -> str:
+        return f"run.{self.session}"
+
+    def welcome(self, **changes: Any) -> Welcome:
+        fields: dict[str, Any] = {
+            "run_id": self.run_id,
+            "session": self.session,
+            "model": "table",
+            "model_fingerprint": "m",
+            "tokenizer_fingerprint": "t",
+            "dtype": "float32",
+            "environment": ScriptedEnvironment.url,
+            "max_model_len": 64,
+            "max_new_tokens": 8,
+            "temperature": 1.0,
+            "weights_address": self._snapshots.address,
+            "published_version": self.published,
+        }
+        return Welcome(**fields | changes)
+
+    async def listen(self) -> None:
+        while True:
+            for incoming in await self._router.receive():
+                self._peer = incoming.peer
+                message, payload = self._decoder.decode(incoming.frames)
+                self.heard.append(message)
+                self._queue.put_nowait((message, bytes(payload)))
+
+    async def serve_snapshots(self) -> None:
+        decoder = Decoder(ServerToSnapshots, max_payload_bytes=0)
+        while True:
+            for incoming in await self._snapshots.receive():
+                request, _ = decoder.decode(incoming.frames)
+                data = np.random.default_rng(self.published).normal(size=(V, V)).astype("<f4").tobytes()
+                specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
+                manifest = build_manifest(memoryview(data), specs, run_id=self.run_id, version=self.published)
+                if isinstance(request, ManifestRequest):
+                    answer = encode(ManifestReply(version=manifest.version), encode_manifest(manifest))
+                else:
+                    answer = encode(ChunkReply(version=manifest.version, index=0), data)
+                self._snapshots.send(incoming.peer, answer)
+
+    def say(self, message: Message) -> None:
+        assert self._peer is not None
+        self._router.send(self._peer, encode(message))
+
+    async def hear(self, kind: type[Message]) -> Any:
+        """The next message of this kind; others are skipped."""
+        return (await self._next(kind))[0]
+
+    async def _next(self, kind: type[Message]) -> tuple[Any, bytes]:
+        while True:
+            message, payload = await self._queue.get()
+            if isinstance(message, kind):
+                return message, payload
+
+    async def hear_group(self) -> Group:
+        message, payload = await self._next(GroupFinished)
+        [group] = unpack_groups((message.group,), payload)
+        return group
+
+    async def hear_heartbeat(self, **fields: Any) -> Heartbeat:
+        """The next one with these values."""
+        while True:
+            heartbeat = await self.hear(Heartbeat)
+            if all(getattr(heartbeat, name) == value for name, value in fields.items()):
+                return heartbeat
+
+    def lease(self, lease_id: int = 0, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "lease_id": lease_id,
+            "task_id": 100 + lease_id,
+            "environment": ScriptedEnvironment.url,
+            "row": json.dumps({"prompt": "12+3="}).encode(),
+            "group_size": 2,
+            "seed": 11,
+            "min_version": 0,
+            "max_group_bytes": 1 << 16,
+        }
+        self.say(Lease(**fields | changes))
+
+
+@asynccontextmanager
+async def a_learner(address: str = "tcp://127.0.0.1:0", session: str = "1") -> AsyncIterator[FakeLearner]:
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        open_router(address, max_frame_bytes=1 << 20) as router,
+        open_router("tcp://127.0.0.1:0", max_frame_bytes=1 << 20) as snapshots,
+        asyncio.TaskGroup() as tasks,
+    ):
+        learner = FakeLearner(router, snapshots, session)
+        serving = [tasks.create_task(learner.listen()), tasks.create_task(learner.serve_snapshots())]
+        yield learner
+        for task in serving:
+            task.cancel()
+
+
+async def serve(address: str, tmp_path: Path, environment: ScriptedEnvironment, *, step_s: float = 0.0) -> None:
+    """What the command does, with the table engine in the place of vLLM."""
+    async with AsyncExitStack() as stack:
+        events = stack.enter_context(closing(EventLog(tmp_path / "events.jsonl", "rollout_server")))
+        dealer = await stack.enter_async_context(open_dealer(address))
+        welcome = await join(dealer, HELLO)
+        engine = MeteredEngine(TableEngine(vocab_size=V, max_model_len=64, eos_id=EOS_ID, step_s=step_s), events)
+        receiver = stack.enter_context(closing(WeightReceiver(engine, events)))
+
+        def runner(welcome: Welcome) -> EpisodeRunner:
+            return EpisodeRunner(
+                engine,
+                environment,
+                TOKENIZER,
+                temperature=welcome.temperature,
+                max_new_tokens=welcome.max_new_tokens,
+                max_model_len=welcome.max_model_len,
+                wait_for_version=receiver.wait_for_version,
+            )
+
+        server = RolloutServer(
+            dealer=dealer, key=None, engine=engine, receiver=receiver, runner=runner, hello=HELLO, ready=READY,
+            events=events,
+        )  # fmt: skip
+        await server.run(welcome)
+
+
+@asynccontextmanager
+async def a_joined_server(
+    learner: FakeLearner, tmp_path: Path, environment: ScriptedEnvironment | None = None, *, step_s: float = 0.0
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
+    serving = asyncio.create_task(serve(learner.address, tmp_path, environment or ScriptedEnvironment(), step_s=step_s))
+    try:
+        assert await learner.hear(Hello) == HELLO
+        learner.say(learner.welcome())
+        assert await learner.hear(Ready) == READY
+        yield serving
+    finally:
+        serving.cancel()
+        await asyncio.wait({serving})
+
+
+async def test_a_lease_becomes_a_group_sampled_by_the_published_version_until_the_run_is_finished(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:
+        for version in (0, 1, 5):
+            learner.published = version
+            learner.say(Pulse(published_version=version))
+            learner.lease(version, min_version=version)
+            group = await learner.hear_group()
+            assert (group.lease_id, group.task_id, len(group.trajectories)) == (version, 100 + version, 2)
+            for trajectory in group.trajectories:
+                assert set(trajectory.token_versions[trajectory.loss_mask].tolist()) == {version}
+            learner.say(GroupAccepted(lease_id=version))
+        heartbeat = await learner.hear_heartbeat(loaded_version=5, running_groups=0)
+        assert heartbeat.generated_tokens > 0
+        learner.say(Finished(reason="enough"))
+        await serving
+        assert Leaving not in map(type, learner.heard)
+
+
+async def test_a_heartbeat_says_what_the_server_is_doing_and_what_it_waits_for(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, step_s=0.05):
+        await learner.hear_heartbeat(doing="waiting for leases at version 0")
+        learner.say(Pulse(published_version=0, waiting_for="the queue is full"))
+        await learner.hear_heartbeat(doing="the queue is full")
+        learner.lease()
+        await learner.hear_heartbeat(doing="generating", running_groups=1)
+
+
+async def test_a_group_is_sent_again_until_it_is_acknowledged_and_never_sampled_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "RESEND_AFTER_S", 0.1)
+    environment = ScriptedEnvironment()
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, environment):
+        learner.lease(3)
+        first = await learner.hear_group()
+        learner.lease(3)  # as if it had been told twice
+        again = await learner.hear_group()
+        assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
+        learner.say(GroupAccepted(lease_id=3))
+        await assert_silence(learner, GroupFinished)
+        assert len(environment.texts) == 2  # one for each sample of the one group
+
+
+@pytest.mark.parametrize("answer", [GroupAccepted(lease_id=3), GroupRefused(lease_id=3, reason="too stale")])
+async def test_an_answer_of_either_kind_ends_the_sending(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(server_module, "RESEND_AFTER_S", 0.1)
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease(3)
+        await learner.hear_group()
+        learner.say(answer)
+        await assert_silence(learner, GroupFinished)
+
+
+async def assert_silence(learner: FakeLearner, kind: type[Message]) -> None:
+    """Once what was under way has come, nothing of this kind comes any more."""
+    for _ in range(2):
+        await learner.hear(Heartbeat)
+    learner.heard.clear()
+    for _ in range(6):
+        await learner.hear(Heartbeat)
+    assert kind not in map(type, learner.heard)
+
+
+async def test_a_task_without_a_reward_fails_with_its_reason_and_the_next_one_is_worked_on(tmp_path):
+    environment = ScriptedEnvironment(EnvironmentFailure("bad_reward", "a reward must be finite, got nan"))
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, environment):
+        learner.lease(3)
+        failed = await learner.hear(LeaseFailed)
+        assert failed == LeaseFailed(lease_id=3, kind="bad_reward", reason="a reward must be finite, got nan")
+        learner.lease(4, environment="python:other:one")
+        assert (await learner.hear(LeaseFailed)).kind == "wrong_environment"
+        await learner.hear_heartbeat(running_groups=0)
+
+
+async def test_a_cancelled_lease_is_stopped_in_the_middle(tmp_path):
+    environment = ScriptedEnvironment()
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, environment, step_s=0.2):
+        learner.lease(3)
+        await learner.hear_heartbeat(running_groups=1)
+        learner.say(LeaseCancelled(lease_id=3, reason="too stale"))
+        await learner.hear_heartbeat(running_groups=0)
+        await assert_silence(learner, GroupFinished)
+        assert environment.num_open == 0
+
+
+async def test_a_lease_waits_for_the_version_it_asks_for(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease(3, min_version=2)
+        await assert_silence(learner, GroupFinished)
+        learner.published = 2
+        learner.say(Pulse(published_version=2))
+        group = await learner.hear_group()
+        assert all(set(t.token_versions[t.loss_mask].tolist()) == {2} for t in group.trajectories)
+
+
+async def test_when_the_learner_comes_back_the_server_begins_anew_and_what_was_leased_before_is_void(tmp_path, caplog):
+    environment = ScriptedEnvironment()
+    async with AsyncExitStack() as stack:
+        former_life = AsyncExitStack()
+        former = await former_life.enter_async_context(a_learner(session="1"))
+        former.published = 9
+        serving = await stack.enter_async_context(a_joined_server(former, tmp_path, environment, step_s=0.1))
+        former.lease(3)
+        await former.hear_heartbeat(running_groups=1, loaded_version=9)
+        await former_life.aclose()
+        async with a_learner(former.address, session="2") as learner:
+            learner.published = 4  # what its last checkpoint has
+            assert (await learner.hear(Heartbeat)).running_groups >= 0
+            learner.say(Refused(reason="say Hello", retry=True))
+            assert await learner.hear(Hello) == HELLO
+            learner.say(learner.welcome())
+            assert await learner.hear(Ready) == READY
+            await learner.hear_heartbeat(running_groups=0, loaded_version=4)
+            learner.lease(3, seed=12)  # numbers of leases begin anew, too
+            group = await learner.hear_group()
+            assert all(set(t.token_versions[t.loss_mask].tolist()) == {4} for t in group.trajectories)
+            assert environment.num_open == 0
+            learner.say(Finished(reason="enough"))
+            await serving
+
+
+async def test_a_welcome_told_twice_changes_nothing(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, step_s=0.1):
+        learner.lease(3)
+        await learner.hear_heartbeat(running_groups=1)
+        learner.say(learner.welcome())
+        assert (await learner.hear_group()).lease_id == 3
+        assert sum(isinstance(message, Ready) for message in learner.heard) == 1
+
+
+@pytest.mark.parametrize("changes", [{"model_fingerprint": "other"}, {"tokenizer_fingerprint": "other"}])
+async def test_a_learner_that_comes_back_with_another_model_is_not_served(tmp_path, changes):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:
+        learner.say(learner.welcome(session="2", run_id="run.2", **changes))
+        with pytest.raises(ExceptionGroup) as failure:
+            await serving
+        assert failure.group_contains(UserError, match="came back with another model or tokenizer")
+
+
+async def test_a_refusal_for_good_ends_the_server_with_its_reason(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:
+        learner.say(Refused(reason="it sent garbage"))
+        with pytest.raises(ExceptionGroup) as failure:
+            await serving
+        assert failure.group_contains(UserError, match="the learner refuses this rollout server: it sent garbage")
+
+
+async def test_a_server_that_is_stopped_says_that_it_leaves(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:
+        await learner.hear(Heartbeat)
+        serving.cancel()
+        await learner.hear(Leaving)
+
+
+async def test_what_is_no_message_is_ignored(tmp_path, caplog):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner._router.send(learner._peer, [b"\xc1 garbage", b""])
+        learner.lease(3)
+        assert (await learner.hear_group()).lease_id == 3
+    assert "the learner sent what is not a message" in caplog.text
+
+
+async def test_a_server_without_a_learner_says_what_it_waits_for_and_joins_when_it_appears(
+    monkeypatch, caplog, unused_tcp_port
+):
+    monkeypatch.setattr(server_module, "SAY_IT_EVERY_S", 0.2)
+    monkeypatch.setattr(server_module, "HELLO_INTERVAL_S", 0.1)
+    caplog.set_level("INFO")
+    address = f"tcp://127.0.0.1:{unused_tcp_port}"
+    async with open_dealer(address) as dealer, asyncio.TaskGroup() as tasks:
+        joining = tasks.create_task(join(dealer, HELLO))
+        while f"waiting for the learner at {address}: is it running, and is the key" not in caplog.text:
+            await asyncio.sleep(0.05)
+        async with a_learner(address) as learner:
+            await learner.hear(Hello)
+            learner.say(Refused(reason="not yet", retry=True))
+            await learner.hear(Hello)
+            learner.say(learner.welcome())
+            assert (await joining).run_id == learner.run_id
+
+
+async def test_a_refusal_for_good_ends_the_joining_with_its_reason():
+    async with a_learner() as learner, open_dealer(learner.address) as dealer, asyncio.TaskGroup() as tasks:
+        joining = tasks.create_task(refused(dealer))
+        await learner.hear(Hello)
+        learner.say(Refused(reason="install the same version"))
+        await joining
+
+
+async def refused(dealer) -> None:
+    with pytest.raises(UserError, match="the learner refuses this rollout server: install the same version"):
+        await join(dealer, HELLO)
+
+
+async def test_a_learner_that_falls_silent_is_missed_by_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "SAY_IT_EVERY_S", 0.3)
+    caplog.set_level("INFO")
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        while f"waiting for the learner at {learner.address}: nothing heard of it" not in caplog.text:
+            await learner.hear(Heartbeat)
+
+
+@pytest.mark.parametrize(
+    ("bound", "reached"),
+    [
+        ("tcp://0.0.0.0:7", "tcp://learner-host:7"),
+        ("tcp://[::]:7", "tcp://learner-host:7"),
+        ("tcp://10.0.0.2:7", "tcp://10.0.0.2:7"),
+        ("ipc:///run/weights", "ipc:///run/weights"),
+    ],
+)
+def test_weights_bound_on_all_networks_are_reached_at_the_learners_host(bound, reached):
+    assert with_host_of("tcp://learner-host:5557", bound) == reached
