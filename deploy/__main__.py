@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from common.lifecycle import configure_logging, run_until_stopped
-from deploy.report import write_report
+from deploy.report import show_report
 from deploy.up import RunPlan, up
 from learner.__main__ import parse_learner
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "report":
         if learner_flags:
             parser.error(f"unrecognized arguments: {' '.join(learner_flags)}")
-        return write_report(arguments.run_dir)
+        return show_report(arguments.run_dir)
     learner = parse_learner(["--config", str(arguments.config), *learner_flags])
     configure_logging("up")
     plan = RunPlan(

@@ -1,46 +1,55 @@
-"""Summary of a run, from its event logs: text for the terminal, and what the picture is made of."""
+"""Summary of a run, from its event logs: text for the terminal, and what the picture is made of.
 
+`python -m deploy.report RUN_DIR` prints the summary and writes summary.txt and summary.png beside the run.
+"""
+
+import argparse
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from common.events import Event, Intervals, intersect, intervals_of, length_s, read_events
-from common.lifecycle import UserError
+from common.events import Event, Intervals, intersect, intervals_of, length_s, merge, read_events
+from common.lifecycle import EXIT_USER_ERROR, UserError
 
 EDGE_SHARE = 0.1  # first and last reward: means over so much of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run did, between its first and its last training step."""
+    """What a run did while it was training: from its first to its last step, without the pauses between its starts."""
 
     directory: Path
+    spans: Intervals  # one for each start of the learner
     steps: Sequence[Event]
     evaluations: Sequence[Event]
     updates: Sequence[Event]
     training: Intervals
     waiting: Intervals
-    generation: Intervals
+    generation: Intervals  # empty when the rollout servers' logs are not here
     generated_tokens: int
+    policy: str
     checkpoint: str
 
     @property
-    def start(self) -> float:
-        return min(self.training[0][0], self.generation[0][0] if self.generation else self.training[0][0])
-
-    @property
-    def end(self) -> float:
-        return self.training[-1][1]
-
-    @property
     def wall_s(self) -> float:
-        return self.end - self.start
+        return length_s(self.spans)
 
     def share(self, intervals: Intervals) -> float:
-        return length_s(intersect(intervals, [(self.start, self.end)])) / self.wall_s
+        """Of the wall time."""
+        return length_s(intersect(intervals, self.spans)) / self.wall_s
+
+    def on_clock(self, intervals: Intervals) -> Intervals:
+        """The intervals in seconds since the run began, on a clock that stands still between its starts."""
+        moved, before_s = [], 0.0
+        for start, end in self.spans:
+            within = intersect(intervals, [(start, end)])
+            moved += [(left - start + before_s, right - start + before_s) for left, right in within]
+            before_s += end - start
+        return moved
 
     @property
     def overlap(self) -> float:
@@ -62,93 +71,136 @@ class RunSummary:
 
 
 def summarize(directory: Path) -> RunSummary:
-    """Raises UserError when there is no run, or none that has trained yet."""
+    """Raises UserError when there is no run, or none that has trained yet, or a log of it is damaged."""
     paths = sorted(directory.rglob("events-*.jsonl"))
     if not paths:
         raise UserError(f"{directory} holds no events of a run; give the learner's --run-dir")
-    events = read_events(paths)
-    training = intervals_of(events, "train")
-    if not training:
-        raise UserError(f"the run in {directory} has not taken a step yet")
+    try:
+        logs = [read_events([path]) for path in paths]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    events = sorted((event for log in logs for event in log), key=lambda event: event["t"])
+    # A step that a resumed learner took again counts as it was taken last: that one is in the policy.
+    steps = {event["step"]: event for event in events if event["kind"] == "step"}
+    if not steps:
+        raise UserError(f"the run in {directory} has not completed a step yet")
+    generation = intervals_of(events, "generate")
     exports = [event["path"] for event in events if event["kind"] == "export"]
+    checkpoints = [event["path"] for event in events if event["kind"] == "checkpoint"]
     return RunSummary(
         directory=directory,
-        steps=[event for event in events if event["kind"] == "step"],
+        spans=merge([_span(log, generation) for log in logs if intervals_of(log, "train")]),
+        steps=[steps[number] for number in sorted(steps)],
         evaluations=[event for event in events if event["kind"] == "eval"],
         updates=[event for event in events if event["kind"] == "weight_update"],
-        training=training,
+        training=intervals_of(events, "train"),
         waiting=intervals_of(events, "wait_batch"),
-        generation=intervals_of(events, "generate"),
-        generated_tokens=_generated_tokens(paths),
-        checkpoint=exports[-1] if exports else "none yet: the run has not finished",
+        generation=generation,
+        generated_tokens=sum(_total([e["generated_tokens"] for e in log if e["kind"] == "heartbeat"]) for log in logs),
+        policy=exports[-1] if exports else "not exported yet: the run has not finished",
+        checkpoint=checkpoints[-1] if checkpoints else "none yet",
     )
 
 
-def _generated_tokens(paths: Sequence[Path]) -> int:
-    """Of all rollout servers; each counts from its own start."""
-    total = 0
-    for path in paths:
-        counts = [event["generated_tokens"] for event in read_events([path]) if event["kind"] == "heartbeat"]
-        total += max(counts, default=0)
-    return total
+def _span(log: Sequence[Event], generation: Intervals) -> tuple[float, float]:
+    """From what was sampled for this learner's first step to the end of its last one; waiting for servers is before."""
+    training = intervals_of(log, "train")
+    sampled = [start for start, _ in generation if log[0]["t"] <= start < training[0][0]]
+    return min([training[0][0], *sampled]), training[-1][1]
+
+
+def _total(counts: Sequence[int]) -> int:
+    """What a counter counted, over all the starts of its process: each begins at zero."""
+    return sum(later - earlier if later >= earlier else later for earlier, later in pairwise([0, *counts]))
 
 
 def describe(run: RunSummary) -> str:
     """The summary as lines of text."""
     first, last = run.edge_rewards()
-    shares = run.staleness_shares()
-    mean_age = sum(age * share for age, share in shares.items())
     trained = int(sum(step["trained_tokens"] for step in run.steps))
     rows = [
-        ("steps", f"{len(run.steps)} in {run.wall_s:.0f} s"),
+        ("steps", f"{len(run.steps)} in {duration(run.wall_s)}" + _starts(len(run.spans))),
         ("reward in training", f"{first:.3f} -> {last:.3f}"),
         *[(f"held-out, version {e['version']}", _evaluation(e)) for e in run.evaluations],
-        ("staleness of tokens", f"{mean_age:.2f} mean, {max(shares)} max ({_percentages(shares)})"),
-        ("learner idle", f"{1 - run.share(run.training):.0%}"),
-        ("generation idle", f"{1 - run.share(run.generation):.0%}"),
-        ("both busy at once", f"{run.overlap:.0%} of the time"),
+        ("staleness of tokens", _staleness(run.staleness_shares())),
+        ("learner idle", f"{run.share(run.waiting):.0%}"),
+        *_generation(run),
         ("tokens", f"{run.generated_tokens:,} sampled, {trained:,} trained"),
         ("weight updates", _updates(run.updates)),
-        ("policy", run.checkpoint),
+        ("policy", run.policy),
+        ("checkpoint", run.checkpoint),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _starts(count: int) -> str:
+    return f" of training, in {count} starts" if count > 1 else ""
+
+
+def duration(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _evaluation(event: Event) -> str:
     return f"{event['accuracy']:.1%} of {event['prompts']} prompts right, greedy"
 
 
-def _percentages(shares: dict[int, float]) -> str:
-    return ", ".join(f"{age}: {share:.0%}" for age, share in shares.items())
+def _staleness(shares: dict[int, float]) -> str:
+    if not shares:
+        return "unknown: no tokens were trained"
+    mean = sum(age * share for age, share in shares.items())
+    listed = ", ".join(f"{age}: {share:.0%}" for age, share in shares.items())
+    return f"{mean:.2f} mean, {max(shares)} max ({listed})"
+
+
+def _generation(run: RunSummary) -> list[tuple[str, str]]:
+    if not run.generation:
+        return [("generation idle", "unknown: copy the rollout servers' events-*.jsonl into the run directory")]
+    return [
+        ("generation idle", f"{1 - run.share(run.generation):.0%}"),
+        ("both busy at once", f"{run.overlap:.0%} of the time"),
+    ]
 
 
 def _updates(updates: Sequence[Event]) -> str:
     if not updates:
         return "none"
     pauses_s = [event["pause_s"] for event in updates if "pause_s" in event]
-    return f"{len(updates)}, {updates[-1]['num_bytes'] / 1e6:.1f} MB each, median pause {_milliseconds(pauses_s)}"
-
-
-def _milliseconds(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds) * 1e3:.0f} ms" if seconds else "unknown"
+    pause = f"{statistics.median(pauses_s) * 1e3:.0f} ms" if pauses_s else "unknown"
+    return f"{len(updates)}, {updates[-1]['num_bytes'] / 1e6:.1f} MB each, median pause {pause}"
 
 
 def write_report(directory: Path) -> int:
-    """Print the summary, and write summary.txt and summary.png beside the run."""
+    """Print the summary, and write summary.txt and summary.png beside the run; raises UserError as summarize does."""
     from deploy.picture import draw  # takes a second to import
 
     run = summarize(directory)
     text = describe(run)
     picture = directory / "summary.png"
     draw(run, picture)
-    (directory / "summary.txt").write_text(text + "\n")
+    (directory / "summary.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n  picture: {picture}\n")
     return 0
 
 
-if __name__ == "__main__":
+def show_report(directory: Path) -> int:
+    """write_report for people: returns the exit code."""
     try:
-        sys.exit(write_report(Path(sys.argv[1])))
+        return write_report(directory)
     except UserError as error:
-        sys.exit(f"{error}")
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.report", description="Summarise a run: text and picture.")
+    parser.add_argument("run_dir", type=Path, help="the learner's --run-dir")
+    return show_report(parser.parse_args(argv).run_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
