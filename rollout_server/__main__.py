@@ -35,7 +35,7 @@ MAX_FRAME_BYTES = 64 << 20
 EXAMPLES = """\
 examples:
   rollout-server --learner tcp://127.0.0.1:5557
-  rollout-server --learner tcp://10.0.0.1:5557 --key rollout-server.key --max-episodes 512
+  rollout-server --learner tcp://10.0.0.1:5557 --key rollout-server.key --max-sequences 512
 
 The learner prints the exact command. Weights come from the learner; this node needs the model's config and tokenizer.
 """
