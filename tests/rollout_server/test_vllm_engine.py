@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -303,8 +304,8 @@ async def test_tokens_of_no_or_doubtful_version_are_an_engine_error(spans):
 def child_pids() -> set[int]:
     children = set()
     for task in os.listdir(f"/proc/{os.getpid()}/task"):
-        with open(f"/proc/{os.getpid()}/task/{task}/children") as file:
-            children |= {int(pid) for pid in file.read().split()}
+        with suppress(FileNotFoundError), open(f"/proc/{os.getpid()}/task/{task}/children") as file:
+            children |= {int(pid) for pid in file.read().split()}  # else the thread has ended meanwhile
     return children
 
 
