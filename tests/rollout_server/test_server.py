@@ -1,219 +1,37 @@
 """RolloutServer over real sockets with the table engine, against a learner that says what the test tells it to."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
-from pathlib import Path
-from typing import Any
+from contextlib import AsyncExitStack
 
-import numpy as np
 import pytest
 
-from common.codec import Decoder, encode, unpack_groups
-from common.events import EventLog
 from common.lifecycle import UserError
 from common.messages import (
-    PROTOCOL_VERSION,
-    ChunkReply,
     Finished,
     GroupAccepted,
     GroupFinished,
     GroupRefused,
     Heartbeat,
     Hello,
-    Lease,
     LeaseCancelled,
     LeaseFailed,
     Leaving,
-    ManifestReply,
-    ManifestRequest,
     Message,
     Pulse,
     Ready,
     Refused,
-    ServerToCoordinator,
-    ServerToSnapshots,
-    Welcome,
 )
-from common.snapshot import TensorSpec, build_manifest, encode_manifest
-from common.trajectory import Group
-from common.wire import Peer, Router, open_dealer, open_router
+from common.wire import open_dealer
 from rollout_server import server as server_module
-from rollout_server.busy import MeteredEngine
 from rollout_server.environments.environment import EnvironmentFailure
-from rollout_server.episodes import EpisodeRunner
-from rollout_server.server import RolloutServer, join, with_host_of
-from rollout_server.table_engine import TABLE_TENSOR, TableEngine
-from rollout_server.weight_receiver import WeightReceiver
+from rollout_server.server import join, with_host_of
+from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner
 from tests.rollout_server.test_episodes import ScriptedEnvironment
-from tests.rollout_server.tokenizer_twin import EOS_ID, CharacterTokenizer
-
-PATIENCE_S = 20.0
-TOKENIZER = CharacterTokenizer()
-V = TOKENIZER.vocab_size
-HELLO = Hello(protocol=PROTOCOL_VERSION, server="a", epoch="epoch-1")
-READY = Ready(model_fingerprint="m", tokenizer_fingerprint="t", capacity_groups=8, capacity_bytes=1 << 30)
 
 
 @pytest.fixture(autouse=True)
 def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 0.05)
-
-
-class FakeLearner:
-    """Both sockets of a learner: leases and groups, manifests and chunks."""
-
-    def __init__(self, router: Router, snapshots: Router, session: str) -> None:
-        self.session = session
-        self.published = 0
-        self.heard: list[Message] = []
-        self._router = router
-        self._snapshots = snapshots
-        self._decoder = Decoder(ServerToCoordinator, max_payload_bytes=1 << 20)
-        self._queue: asyncio.Queue[tuple[Message, Any]] = asyncio.Queue()
-        self._peer: Peer | None = None
-        self.address = router.address
-
-    @property
-    def run_id(self) -> str:
-        return f"run.{self.session}"
-
-    def welcome(self, **changes: Any) -> Welcome:
-        fields: dict[str, Any] = {
-            "run_id": self.run_id,
-            "session": self.session,
-            "model": "table",
-            "model_fingerprint": "m",
-            "tokenizer_fingerprint": "t",
-            "dtype": "float32",
-            "environment": ScriptedEnvironment.url,
-            "max_model_len": 64,
-            "max_new_tokens": 8,
-            "temperature": 1.0,
-            "weights_address": self._snapshots.address,
-            "published_version": self.published,
-        }
-        return Welcome(**fields | changes)
-
-    async def listen(self) -> None:
-        while True:
-            for incoming in await self._router.receive():
-                self._peer = incoming.peer
-                message, payload = self._decoder.decode(incoming.frames)
-                self.heard.append(message)
-                self._queue.put_nowait((message, bytes(payload)))
-
-    async def serve_snapshots(self) -> None:
-        decoder = Decoder(ServerToSnapshots, max_payload_bytes=0)
-        while True:
-            for incoming in await self._snapshots.receive():
-                request, _ = decoder.decode(incoming.frames)
-                data = np.random.default_rng(self.published).normal(size=(V, V)).astype("<f4").tobytes()
-                specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
-                manifest = build_manifest(memoryview(data), specs, run_id=self.run_id, version=self.published)
-                if isinstance(request, ManifestRequest):
-                    answer = encode(ManifestReply(version=manifest.version), encode_manifest(manifest))
-                else:
-                    answer = encode(ChunkReply(version=manifest.version, index=0), data)
-                self._snapshots.send(incoming.peer, answer)
-
-    def say(self, message: Message) -> None:
-        assert self._peer is not None
-        self._router.send(self._peer, encode(message))
-
-    async def hear(self, kind: type[Message]) -> Any:
-        """The next message of this kind; others are skipped."""
-        return (await self._next(kind))[0]
-
-    async def _next(self, kind: type[Message]) -> tuple[Any, bytes]:
-        while True:
-            message, payload = await self._queue.get()
-            if isinstance(message, kind):
-                return message, payload
-
-    async def hear_group(self) -> Group:
-        message, payload = await self._next(GroupFinished)
-        [group] = unpack_groups((message.group,), payload)
-        return group
-
-    async def hear_heartbeat(self, **fields: Any) -> Heartbeat:
-        """The next one with these values."""
-        while True:
-            heartbeat = await self.hear(Heartbeat)
-            if all(getattr(heartbeat, name) == value for name, value in fields.items()):
-                return heartbeat
-
-    def lease(self, lease_id: int = 0, **changes: Any) -> None:
-        fields: dict[str, Any] = {
-            "lease_id": lease_id,
-            "task_id": 100 + lease_id,
-            "environment": ScriptedEnvironment.url,
-            "row": json.dumps({"prompt": "12+3="}).encode(),
-            "group_size": 2,
-            "seed": 11,
-            "min_version": 0,
-            "max_group_bytes": 1 << 16,
-        }
-        self.say(Lease(**fields | changes))
-
-
-@asynccontextmanager
-async def a_learner(address: str = "tcp://127.0.0.1:0", session: str = "1") -> AsyncIterator[FakeLearner]:
-    async with (
-        asyncio.timeout(PATIENCE_S),
-        open_router(address, max_frame_bytes=1 << 20) as router,
-        open_router("tcp://127.0.0.1:0", max_frame_bytes=1 << 20) as snapshots,
-        asyncio.TaskGroup() as tasks,
-    ):
-        learner = FakeLearner(router, snapshots, session)
-        serving = [tasks.create_task(learner.listen()), tasks.create_task(learner.serve_snapshots())]
-        yield learner
-        for task in serving:
-            task.cancel()
-
-
-async def serve(address: str, tmp_path: Path, environment: ScriptedEnvironment, *, step_s: float = 0.0) -> None:
-    """What the command does, with the table engine in the place of vLLM."""
-    async with AsyncExitStack() as stack:
-        events = stack.enter_context(closing(EventLog(tmp_path / "events.jsonl", "rollout_server")))
-        dealer = await stack.enter_async_context(open_dealer(address))
-        welcome = await join(dealer, HELLO)
-        engine = MeteredEngine(TableEngine(vocab_size=V, max_model_len=64, eos_id=EOS_ID, step_s=step_s), events)
-        receiver = stack.enter_context(closing(WeightReceiver(engine, events)))
-
-        def runner(welcome: Welcome) -> EpisodeRunner:
-            return EpisodeRunner(
-                engine,
-                environment,
-                TOKENIZER,
-                temperature=welcome.temperature,
-                max_new_tokens=welcome.max_new_tokens,
-                max_model_len=welcome.max_model_len,
-                wait_for_version=receiver.wait_for_version,
-            )
-
-        server = RolloutServer(
-            dealer=dealer, key=None, engine=engine, receiver=receiver, runner=runner, hello=HELLO, ready=READY,
-            events=events,
-        )  # fmt: skip
-        await server.run(welcome)
-
-
-@asynccontextmanager
-async def a_joined_server(
-    learner: FakeLearner, tmp_path: Path, environment: ScriptedEnvironment | None = None, *, step_s: float = 0.0
-) -> AsyncIterator[asyncio.Task[None]]:
-    """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
-    serving = asyncio.create_task(serve(learner.address, tmp_path, environment or ScriptedEnvironment(), step_s=step_s))
-    try:
-        assert await learner.hear(Hello) == HELLO
-        learner.say(learner.welcome())
-        assert await learner.hear(Ready) == READY
-        yield serving
-    finally:
-        serving.cancel()
-        await asyncio.wait({serving})
 
 
 async def test_a_lease_becomes_a_group_sampled_by_the_published_version_until_the_run_is_finished(tmp_path):

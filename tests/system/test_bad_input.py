@@ -70,17 +70,8 @@ async def test_a_learner_that_cannot_work_says_why_in_one_sentence(stage: Stage,
     assert await stage.has_no()
 
 
-async def test_a_server_that_may_not_or_cannot_reach_the_learner_says_why_in_one_sentence(stage: Stage):
-    elsewhere = ("rollout-server", "--learner", "tcp://192.0.2.1:5557")  # an address of nobody
-    async with asyncio.TaskGroup() as tasks:
-        keyless = tasks.create_task(stage.fails(*elsewhere))
-        missing = tasks.create_task(stage.fails(*elsewhere, "--key", "none.key"))
-    assert "can be reached from other machines, so it needs keys: give the key file the learner" in keyless.result()
-    assert "there is no key file none.key; the learner writes it into keys/" in missing.result()
-
-
 async def test_a_learner_refuses_strangers_and_each_is_told_why(stage: Stage, demo_model: str, tmp_path: Path):
-    """A second learner in its directory, a server of another model, tokenizer, protocol, without the environment."""
+    """A second learner in its directory, a server of another model, tokenizer, protocol, without environment or key."""
     learner = await stage.start(*LEARNER, "--environment", "python:no_such_rewards:score", "--model", demo_model)
     words = await learner.join_command()
     other_model = save_tiny_model(tmp_path / "other-model", tied=True)
@@ -94,14 +85,16 @@ async def test_a_learner_refuses_strangers_and_each_is_told_why(stage: Stage, de
                 (*words, "--model", str(other_tokenizer)),
                 (*words, "--model", "nowhere/nothing"),
                 words,
+                ("rollout-server", "--learner", "tcp://192.0.2.1:5557", "--key", "none.key"),
             )
         ]
-    second, model, tokenizer, missing, environment = (refusal.result() for refusal in refusals)
+    second, model, tokenizer, missing, environment, key = (refusal.result() for refusal in refusals)
     assert "is in use by another learner; choose another --run-dir, or stop that one" in second
     assert "other-model is not the architecture the learner trains" in model
     assert "other-tokenizer has another tokenizer or chat template" in tokenizer
     assert "cannot load nowhere/nothing; --model says where this node has" in missing
     assert "no_such_rewards" in environment
+    assert "there is no key file none.key; the learner writes it into keys/" in key
 
     refused = await greeting(words[2], protocol=PROTOCOL_VERSION + 1)
     assert f"the server speaks protocol {PROTOCOL_VERSION + 1}, the learner {PROTOCOL_VERSION}" in refused.reason

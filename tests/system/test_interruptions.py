@@ -11,7 +11,7 @@ from tests.system.processes import LEARNER, Command, Stage
 
 pytestmark = pytest.mark.timeout(300)
 
-STEPS = 40
+STEPS = 24
 SLOW = ("--environment", "python:tests.system.rewards:slow", "--no-tensorboard", "--max-staleness", "1")
 
 
