@@ -95,7 +95,7 @@ class LearnerLoop:
         return self._engine.step(batch)
 
     def _set_aside(self, version: int, groups: tuple[Group, ...]) -> str:
-        """Keep the batch that broke the step for whoever wants to know why."""
+        """Name the tasks of the batch that broke the step, for whoever wants to know why."""
         tasks = [group.task_id for group in groups]
         self._events.emit("step_refused", version=version, tasks=tasks, leases=[group.lease_id for group in groups])
         return f"its tasks were {tasks}; the run stops at the checkpoint of version {version}"
