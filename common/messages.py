@@ -260,7 +260,17 @@ class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     cancelled: dict[Name, Count]
     expired: Count
     refused: dict[Name, Count]
+    depth: Count  # groups that may be open at once, as it adapts
+    staleness_tokens: dict[Count, Count]  # age in policy versions when trained -> sampled tokens
+    in_flight_tokens: dict[Count, Count]  # likewise, the part of the age until the group was accepted
+    in_queue_tokens: dict[Count, Count]  # likewise, the part from then on
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
+
+
+class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):
+    """A checkpoint at `version`, with the frontier of that version, is safe on disk."""
+
+    version: Version
 
 
 class CloseRun(Message, frozen=True, tag="CloseRun"):
@@ -338,7 +348,9 @@ class SlotReleased(Message, frozen=True, tag="SlotReleased"):
 
 ServerToCoordinator = Hello | Ready | Heartbeat | GroupFinished | LeaseFailed | Leaving
 CoordinatorToServer = Welcome | Refused | Lease | LeaseCancelled | GroupAccepted | GroupRefused | Pulse | Finished
-LearnerToCoordinator = OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CloseRun
+LearnerToCoordinator = (
+    OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CheckpointSaved | CloseRun
+)
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
 ServerToSnapshots = ManifestRequest | ChunkRequest
 SnapshotsToServer = ManifestReply | NoNewer | ChunkReply | SnapshotGone

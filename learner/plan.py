@@ -67,6 +67,7 @@ def coordinator_settings(
         max_staleness=config.max_staleness,
         queue_groups=config.queue_capacity,
         queue_bytes=config.queue_bytes,
+        stale_action=config.stale_action,
         max_group_bytes=config.max_group_bytes,
         max_task_failures=config.max_attempts,
         server_timeout_s=config.server_timeout_s,
@@ -84,5 +85,6 @@ def coordinator_settings(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         keys=str(keys.directory) if keys is not None else "",
+        journal=str(run.path / "journal.sqlite"),
         event_log=str(run.path / f"events-coordinator-{run.lineage}.jsonl"),
     )

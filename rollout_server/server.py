@@ -12,6 +12,8 @@ from common.events import EventLog
 from common.keys import ClientKey
 from common.lifecycle import UserError
 from common.metrics import Measurement
+from common.snapshot import NO_VERSION
+from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner, LeaseFailure
@@ -88,6 +90,7 @@ class RolloutServer:
         self._following: asyncio.Task[None] | None = None
         self._progress = 0
         self._last_heard_s = time.monotonic()
+        self._confirmed_version = NO_VERSION  # the coordinator was told that this one is loaded
         self._waiting_for = ""
         self._is_greeting_again = False
         self._is_finished = False
@@ -137,8 +140,13 @@ class RolloutServer:
         await self._receiver.follow(welcome.run_id)
         await self._receiver.announce(welcome.published_version)
         self._following = self._tasks.create_task(self._follow_weights(welcome.weights_address))
-        await self._dealer.send(encode(self._ready))
+        await self._say_ready()
         logger.info("joined run %s", welcome.run_id)
+
+    async def _say_ready(self) -> None:
+        """Whatever was confirmed before may be forgotten."""
+        self._confirmed_version = NO_VERSION
+        await self._dealer.send(encode(self._ready))
 
     async def _follow_weights(self, address: str) -> None:
         address = with_host_of(self._dealer.address, address)
@@ -157,7 +165,7 @@ class RolloutServer:
                     await self._enter_again(message)
                 case messages.Welcome() if self._is_greeting_again:
                     self._is_greeting_again = False
-                    await self._dealer.send(encode(self._ready))
+                    await self._say_ready()
                 case messages.Refused():
                     self._hear_refusal(message)
                 case messages.Finished(reason=reason):
@@ -200,6 +208,7 @@ class RolloutServer:
             failed = messages.LeaseFailed(lease_id=lease.lease_id, kind=failure.kind, reason=failure.reason[:4096])
             await self._dealer.send(encode(failed))
         else:
+            await self._confirm(group)
             header, payload = pack_group(group)
             frames = encode(messages.GroupFinished(group=header), payload)
             self._unacknowledged[lease.lease_id] = (frames, time.monotonic())
@@ -207,11 +216,22 @@ class RolloutServer:
         self._progress += 1
         self._working.pop(lease.lease_id, None)
 
+    async def _confirm(self, group: Group) -> None:
+        """A token may only claim a version that this server has said it loaded."""
+        newest_version = max(int(trajectory.token_versions.max()) for trajectory in group.trajectories)
+        if newest_version > self._confirmed_version:
+            await self._receiver.wait_for_version(newest_version)
+            heartbeat = self._describe()
+            await self._dealer.send(encode(heartbeat))
+            self._confirmed_version = heartbeat.loaded_version
+
     async def _heartbeat(self) -> None:
         said_s = time.monotonic()
         while True:
             self._engine.flush()
-            self._dealer.try_send(encode(self._describe()))
+            heartbeat = self._describe()
+            if self._dealer.try_send(encode(heartbeat)):
+                self._confirmed_version = heartbeat.loaded_version
             await self._resend()
             now_s = time.monotonic()
             if now_s - max(self._last_heard_s, said_s) > SAY_IT_EVERY_S:

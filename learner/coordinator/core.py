@@ -5,14 +5,18 @@ and decisions go out. Everything here can be tested in a line and driven by a si
 
 Why no token older than K = max_staleness versions is trained. Let G = groups_per_step, v the policy version.
 
-* A batch is the G oldest leases that have not failed; an unfinished one among them holds the batch back. So v * G
-  groups were trained when the version is v, and a lease's place in the order is v * G + (older open leases).
-* A lease's place never grows: training an older lease moves it from one term to the other, an older lease that fails
-  leaves the order, and a task that is leased again gets a new, younger lease.
-* So a lease granted at place p is trained at the latest by step s = p // G, the one that updates version s. It is
-  granted with min_version = s - K, and no token of it may be sampled by an older policy: staleness <= s - (s - K) = K.
-* Pacing, p < (v + K + 1) * G, says s <= v + K, so that min_version <= v: what a server has to wait for exists, or is
-  being published. Its own group is never needed for it, so nothing waits in a circle.
+* A lease's deadline is the last version that may be updated with its group: min_version + K, where no token of it may
+  be sampled by a policy older than min_version; once the group is there, the version of its oldest token + K.
+* A lease is granted with min_version >= (v * G + open leases) // G - K. So for every step s >= v at most
+  (s + 1 - v) * G open leases are due by s: as many as can be trained until then.
+* A batch is the G finished groups with the earliest deadlines. It waits while, without the running leases, that sum
+  would not hold any more after it: so it goes on holding, and in particular nothing is ever overdue.
+* Pacing, open leases < (K + 1) * G, says min_version <= v: what a server has to wait for exists, or is being
+  published. Its own group is never needed for it, so nothing waits in a circle.
+
+With the stale action "requeue" a running lease that a batch would wait for is given up, and its task leased again, a
+bounded number of times. With "mask" the batch does not wait, and tokens that are too old by the time their group is
+trained get no gradient: the learner masks them, whatever happened here.
 """
 
 from learner.coordinator.decisions import (
@@ -20,12 +24,15 @@ from learner.coordinator.decisions import (
     Decision,
     DeliverBatch,
     DropServer,
+    ForgetTrained,
     Quarantine,
     RefuseGroup,
 )
 from learner.coordinator.leases import LeaseBook
+from learner.coordinator.ledger import decode_frontier
 from learner.coordinator.members import Member, Offences
 from learner.coordinator.records import ACCEPTED, Counts, count, grant_of
+from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.settings import CoordinatorSettings
 
@@ -35,18 +42,30 @@ class LearnerError(ValueError):
 
 
 class Coordinator:
-    """The rules of one run, from `version` on; `frontier` is what frontier() said for the checkpoint, if there is one.
+    """The rules of one run, from `version` on.
 
-    Raises ledger.FrontierError when the frontier does not belong to this version and these data.
+    frontier: what frontier() said for the learner's last checkpoint, if there is one. journal: what was accepted since.
+    Raises ledger.FrontierError when they do not belong to this version and these data.
     """
 
-    def __init__(self, settings: CoordinatorSettings, *, version: int = 0, frontier: bytes = b"") -> None:
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        *,
+        version: int = 0,
+        frontier: bytes = b"",
+        journal: JournalContents | None = None,
+    ) -> None:
         self.settings = settings
-        self.book = LeaseBook(settings, version=version, frontier=frontier)
+        state = decode_frontier(frontier, version=version, source=settings.source)
+        self.book = LeaseBook(settings, recover(state, journal or JournalContents(), version=version))
         self.wanted_version: int | None = None  # the learner waits for the batch of this version
         self.failures_in_a_row = 0  # at all servers together
         self.closed = ""
-        self._delivered: tuple[int, ...] = ()  # leases of the batch the learner has now
+        # Leases of the batch the learner has now; it may have had it before this coordinator was started.
+        self._delivered = tuple(group.lease_id for group in self.book.recorded.get(version, ()))
+        self._delivered_at: float | None = None
+        self._wanted_at = 0.0
         self._joined = 0
         self._last_tick_at: float | None = None
         self._offences = Offences(settings.max_offences)
@@ -155,7 +174,7 @@ class Coordinator:
         self.members[server_id].note_success()
         self._offences.clear(server_id)
         self.failures_in_a_row = 0
-        return [AcceptGroup(server_id=server_id, lease_id=group.lease_id), *self._go_on(now)]
+        return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
 
     def group_invalid(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
         """What came for the lease cannot be used: the lease has failed, and the server is blamed for it."""
@@ -203,6 +222,8 @@ class Coordinator:
         """The learner can train `version` now: its batch is delivered when complete. Asked again, told again."""
         if version != self.version:
             raise LearnerError(f"the learner asks for the batch of version {version}, the run is at {self.version}")
+        if self.wanted_version is None:
+            self._wanted_at = now
         self.wanted_version = version
         return self._go_on(now)
 
@@ -228,6 +249,12 @@ class Coordinator:
         self.book.published_version = version
         return self._go_on(now)
 
+    def checkpointed(self, version: int) -> list[Decision]:
+        """A checkpoint at `version` is safe, with the frontier of that version."""
+        if version > self.version:
+            raise LearnerError(f"the learner has a checkpoint of version {version}, the run is at {self.version}")
+        return [ForgetTrained(version=version)]
+
     def frontier(self) -> bytes:
         """What a checkpoint at self.version must hold: no prompt is skipped, none repeated in what gets trained."""
         return self.book.frontier()
@@ -242,14 +269,25 @@ class Coordinator:
     def _go_on(self, now: float) -> list[Decision]:
         """What has become possible: a complete batch is delivered, then credits that came back are used."""
         decisions: list[Decision] = []
-        batch = self.book.batch() if self.wanted_version is not None else ()
-        if batch:
-            self.wanted_version = None
-            self._delivered = tuple(group.lease_id for group in batch)
-            decisions.append(DeliverBatch(version=self.version, groups=batch))
+        if self.wanted_version is not None:
+            if self.settings.stale_action == "requeue":
+                decisions += self.book.cancel_late()
+            decisions += self._deliver(now)
         while not self.hold() and (member := self.book.freest_member(now)) is not None:
             decisions.append(self.book.grant(member, now))
         return decisions
+
+    def _deliver(self, now: float) -> list[Decision]:
+        batch = self.book.batch()
+        if not batch:
+            return []
+        if self._delivered_at is not None and now > self._delivered_at and not self._delivered:
+            idle_share = (now - self._wanted_at) / (now - self._delivered_at)
+            self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))
+        self._delivered_at = now
+        self.wanted_version = None
+        self._delivered = tuple(group.lease_id for group in batch)
+        return [DeliverBatch(version=self.version, groups=batch)]
 
     def hold(self) -> str:
         """What keeps leases from being granted to anybody, for people; empty when nothing does."""

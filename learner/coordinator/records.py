@@ -19,6 +19,7 @@ class OpenLease:
     task_id: int
     server_id: str
     min_version: int
+    deadline: int  # the last version that may be updated with the group
     granted_at: float  # seconds of the caller's clock
 
 
@@ -94,15 +95,13 @@ class Endings:
         if len(self._recent) > MAX_ENDED_REMEMBERED:
             self._recent.popitem(last=False)
 
-    def as_past(self, *, still_open: int) -> PastLeases:
-        """For a checkpoint: a resume cancels the leases that are still open, and leases their tasks again."""
-        cancelled = dict(self.cancelled)
-        if still_open:
-            cancelled["restart"] = cancelled.get("restart", 0) + still_open
+    def past(self, *, leased: int) -> PastLeases:
+        """For a checkpoint and the journal."""
         return PastLeases(
+            leased=leased,
             trained=self.trained,
             failed=dict(self.failed),
-            cancelled=cancelled,
+            cancelled=dict(self.cancelled),
             expired=self.expired,
             refused=dict(self.refused),
         )
