@@ -144,9 +144,7 @@ def test_a_step_whose_batch_was_delivered_by_the_coordinator_before_can_be_compl
 def test_lease_ids_are_not_used_twice_and_pacing_counts_what_was_recovered():
     before, frontier, batch = a_run_at_version_one()
     journal = journal_of(before, batch)
-    after = Coordinator(
-        some_settings(groups_per_step=2, max_staleness=2), version=0, frontier=frontier, journal=journal
-    )
+    after = Coordinator(SETTINGS, frontier=frontier, journal=journal, servers_return_until=0.0)
     after.published(0, now=0.0)
     granted = join(after)
     assert [grant.lease_id - LEASE_ID_LEAP for grant in granted] == [8, 9]  # eight before; six may be open at a time
