@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -57,6 +57,10 @@ def parse_learner(argv: list[str]) -> LearnerConfig:
     return parse(LearnerConfig, argv, program="learner", table="learner", known_tables=KNOWN_TABLES, epilog=EXAMPLES)
 
 
+EngineOpener = Callable[[TrainSettings, Checkpoint | None], TrainEngine]
+"""Opens the engine that trains, at the checkpoint if there is one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learner:
     """The parts of a running learner."""
@@ -73,8 +77,9 @@ class Learner:
     tasks: asyncio.TaskGroup
 
 
-async def learn(config: LearnerConfig) -> int:
-    async with open_learner(config) as learner:
+async def learn(config: LearnerConfig, *, open_engine: EngineOpener | None = None) -> int:
+    """Train to the end; open_engine: what trains, in place of DeepSpeed."""
+    async with open_learner(config, open_engine or open_default_engine) as learner:
         await open_run(learner)
         await train(learner)
         path = learner.run.huggingface / f"step-{learner.engine.version:06d}"
@@ -87,7 +92,7 @@ async def learn(config: LearnerConfig) -> int:
 
 
 @asynccontextmanager
-async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
+async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> AsyncIterator[Learner]:
     """Everything that has to be there before the first batch; closed in reverse order, whatever happens."""
     async with AsyncExitStack() as stack:
         run = stack.enter_context(open_run_directory(config.run_dir.absolute()))
@@ -125,7 +130,7 @@ async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
             task.cancel()
 
 
-def open_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
+def open_default_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
     from learner.deepspeed_engine import open_deepspeed_engine  # takes seconds to import, and --help needs none of it
 
     engine = open_deepspeed_engine(settings)
