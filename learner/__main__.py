@@ -116,9 +116,12 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
             )
         )
         coordinator = CoordinatorClient(coordinator_settings(config, settings, run, keys), run.private)
+        # A group of its own around the others: what is saved at the end needs the coordinator, whatever ended the rest.
+        outer = await stack.enter_async_context(asyncio.TaskGroup())
+        supervising = outer.create_task(coordinator.supervise())
+        stack.callback(supervising.cancel)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
-            tasks.create_task(coordinator.supervise()),
             tasks.create_task(publisher.watch()),
             tasks.create_task(announce_versions(publisher, coordinator)),
         ]

@@ -28,7 +28,7 @@ async def storm(directory: Path, *, seed: int, steps: int, kills: int, servers: 
         "--seed", seed,
     )  # fmt: skip
     fleet = Fleet(directory, [str(flag) for flag in flags], servers=servers)
-    faults = Faults(fleet, random.Random(seed), kills)
+    faults = Faults(fleet, random.Random(seed), kills, steps)
     try:
         async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:
             striking = tasks.create_task(faults.run())

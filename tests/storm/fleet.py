@@ -2,20 +2,21 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from common.events import read_events
 from deploy.up import a_free_port
 from tests.storm.table_policy import save_table_model
 
 ROOT = Path(__file__).parents[2]
 RESTART_PAUSE_S = 0.2
 LOOK_EVERY_S = 0.02
+TAIL_BYTES = 1 << 14
 # What each process is known by in its command line. The first that matches counts.
 ROLES = {
     "coordinator": "learner.coordinator",
@@ -106,8 +107,12 @@ class Fleet:
             await asyncio.sleep(LOOK_EVERY_S)
         return sorted(left.values())
 
-    def steps(self) -> Iterator[int]:
-        """Steps that the learners recorded, in the order of time."""
-        for event in read_events(sorted(self.directory.glob("run/events-learner-*.jsonl"))):
-            if event["kind"] == "step":
-                yield event["step"]
+    def last_step(self) -> int:
+        """The step recorded last, of whatever life of the learner; 0 before the first."""
+        logs = sorted(self.directory.glob("run/events-learner-*.jsonl"), key=lambda path: path.stat().st_mtime)
+        if not logs:
+            return 0
+        with logs[-1].open("rb") as log:
+            log.seek(max(0, logs[-1].stat().st_size - TAIL_BYTES))
+            found = re.findall(rb'"kind":"step","step":(\d+),', log.read())
+        return int(found[-1]) if found else 0

@@ -125,6 +125,13 @@ async def test_what_a_checkpoint_covers_is_not_repeated_after_a_restart_of_the_l
         supervising.cancel()
 
 
+async def test_a_question_to_a_coordinator_that_was_stopped_is_not_waited_for(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, _):
+        pass
+    with pytest.raises(CoordinatorLostError, match="the coordinator was stopped"):
+        await client.take_frontier()
+
+
 async def test_a_coordinator_that_ends_by_itself_ends_the_learner_with_its_reason(tmp_path):
     settings = settings_in(tmp_path, prompts=str(tmp_path / "gone.jsonl"))
     client = CoordinatorClient(settings, tmp_path)
