@@ -21,6 +21,7 @@ class Records:
     acknowledged: dict[int, set[int]]  # lease -> tasks, as servers were told
     journaled: dict[int, int]  # lease -> task, of groups that are accepted and not trained at the end
     frontier: dict[str, Any]  # of the last checkpoint
+    num_covered: int  # groups that are still in the journal though the last checkpoint covers them
 
 
 @dataclass
@@ -55,11 +56,12 @@ def read_records(directory: Path) -> Records:
         rows = database.execute(
             "SELECT lease_id, task_id FROM groups WHERE batch_version IS NULL OR batch_version >= ?", (last,)
         ).fetchall()
+        covered = database.execute("SELECT count(*) FROM groups WHERE batch_version < ?", (last,)).fetchone()[0]
     database.close()
     current = (run / "checkpoints" / "CURRENT").read_text().strip()
     state = json.loads((run / "checkpoints" / current / "run.json").read_text())
     frontier = json.loads(base64.b64decode(state["frontier"]))
-    return Records(steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier)
+    return Records(steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered)
 
 
 def audit(records: Records, *, total_steps: int, groups_per_step: int, max_staleness: int) -> Verdict:
@@ -71,6 +73,7 @@ def audit(records: Records, *, total_steps: int, groups_per_step: int, max_stale
     )
     verdict.check(sorted(records.steps) == list(range(1, total_steps + 1)), f"steps are {sorted(records.steps)}")
     _check_steps(records, verdict, groups_per_step=groups_per_step, max_staleness=max_staleness)
+    verdict.check(records.num_covered == 0, f"the journal keeps {records.num_covered} groups that nobody needs")
     survived = [taken[-1] for _, taken in sorted(records.steps.items())]
     trained = {
         lease: task for record in survived for lease, task in zip(record["leases"], record["tasks"], strict=True)
