@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_no_weight_moves(broken_ste
     assert largest_difference(after, before) == 0.0
 
 
-@pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_B"])
+@pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_N"])
 def test_a_loss_that_is_not_finite_is_refused_and_no_weight_moves(field, model):
     engine = open_deepspeed_engine(gae_settings(model))
     train(engine, steps=1)

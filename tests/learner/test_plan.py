@@ -55,7 +55,7 @@ def test_a_critic_starts_from_the_model_unless_told_otherwise():
     ("settings", "sentence"),
     [
         ({"loss": "trpo"}, "unknown loss trpo; known: decoupled_ppo, ppo"),
-        ({"advantage": "td"}, "unknown advantage td; known: gae, grpo"),
+        ({"advantage": "td"}, "unknown advantage td; known: dr_grpo, gae, grpo, reinforce"),
         ({"loss_setting": {"clip": 0.1}}, "decoupled_ppo has no setting clip; it takes: clip_ratio"),
         ({"advantage_setting": {"gamma": 0.9}}, "grpo has no setting gamma"),
     ],
