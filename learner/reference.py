@@ -1,10 +1,10 @@
 """ReferencePolicy: the frozen policy that the trained one is held near."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import AutoTokenizer
 
 from common.lifecycle import UserError
@@ -24,29 +24,21 @@ class ReferencePolicy:
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """logprobs_BT of each micro-batch, float32 in host memory; 0 outside its loss mask."""
-        with torch.no_grad(), self._on_device():
-            return [self._ask(micro).cpu() for micro in micro_batches]
+        with torch.no_grad():
+            tensors = self._copy_to_device() if self._offload else {}
+            return [self._ask(micro, tensors).cpu() for micro in micro_batches]
 
-    def _ask(self, micro: MicroBatch) -> Tensor:
+    def _copy_to_device(self) -> dict[str, Tensor]:
+        """What the network is made of, for as long as the caller holds it; what rests in host memory stays there."""
+        tensors = [*self._network.named_parameters(), *self._network.named_buffers()]
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors}
+
+    def _ask(self, micro: MicroBatch, tensors: dict[str, Tensor]) -> Tensor:
+        """With `tensors` in place of the network's own."""
         inputs = (micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
         logprobs_BT: Tensor
-        logprobs_BT, _ = self._network(*(tensor.to(self._device) for tensor in inputs))
+        logprobs_BT, _ = functional_call(self._network, tensors, tuple(each.to(self._device) for each in inputs))
         return logprobs_BT
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        if not self._offload:
-            yield
-            return
-        tensors = [*self._network.parameters(), *self._network.buffers()]
-        resting = [tensor.data for tensor in tensors]
-        try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self._device, non_blocking=True)
-            yield
-        finally:
-            for tensor, data in zip(tensors, resting, strict=True):
-                tensor.data = data  # what the device holds was never changed: nothing is copied back
 
 
 def open_reference(settings: TrainSettings, device: torch.device) -> ReferencePolicy | None:

@@ -10,6 +10,7 @@ import torch
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.batching import build_batch
+from learner.ppo_engine import PpoEngine
 from learner.training import StepResult, TrainBatch, TrainEngine, TrainSettings
 from tests.models import VOCAB_SIZE
 
@@ -99,6 +100,20 @@ def train(engine: TrainEngine, *, steps: int, micro_batch_tokens: int = 40) -> l
         assert result.refusal is None, result.refusal
         results.append(result)
     return results
+
+
+def gradients_of_one_step(engine: PpoEngine, batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """As the optimizer gets them; Adam's first step would hide their size and blow up their rounding errors."""
+    gradients: dict[str, torch.Tensor] = {}
+    for index, network in enumerate(engine._networks()):
+
+        def catch(optimizer, *_, index=index, module=network.module) -> None:
+            for name, parameter in module.named_parameters():
+                gradients[f"{index} {name}"] = parameter.grad.clone()
+
+        network._optimizer.register_step_pre_hook(catch)
+    assert engine.step(batch).refusal is None
+    return gradients
 
 
 def weights_of(engine: TrainEngine) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from tests.builders_learner import (
     a_batch,
     a_group,
     a_trajectory,
+    gradients_of_one_step,
     largest_difference,
     random_groups,
     some_train_settings,
@@ -57,20 +58,6 @@ def test_the_size_of_micro_batches_does_not_change_the_update(model, algorithm):
     assert largest_difference(after[0], after[2]) < 1e-6
     assert largest_difference(after[1], after[2]) < 1e-6
     assert max(float(gradient.abs().max()) for gradient in after[2].values()) > 1e-3
-
-
-def gradients_of_one_step(engine: PpoEngine, batch) -> dict[str, torch.Tensor]:
-    """As the optimizer gets them; Adam's first step would hide their size and blow up their rounding errors."""
-    gradients: dict[str, torch.Tensor] = {}
-    for index, network in enumerate(engine._networks()):
-
-        def catch(optimizer, *_, index=index, module=network.module) -> None:
-            for name, parameter in module.named_parameters():
-                gradients[f"{index} {name}"] = parameter.grad.clone()
-
-        network._optimizer.register_step_pre_hook(catch)
-    assert engine.step(batch).refusal is None
-    return gradients
 
 
 def test_the_order_in_which_groups_arrive_does_not_change_the_update(model):
