@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.lifecycle import UserError
 from learner.deepspeed_engine import open_deepspeed_engine
 from learner.ppo_engine import PpoEngine
+from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
 from learner.training import StepResult, TrainSettings
 from tests.builders_learner import (
@@ -104,6 +105,25 @@ def gae_settings(model: str, **overrides) -> TrainSettings:
         advantage_settings={"gamma": 0.9, "gae_lambda": 0.8},
         **overrides,
     )
+
+
+def test_a_reference_and_shaped_rewards_on_deepspeed_equal_those_on_plain_torch(model, tmp_path):
+    other = str(save_tiny_model(tmp_path / "other", seed=1, tied=True))
+    settings = some_train_settings(
+        model,
+        learning_rate=1e-3,
+        advantage="reinforce_plus_plus",
+        kl=KlSettings(coefficient=0.1, place="reward", target=1.0, reference_model=other, reference_offload=True),
+        rewards=RewardSettings(normalization="running", clip=2.0),
+    )
+    engine, twin = open_deepspeed_engine(settings), open_torch_engine(settings)
+    train(engine, steps=1)
+    engine.save(tmp_path)
+    assert_close_metrics(train(engine, steps=2), train(twin, steps=3)[1:])
+    resumed = open_deepspeed_engine(settings)
+    resumed.load(tmp_path)
+    train(resumed, steps=2)
+    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
 
 
 @pytest.fixture(scope="module")
