@@ -72,7 +72,7 @@ class LearnerConfig:
         help="where that cost goes: loss (as in GRPO), or reward (as in RLHF; the policy makes one more forward pass)",
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = option(
-        None, help="of the distance at a token; default: k1 in the reward, k3 in the loss; k1 in the loss does nothing"
+        None, help="of the distance at a token; default: k1 in the reward, k3 in the loss; k1 belongs in the reward"
     )
     kl_target: float | None = option(
         None,
