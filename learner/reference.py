@@ -24,9 +24,8 @@ class ReferencePolicy:
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """logprobs_BT of each micro-batch, float32 in host memory; 0 outside its loss mask."""
-        with torch.no_grad():
-            tensors = self._copy_to_device() if self._offload else {}
-            return [self._ask(micro, tensors).cpu() for micro in micro_batches]
+        tensors = self._copy_to_device() if self._offload else {}
+        return [self._ask(micro, tensors).cpu() for micro in micro_batches]
 
     def _copy_to_device(self) -> dict[str, Tensor]:
         """What the network is made of, for as long as the caller holds it; what rests in host memory stays there."""

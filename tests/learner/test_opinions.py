@@ -54,8 +54,9 @@ def test_the_critic_is_asked_about_one_state_more_than_there_are_tokens_and_is_n
     assert opinions.reference_logprobs_BT is opinions.token_rewards_BT is None
 
 
-@pytest.mark.parametrize("kl", [KlSettings(reference_model="m"), KlSettings(coefficient=0.1, reference_model="m")])
-def test_the_policy_is_not_asked_unless_the_kl_is_in_the_reward(kl):
+@pytest.mark.parametrize(("coefficient", "place"), [(0.0, "loss"), (0.1, "loss"), (0.0, "reward")])
+def test_the_policy_is_not_asked_unless_the_kl_is_in_the_reward(coefficient, place):
+    kl = KlSettings(coefficient=coefficient, place=place, reference_model="m")
     opinions = opinions_with(kl, policy=None, reference=Silence())
     assert opinions.token_rewards_BT is None
     assert len(opinions.reference_logprobs_BT) == len(BATCH.micro_batches)

@@ -75,7 +75,9 @@ def test_a_reference_without_a_coefficient_is_measured_and_changes_nothing(model
     batch = a_batch(random_groups(0))
     watched = an_engine(model, kl=KlSettings(reference_model=other_model))
     plain = an_engine(model)
-    assert watched.step(batch).metrics["reference_kl_k3"] > 0
+    metrics = watched.step(batch).metrics
+    assert metrics["reference_kl_k3"] > 0
+    assert "kl_loss" not in metrics
     assert "reference_kl_k3" not in plain.step(batch).metrics
     assert largest_difference(weights_of(watched), weights_of(plain)) == 0.0
 
@@ -171,6 +173,7 @@ def test_a_refused_step_leaves_no_trace_in_what_a_checkpoint_holds(model, other_
     engine = an_engine(model, kl=near(other_model, target=1e-3), rewards=RUNNING)
     train(engine, steps=1)
     before = engine._shaper.state() | engine._kl.state()
+    assert before["reward_moments"][0] == 12
     batch = a_batch(random_groups(1), version=1, micro_batch_tokens=40)
     assert "is not finite" in engine.step(with_nan(batch, "rewards_N")).refusal
     assert "is not finite" in engine.step(with_nan(batch, "behavior_logprobs_BT")).refusal
@@ -220,3 +223,8 @@ def test_the_reward_that_was_given_is_reported_beside_the_one_that_was_learned_f
     engine = an_engine(model, rewards=RewardSettings(overlong_buffer=4, overlong_length=4))
     metrics = engine.step(a_batch([a_group(a_trajectory(reward=1.0), a_trajectory(reward=0.0))])).metrics
     assert (metrics["reward"], metrics["shaped_reward"]) == (0.5, 0.0)
+
+
+def test_settings_that_make_no_sense_together_are_refused_by_the_engines_settings_too():
+    with pytest.raises(ValueError, match="with advantage gae a group of equal rewards has a gradient"):
+        some_train_settings("m", advantage="gae", critic_model="m", rewards=RewardSettings(drop_equal_groups=True))
