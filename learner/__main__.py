@@ -14,13 +14,13 @@ from common.config import parse, write_resolved
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
-from common.lifecycle import ChildProcess, DedicatedThread, UserError, configure_logging, run_until_stopped
+from common.lifecycle import DedicatedThread, UserError, configure_logging, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.config import LearnerConfig
-from learner.coordinator.client import CoordinatorClient, open_coordinator
+from learner.coordinator.client import CoordinatorClient
 from learner.loop import LearnerLoop
 from learner.measurements import measure
 from learner.observers import StepLog
@@ -71,7 +71,6 @@ class Learner:
     events: EventLog
     publisher: Publisher
     coordinator: CoordinatorClient
-    coordinator_process: ChildProcess
     tasks: asyncio.TaskGroup
 
 
@@ -84,7 +83,7 @@ async def learn(config: LearnerConfig) -> int:
         learner.events.emit("export", path=str(path))
         logger.info("finished; the policy is in %s", path)
         reason = f"{learner.engine.version} steps are trained"
-        await learner.coordinator.close_run(reason, learner.coordinator_process)
+        await learner.coordinator.close_run(reason)
     return 0
 
 
@@ -112,19 +111,16 @@ async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
                 private_directory=run.private,
             )
         )
-        coordinator, process = await stack.enter_async_context(
-            open_coordinator(coordinator_settings(config, settings, run, keys), run.private)
-        )
+        coordinator = CoordinatorClient(coordinator_settings(config, settings, run, keys), run.private)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
-            tasks.create_task(coordinator.run()),
-            tasks.create_task(coordinator.watch(process)),
+            tasks.create_task(coordinator.supervise()),
             tasks.create_task(publisher.watch()),
             tasks.create_task(announce_versions(publisher, coordinator)),
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
-            events=events, publisher=publisher, coordinator=coordinator, coordinator_process=process, tasks=tasks,
+            events=events, publisher=publisher, coordinator=coordinator, tasks=tasks,
         )  # fmt: skip
         for task in background:
             task.cancel()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from common.config import option
 from common.messages import MAX_GROUP_SIZE
+from learner.coordinator.settings import StaleAction
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
@@ -42,6 +43,11 @@ class LearnerConfig:
     group_size: int = option(16, help="trajectories sampled per prompt")
     max_staleness: int = option(
         2, help="oldest token that may be trained, in optimizer steps; 0 is synchronous PPO, more overlaps more"
+    )
+    stale_action: StaleAction = option(
+        "wait",
+        help="what is done about a slow group whose tokens would be too old at the next step: wait for it, requeue "
+        "(give it up and begin again, twice at most), or mask (go on; its too old tokens get no gradient)",
     )
     max_new_tokens: int = option(256, help="longest completion, in tokens")
     max_model_len: int | None = option(

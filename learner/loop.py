@@ -129,6 +129,7 @@ class LearnerLoop:
         with self._events.interval("save", version=self._engine.version):
             frontier = await self._coordinator.take_frontier()
             path = await self._training.run(self._write_checkpoint, frontier)
+        await self._coordinator.checkpoint_saved(self._engine.version, frontier)
         self._events.emit("checkpoint", path=str(path), version=self._engine.version)
 
     def _write_checkpoint(self, frontier: bytes) -> Path:

@@ -19,6 +19,14 @@ def measure(engine: TrainEngine, publisher: Publisher, coordinator: CoordinatorC
     for state in ("leased", "running", "queued", "trained", "expired"):
         yield Measurement(name=f"groups_{state}", value=getattr(status, state), help="groups of this run, by state")
     yield Measurement(name="queue_bytes", value=status.queued_bytes, help="bytes of queued groups")
+    yield Measurement(name="lease_depth", value=status.depth, help="groups that may be open at once, as it adapts")
+    for name, what in (
+        ("staleness", "age of trained tokens in policy versions"),
+        ("in_flight", "the part of it until their group was accepted"),
+        ("in_queue", "the part of it from then on"),
+    ):
+        for age, count in sorted(getattr(status, f"{name}_tokens").items()):
+            yield Measurement(name=f"tokens_by_{name}_total", value=count, help=what, labels={"versions": str(age)})
     for state in ("failed", "cancelled", "refused"):
         for reason, count in getattr(status, state).items():
             yield Measurement(

@@ -110,9 +110,10 @@ class WeightReceiver:
     async def follow(self, run_id: str) -> None:
         """Versions of another run, or of another life of this run, mean nothing here: start over."""
         async with self._changed:
-            self._run_id = run_id
-            self.loaded_version = self.published_version = NO_VERSION
-            self._changed.notify_all()
+            if run_id != self._run_id:
+                self._run_id = run_id
+                self.loaded_version = self.published_version = NO_VERSION
+                self._changed.notify_all()
 
     async def announce(self, published_version: int) -> None:
         """The learner published `published_version`; it will be pulled when what is being pulled is done."""

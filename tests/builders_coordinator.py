@@ -45,7 +45,13 @@ def a_group(
     header = GroupHeader(
         lease_id=lease_id, task_id=lease_id if task_id is None else task_id, trajectories=(trajectory,)
     )
-    return FinishedGroup(header=header, payload=bytes(payload_bytes), oldest_version=oldest, newest_version=newest)
+    return FinishedGroup(
+        header=header,
+        payload=bytes(payload_bytes),
+        oldest_version=oldest,
+        newest_version=newest,
+        accepted_version=newest,
+    )
 
 
 def group_for(grant: GrantLease, *, sampled_at: int | None = None, payload_bytes: int = 0) -> FinishedGroup:
@@ -56,8 +62,25 @@ def group_for(grant: GrantLease, *, sampled_at: int | None = None, payload_bytes
 def join(
     coordinator: Coordinator, server_id: str = "a", *, groups: int = 100, num_bytes: int = 1 << 30, now: float = 0.0
 ) -> list[GrantLease]:
-    """The server becomes ready; returns the leases granted to anybody."""
-    return grants(coordinator.server_ready(server_id, capacity_groups=groups, capacity_bytes=num_bytes, now=now))
+    """The server becomes ready and loads what is published; returns the leases granted to anybody."""
+    decisions = coordinator.server_ready(server_id, capacity_groups=groups, capacity_bytes=num_bytes, now=now)
+    return grants(decisions) + grants(loads(coordinator, server_id, now=now))
+
+
+def loads(
+    coordinator: Coordinator, server_id: str = "a", *, version: int | None = None, now: float = 0.0
+) -> list[Decision]:
+    """The server says that it has loaded `version`, by default what is published."""
+    loaded = coordinator.book.published_version if version is None else version
+    return coordinator.heartbeat(server_id, progress=0, loaded_version=loaded, now=now)
+
+
+def publishes(coordinator: Coordinator, version: int, *, now: float = 0.0) -> list[Decision]:
+    """The learner publishes `version`, and all servers load it."""
+    decisions = coordinator.published(version, now=now)
+    for server_id in list(coordinator.members):
+        decisions += loads(coordinator, server_id, now=now)
+    return decisions
 
 
 def grants(decisions: list[Decision]) -> list[GrantLease]:
@@ -78,6 +101,8 @@ def some_service_settings(**overrides: object) -> ServiceSettings:
         "model": "tiny",
         "environment": "python:tasks:environment",
         "prompts": "prompts.jsonl",
+        "journal": "journal.sqlite",
+        "lease_secret": "0" * 32,
         "group_size": 2,
         "max_new_tokens": 8,
     }

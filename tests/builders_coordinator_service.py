@@ -11,12 +11,20 @@ from common.messages import (
     CoordinatorToServer,
     GroupFinished,
     RunOpened,
+    SnapshotPublished,
     Welcome,
 )
 from common.wire import open_dealer
-from learner.coordinator.service import serve
+from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
-from tests.builders_coordinator import a_hello, a_ready, a_sampled_group, an_open_run, some_service_settings
+from tests.builders_coordinator import (
+    a_heartbeat,
+    a_hello,
+    a_ready,
+    a_sampled_group,
+    an_open_run,
+    some_service_settings,
+)
 
 PATIENCE_S = 10.0
 
@@ -60,13 +68,18 @@ async def a_server(address, *, key=None, join=True, epoch="epoch-1", name="a"):
         if join:
             await server.ask(a_hello(name, epoch=epoch), Welcome)
             await server.say(a_ready())
+            await server.say(a_heartbeat())
         yield server
 
 
 def settings_in(tmp_path, **overrides):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"question {number}"}) + "\n" for number in range(20)))
-    values = {"learner_socket": f"ipc://{tmp_path}/learner", "prompts": str(prompts)}
+    values = {
+        "learner_socket": f"ipc://{tmp_path}/learner",
+        "prompts": str(prompts),
+        "journal": f"{tmp_path}/journal.sqlite",
+    }
     return some_service_settings(**(values | overrides))
 
 
@@ -76,7 +89,9 @@ async def a_coordinator_serving(settings, run=None):
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         serving = group.create_task(serve(settings, open_tasks(settings.prompts, seed=settings.seed)))
         async with a_learner(settings) as learner:
-            opened = await learner.ask(run or an_open_run(), RunOpened)
+            run = run or an_open_run()
+            opened = await learner.ask(run, RunOpened)
+            await learner.say(SnapshotPublished(version=run.version))
             yield learner, opened.listen_address
             await learner.say(CloseRun(reason="the test is over"))
             assert await serving == 0

@@ -23,7 +23,7 @@ class Moments:
         return cls(count=float(exact.numel()), mean=float(mean), squares=float((exact - mean).square().sum()))
 
     def merged(self, other: "Moments") -> "Moments":
-        """As if both had been seen together: Chan, Golub and LeVeque 1979, equation 2.1."""
+        """As if both had been seen together: Chan, Golub and LeVeque 1979."""
         count = self.count + other.count
         if not count:
             return self

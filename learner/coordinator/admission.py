@@ -19,5 +19,9 @@ def admit(
     )
     versions = [version for trajectory in header.trajectories for version, _ in trajectory.version_runs]
     return FinishedGroup(
-        header=header, payload=bytes(payload), oldest_version=min(versions), newest_version=max(versions)
+        header=header,
+        payload=bytes(payload),
+        oldest_version=min(versions),
+        newest_version=max(versions),
+        accepted_version=newest_version,
     )

@@ -1,12 +1,18 @@
-"""CoordinatorClient: the learner's side of the conversation with its coordinator, over a local socket."""
+"""CoordinatorClient: the learner's side of the conversation with its coordinator, over a local socket.
+
+The coordinator is a process of its own and may be killed at any moment: another one is started, told where the run is,
+and asked again what its predecessor did not answer. What was accepted is in the journal.
+"""
 
 import asyncio
+import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+import msgspec
 
 from common import messages
 from common.codec import Decoder, encode, unpack_groups
@@ -21,6 +27,8 @@ MAX_BATCH_BYTES = 1 << 34
 SAY_IT_EVERY_S = 10.0
 FAREWELL_S = 3.0
 COORDINATOR_GRACE_S = 1.0
+LONG_LIFE_S = 30.0  # a coordinator that lived shorter is started again only after a pause, which doubles
+MAX_PAUSE_S = 8.0
 
 
 class CoordinatorLostError(UserError):
@@ -30,41 +38,48 @@ class CoordinatorLostError(UserError):
 class CoordinatorClient:
     """Requests and their answers, one of a kind at a time; the status arrives on its own about once a second."""
 
-    def __init__(self, dealer: Dealer) -> None:
-        self._dealer = dealer
+    def __init__(self, settings: ServiceSettings, private_directory: Path) -> None:
+        self._settings = settings
+        self._directory = private_directory
         self._decoder = Decoder(
             messages.CoordinatorToLearner, max_payload_bytes=MAX_BATCH_BYTES, max_header_bytes=1 << 28
         )
+        self._run: messages.OpenRun | None = None  # as the coordinator would have to be told it now
+        self._published: messages.SnapshotPublished | None = None
+        self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
         self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
+        self._dealer: Dealer | None = None  # while a coordinator knows the run
+        self._starts = asyncio.Event()
+        self._ended = asyncio.Event()
         self._lost: CoordinatorLostError | None = None
         self._is_closing = False
         self._waited_s = 0.0
         self._waiting_since_s: float | None = None
+        self.pid: int | None = None
         self.status: messages.CoordinatorStatus | None = None
 
-    async def run(self) -> None:
-        """Hands every message to whom it is for; to be run as a task beside the requests."""
-        while True:
-            message, payload = self._decoder.decode(await self._dealer.receive())
-            if isinstance(message, messages.CoordinatorStatus):
-                self.status = message
-            elif (answer := self._answers.pop(type(message), None)) is not None and not answer.done():
-                answer.set_result((message, payload))
+    async def supervise(self) -> None:
+        """Keep a coordinator running until the run is closed; to be run as a task beside the requests.
 
-    async def watch(self, coordinator: ChildProcess) -> None:
-        """Ends every request, and raises CoordinatorLostError, when the coordinator process ends."""
-        code = await coordinator.wait()
-        if self._is_closing:
-            return
-        self._lost = CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(self._lost)
-                answer.exception()  # seen, also when the asker is cancelled before it looks
-        raise self._lost
+        Raises CoordinatorLostError when one ended by itself: the next one would do the same.
+        """
+        pause_s = 0.0
+        for life in itertools.count(1):
+            born_s = time.monotonic()
+            code = await self._live(life)
+            if self._is_closing:
+                break
+            if code >= 0:
+                raise self._give_up(code)
+            pause_s = 0.0 if time.monotonic() - born_s > LONG_LIFE_S else min(MAX_PAUSE_S, max(0.25, 2 * pause_s))
+            logger.error("the coordinator was killed by signal %d; starting another in %.2f s", -code, pause_s)
+            await asyncio.sleep(pause_s)
+        self._ended.set()
 
     async def open_run(self, request: messages.OpenRun) -> str:
         """Returns the address rollout servers join at, as bound."""
+        self._run = request
+        self._starts.set()
         opened, _ = await self._ask(request, messages.RunOpened)
         assert isinstance(opened, messages.RunOpened)
         return opened.listen_address
@@ -88,10 +103,13 @@ class CoordinatorClient:
         return self._waited_s + (time.monotonic() - since_s if since_s is not None else 0.0)
 
     async def step_completed(self, version: int, lease_ids: tuple[int, ...]) -> None:
-        await self._dealer.send(encode(messages.StepCompleted(version=version, lease_ids=lease_ids)))
+        assert self._run is not None
+        self._run = msgspec.structs.replace(self._run, version=version)
+        await self._tell(messages.StepCompleted(version=version, lease_ids=lease_ids))
 
     async def published(self, version: int) -> None:
-        await self._dealer.send(encode(messages.SnapshotPublished(version=version)))
+        self._published = messages.SnapshotPublished(version=version)
+        await self._tell(self._published)
 
     async def take_frontier(self) -> bytes:
         """What a checkpoint must hold of the coordinator."""
@@ -99,13 +117,82 @@ class CoordinatorClient:
         assert isinstance(frontier, messages.Frontier)
         return frontier.frontier
 
-    async def close_run(self, reason: str, coordinator: ChildProcess) -> None:
+    async def checkpoint_saved(self, version: int, frontier: bytes) -> None:
+        """From now on a restart of the learner goes on from there: what was trained before need not be kept."""
+        assert self._run is not None
+        self._run = msgspec.structs.replace(self._run, frontier=frontier)
+        await self._tell(messages.CheckpointSaved(version=version))
+
+    async def close_run(self, reason: str) -> None:
         """The coordinator tells the servers that the run is over, and ends; returns when it has."""
         self._is_closing = True
-        await self._dealer.send(encode(messages.CloseRun(reason=reason)))
+        await self._tell(messages.CloseRun(reason=reason))
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                await coordinator.wait()
+                await self._ended.wait()
+
+    # --- one coordinator after the other ---------------------------------------------------------------------------
+
+    async def _live(self, life: int) -> int:
+        """One coordinator process from its start to its end; returns its exit code."""
+        settings = msgspec.structs.replace(self._settings, learner_socket=f"{self._settings.learner_socket}-{life}")
+        path = self._directory / "coordinator.json"
+        write_settings(settings, path)
+        arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
+        child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
+        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
+            self.pid = process.pid
+            async with asyncio.TaskGroup() as tasks:
+                conversation = tasks.create_task(self._converse(dealer))
+                code = await process.wait()
+                conversation.cancel()
+        return code
+
+    async def _converse(self, dealer: Dealer) -> None:
+        """Open the run with a new coordinator, then hand every message to whom it is for."""
+        try:
+            await self._starts.wait()
+            assert self._run is not None
+            await dealer.send(encode(self._run))
+            while True:
+                message, payload = self._decoder.decode(await dealer.receive())
+                if isinstance(message, messages.RunOpened):
+                    await self._opened(dealer, message)
+                if isinstance(message, messages.CoordinatorStatus):
+                    self.status = message
+                else:
+                    self._answer(message, payload)
+        finally:
+            self._dealer = None
+
+    async def _opened(self, dealer: Dealer, opened: messages.RunOpened) -> None:
+        """This coordinator knows the run: tell it what its predecessor knew, ask it what that did not answer."""
+        self._settings = msgspec.structs.replace(self._settings, listen=opened.listen_address)
+        self._dealer = dealer
+        if self._published is not None:
+            await dealer.send(encode(self._published))
+        for request in self._asked.values():
+            if not isinstance(request, messages.OpenRun):
+                await dealer.send(encode(request))
+
+    def _answer(self, message: messages.Message, payload: memoryview) -> None:
+        self._asked.pop(type(message), None)
+        answer = self._answers.pop(type(message), None)
+        if answer is not None and not answer.done():
+            answer.set_result((message, payload))
+
+    def _give_up(self, code: int) -> CoordinatorLostError:
+        self._lost = CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(self._lost)
+                answer.exception()  # seen, also when the asker is cancelled before it looks
+        return self._lost
+
+    async def _tell(self, message: messages.Message) -> None:
+        """A coordinator that is not there now will be told when it is: by OpenRun, and by what was published."""
+        if self._dealer is not None:
+            await self._dealer.send(encode(message))
 
     async def _ask(
         self, request: messages.Message, answer_type: type[messages.Message]
@@ -113,8 +200,8 @@ class CoordinatorClient:
         if self._lost is not None:
             raise self._lost
         answer: asyncio.Future[tuple[messages.Message, memoryview]] = asyncio.get_running_loop().create_future()
-        self._answers[answer_type] = answer
-        await self._dealer.send(encode(request))
+        self._asked[answer_type], self._answers[answer_type] = request, answer
+        await self._tell(request)
         asked_s = time.monotonic()
         while True:
             done, _ = await asyncio.wait({answer}, timeout=SAY_IT_EVERY_S)
@@ -122,19 +209,3 @@ class CoordinatorClient:
                 return answer.result()
             waiting_for = self.status.waiting_for if self.status is not None else "the coordinator to start"
             logger.info("waiting since %.0f s: %s", time.monotonic() - asked_s, waiting_for or "a batch is on its way")
-
-
-@asynccontextmanager
-async def open_coordinator(
-    settings: ServiceSettings, private_directory: Path
-) -> AsyncIterator[tuple[CoordinatorClient, ChildProcess]]:
-    """Starts the coordinator process; ends it on exit.
-
-    private_directory: a short path only this user can enter.
-    """
-    path = private_directory / "coordinator.json"
-    write_settings(settings, path)
-    arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
-    child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
-    async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
-        yield CoordinatorClient(dealer), process

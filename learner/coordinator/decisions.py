@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from learner.coordinator.replay_queue import FinishedGroup
+from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +17,14 @@ class GrantLease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptGroup:
-    """The group is in the queue; the server may forget it."""
+    """The group is in the queue; once the journal has it, the server may forget it."""
 
     server_id: str
-    lease_id: int
+    group: FinishedGroup
+
+    @property
+    def lease_id(self) -> int:
+        return self.group.lease_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +73,27 @@ class ParkTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverBatch:
-    """The groups, in lease order, of the optimizer step that updates `version`."""
+    """The groups, in task order, of the optimizer step that updates `version`, once the journal has this batch."""
 
     version: int
-    groups: tuple[FinishedGroup, ...]
+    groups: tuple[QueuedGroup, ...]
 
 
-Decision = GrantLease | AcceptGroup | RefuseGroup | CancelLease | DropServer | Quarantine | ParkTask | DeliverBatch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetTrained:
+    """A checkpoint at `version` is safe: the journal need not keep what was trained before."""
+
+    version: int
+
+
+Decision = (
+    GrantLease
+    | AcceptGroup
+    | RefuseGroup
+    | CancelLease
+    | DropServer
+    | Quarantine
+    | ParkTask
+    | DeliverBatch
+    | ForgetTrained
+)

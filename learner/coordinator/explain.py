@@ -13,17 +13,18 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
         return ""
     if not coordinator.members:
         return _cut(f"no rollout server has joined at {listen_address}")
-    running = coordinator.book.running
-    if running:
-        oldest = next(iter(running.values()))
-        member = coordinator.members[oldest.server_id]
-        age_s = now - oldest.granted_at
+    lease = coordinator.book.awaited()
+    if lease is not None:
+        member = coordinator.members[lease.server_id]
         text = (
-            f"server {member.server_id}: {len(member.leases)} groups running, oldest lease {oldest.lease_id} since "
-            f"{age_s:.0f} s"
+            f"server {member.server_id}: {len(member.leases)} groups running, lease {lease.lease_id} (task "
+            f"{lease.task_id}) since {now - lease.granted_at:.0f} s"
         )
-        if oldest.min_version > member.loaded_version:
-            text += f", which needs snapshot {oldest.min_version}; the server has {_version(member.loaded_version)}"
+        if lease.min_version > member.loaded_version:
+            text += f", which needs snapshot {lease.min_version}; the server has {_version(member.loaded_version)}"
+        silent_s = now - member.heard_at
+        if silent_s > coordinator.settings.notice_timeout_s:
+            text += f"; nothing heard of it for {silent_s:.0f} s"
         return _cut(text + _parked(coordinator))
     reasons = [text for member in coordinator.members.values() if (text := _pause(member, now))][:MAX_NAMED]
     return _cut("; ".join(reasons or ["leases to be granted"]) + _parked(coordinator))

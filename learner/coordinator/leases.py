@@ -1,98 +1,157 @@
-"""LeaseBook: the open leases of a run, in order; who holds them, what bounds them, and how they end."""
+"""LeaseBook: the open leases of a run; who holds them, what bounds them, when they are due, and how they end."""
+
+from collections.abc import Sequence
 
 from common.snapshot import NO_VERSION
+from learner.coordinator.batches import Batches
 from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
-from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, decode_frontier, encode_frontier
+from learner.coordinator.depth import Depth
+from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
 from learner.coordinator.members import Member
-from learner.coordinator.records import Counts, Endings, OpenLease, grant_of
-from learner.coordinator.replay_queue import FinishedGroup, ReplayQueue
+from learner.coordinator.records import ACCEPTED, Claim, Counts, Endings, OpenLease, grant_of
+from learner.coordinator.recovery import Recovered
+from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
 from learner.coordinator.settings import CoordinatorSettings
 
 
 class LeaseBook:
     """Running leases, finished groups and free tasks: what is in one place leaves it only for another one."""
 
-    def __init__(self, settings: CoordinatorSettings, *, version: int, frontier: bytes) -> None:
+    def __init__(self, settings: CoordinatorSettings, recovered: Recovered) -> None:
         self.settings = settings
-        self.version = version
+        self.version = recovered.version
         self.published_version = NO_VERSION
-        self.queue = ReplayQueue(max_groups=settings.queue_groups, max_bytes=settings.queue_bytes)
+        self.batches = Batches(settings, recovered)
         self.tasks = TaskLedger(max_failures=settings.max_task_failures, max_losses=settings.max_task_losses)
         self.members: dict[str, Member] = {}
-        self.running: dict[int, OpenLease] = {}  # in lease order, because ids are given in order
-        self.next_lease_id = 0
-        self.endings = Endings(PastLeases())
-        if frontier:
-            state = decode_frontier(frontier, version=version, source=settings.source)
-            self.tasks.restore(state)
-            self.endings = Endings(state.past)
-        self._leased_before = self.endings.total
+        self.running: dict[int, OpenLease] = {}  # in the order of granting
+        self.next_lease_id = recovered.next_lease_id
+        self.leased = recovered.past.leased
+        self.endings = Endings(recovered.past)
+        ceiling = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups)
+        self.depth = Depth(groups_per_step=settings.groups_per_step, ceiling=ceiling)
+        self.tasks.restore(recovered.tasks)
+
+    @property
+    def queue(self) -> ReplayQueue:
+        return self.batches.queue
 
     @property
     def num_open(self) -> int:
-        return len(self.running) + len(self.queue)
+        return len(self.running) + len(self.batches)
 
     def hold(self) -> str:
         """Which bound keeps leases from being granted to anybody, for people; empty when none does."""
-        settings = self.settings
-        if self.num_open >= (settings.max_staleness + 1) * settings.groups_per_step:
+        settings, num_open = self.settings, self.num_open
+        if num_open >= (settings.max_staleness + 1) * settings.groups_per_step:
             return f"the learner to complete step {self.version + 1}: more data would be older than max_staleness"
-        if self.num_open >= settings.queue_groups:
-            return f"the learner to empty the queue: {self.num_open} of {settings.queue_groups} groups are open"
+        if num_open >= settings.queue_groups:
+            return f"the learner to empty the queue: {num_open} of {settings.queue_groups} groups are open"
         reserved_bytes = self.queue.num_bytes + (len(self.running) + 1) * settings.max_group_bytes
         if reserved_bytes > settings.queue_bytes:
             return f"the learner to empty the queue: {reserved_bytes} of {settings.queue_bytes} bytes would be needed"
+        if num_open >= self.depth.leases:
+            return f"the learner to complete step {self.version + 1}: {num_open} open groups keep it busy"
         return ""
 
     def freest_member(self, now: float) -> Member | None:
         """The server to grant to: with no recent failure if possible, then the one with most free capacity."""
         best, best_key = None, (0, 0, 0)
         for member in self.members.values():
-            free = member.free_groups(
-                self.settings.max_group_bytes, failures_before_pause=self.settings.failures_before_pause, now=now
-            )
+            free = member.free_groups(self.settings, now)
             key = (-member.failures_in_a_row, free, -member.joined)
             if free > 0 and (best is None or key > best_key):
                 best, best_key = member, key
         return best
 
     def grant(self, member: Member, now: float) -> GrantLease:
-        """The next task to `member`. See core.py for why min_version bounds the staleness."""
+        """The next task to `member`. See deadlines.py for why min_version bounds the staleness."""
         place = self.version * self.settings.groups_per_step + self.num_open
+        must_be = place // self.settings.groups_per_step - self.settings.max_staleness
+        # What the server has loaded is all that it will sample with, so the group is due later than it might be.
+        will_be = min(member.loaded_version, self.published_version)
+        min_version = max(0, must_be, will_be)
         lease = OpenLease(
             lease_id=self.next_lease_id,
             task_id=self.tasks.next(),
             server_id=member.server_id,
-            min_version=max(0, place // self.settings.groups_per_step - self.settings.max_staleness),
+            min_version=min_version,
+            deadline=min_version + self.settings.max_staleness,
             granted_at=now,
         )
         self.next_lease_id += 1
-        if not member.has_work(self.published_version):
-            member.progressed_at = now
-        self.running[lease.lease_id] = lease
-        member.leases[lease.lease_id] = lease.min_version
+        self._open(lease, member, now)
         return grant_of(lease)
 
-    def batch(self) -> tuple[FinishedGroup, ...]:
-        """The oldest groups_per_step open leases, if all of them are finished; else nothing."""
-        batch = self.queue.oldest(self.settings.groups_per_step)
-        oldest_running = next(iter(self.running), self.next_lease_id)
-        complete = len(batch) == self.settings.groups_per_step and batch[-1].lease_id < oldest_running
-        return batch if complete else ()
+    def adopt(self, member: Member, claims: Sequence[Claim], now: float) -> list[Decision]:
+        """The server goes on with leases from before, as far as their tasks are free and still in time."""
+        decisions: list[Decision] = []
+        for claim in claims:
+            if self._may_adopt(claim):
+                lease = OpenLease(
+                    lease_id=claim.lease_id,
+                    task_id=claim.task_id,
+                    server_id=member.server_id,
+                    min_version=claim.min_version,
+                    deadline=claim.min_version + self.settings.max_staleness,
+                    granted_at=now,
+                )
+                self._open(lease, member, now)
+            else:
+                reason = "it was given up meanwhile"
+                decisions.append(CancelLease(server_id=member.server_id, lease_id=claim.lease_id, reason=reason))
+        return decisions
+
+    def batch(self) -> tuple[QueuedGroup, ...]:
+        """The groups to train now, in task order; none while there are too few, or one must be waited for."""
+        return self.batches.next(self.version)
+
+    def awaited(self) -> OpenLease | None:
+        """The running lease with the earliest deadline: what a batch waits for first."""
+        return min(self.running.values(), key=lambda lease: (lease.deadline, lease.lease_id), default=None)
+
+    def cancel_late(self) -> list[Decision]:
+        """Give up running groups that keep a batch waiting, so that nothing is trained too late: the youngest first.
+
+        A task that was given up too often is waited for, so that the slowest one is trained too.
+        """
+        decisions: list[Decision] = []
+        while (lease := self._late_lease()) is not None:
+            reason = f"its tokens would be older than {self.settings.max_staleness} versions after this step"
+            self._close(lease)
+            self.endings.note_cancelled(lease, "requeued")
+            self.tasks.requeued(lease.task_id)
+            decisions.append(CancelLease(server_id=lease.server_id, lease_id=lease.lease_id, reason=reason))
+        return decisions
 
     def lease_of(self, server_id: str, lease_id: int) -> OpenLease | None:
         """The lease, if it is running at this server."""
         lease = self.running.get(lease_id)
         return lease if lease is not None and lease.server_id == server_id else None
 
+    def why_not_running(self, lease_id: int) -> tuple[str, str]:
+        """(kind, reason) for a server that sends a group for a lease that is not running there."""
+        ending = self.endings.of(lease_id)
+        if lease_id in self.running or lease_id >= self.next_lease_id:
+            return "not_yours", "it was never granted to this server"
+        if ending == ACCEPTED:
+            return "duplicate", "a group of it was accepted before"
+        return "ended", f"it {ending or 'ended long ago'}"
+
     def fault(self, lease: OpenLease, group: FinishedGroup) -> tuple[str, str] | None:
         """(kind, reason) why the group does not fulfil the lease; None when it does."""
+        loaded = self.members[lease.server_id].loaded_version
         if group.task_id != lease.task_id:
             return "wrong_task", f"lease {lease.lease_id} is for task {lease.task_id}, the group is of {group.task_id}"
         if group.num_bytes > self.settings.max_group_bytes:
             return "too_large", f"{group.num_bytes} bytes; a group may have {self.settings.max_group_bytes}"
-        if group.newest_version > self.version:
-            return "future_version", f"a token claims version {group.newest_version}, the run is at {self.version}"
+        if group.newest_version > self.published_version:
+            return (
+                "future_version",
+                f"a token claims version {group.newest_version}, {self.published_version} is published",
+            )
+        if group.newest_version > loaded:
+            return "unconfirmed_version", f"a token claims version {group.newest_version}, the server said {loaded}"
         if group.oldest_version < lease.min_version:
             return "too_stale", f"a token is of version {group.oldest_version}, the lease demands {lease.min_version}"
         return None
@@ -100,7 +159,7 @@ class LeaseBook:
     def accept(self, lease: OpenLease, group: FinishedGroup) -> None:
         self._close(lease)
         self.endings.note_accepted(lease.lease_id)
-        self.queue.put(group)
+        self.batches.put(group)
 
     def fail(self, lease: OpenLease, kind: str, reason: str, *, blame_task: bool) -> list[Decision]:
         """The lease failed; its task is leased again, unless it is to blame and has failed too often."""
@@ -134,15 +193,15 @@ class LeaseBook:
         return decisions
 
     def consume(self, lease_ids: tuple[int, ...]) -> None:
-        """These groups, the oldest ones, were trained: their credits come back and the version grows by one."""
-        for group in self.queue.oldest(len(lease_ids)):
+        """These groups were trained: their credits come back and the version grows by one."""
+        trained = self.batches.consume(self.version, lease_ids)
+        for group in trained:
             self.tasks.trained(group.task_id)
-        self.queue.consume(lease_ids)
-        self.endings.trained += len(lease_ids)
+        self.endings.trained += len(trained)
         self.version += 1
 
     def frontier(self) -> bytes:
-        leased = (*self.queue.task_ids(), *(lease.task_id for lease in self.running.values()))
+        leased = (*self.batches.task_ids(), *(lease.task_id for lease in self.running.values()))
         return encode_frontier(
             FrontierState(
                 version=self.version,
@@ -150,15 +209,19 @@ class LeaseBook:
                 next_task_id=self.tasks.next_task_id,
                 open_tasks=self.tasks.open_tasks(leased),
                 parked=self.tasks.parked,
-                past=self.endings.as_past(still_open=len(leased)),
+                past=self.past(),
             )
         )
 
+    def past(self) -> PastLeases:
+        """How many leases there were, and how they ended: what a restart goes on counting from."""
+        return self.endings.past(leased=self.leased, next_lease_id=self.next_lease_id)
+
     def counts(self) -> Counts:
         return Counts(
-            leased=self._leased_before + self.next_lease_id,
+            leased=self.leased,
             running=len(self.running),
-            queued=len(self.queue),
+            queued=len(self.batches),
             trained=self.endings.trained,
             failed=dict(self.endings.failed),
             cancelled=dict(self.endings.cancelled),
@@ -166,8 +229,41 @@ class LeaseBook:
             refused=dict(self.endings.refused),
         )
 
+    def _late_lease(self) -> OpenLease | None:
+        """The lease to give up, of those that must be trained with this batch or could not be trained in time."""
+        late = self.batches.late_after(self.version)
+        if late is None:
+            return None
+        for lease in reversed(self.running.values()):
+            if lease.deadline <= late and self.tasks.requeues(lease.task_id) < self.settings.max_requeues:
+                return lease
+        return None
+
+    def _may_adopt(self, claim: Claim) -> bool:
+        """Takes the task, if so. Adopting must keep every bound that granting keeps."""
+        ceiling = (self.settings.max_staleness + 1) * self.settings.groups_per_step
+        bytes_needed = self.queue.num_bytes + (len(self.running) + 1) * self.settings.max_group_bytes
+        is_open = claim.lease_id in self.running or claim.lease_id in self.queue
+        if is_open or not self.endings.may_go_on(claim.lease_id):
+            return False
+        if self.num_open >= min(ceiling, self.settings.queue_groups):
+            return False
+        if bytes_needed > self.settings.queue_bytes or claim.min_version > self.version:
+            return False
+        in_time = self.batches.would_fit(claim.min_version + self.settings.max_staleness, version=self.version)
+        return in_time and self.tasks.claim(claim.task_id, at_most_ahead=ceiling)
+
+    def _open(self, lease: OpenLease, member: Member, now: float) -> None:
+        if not member.has_work(self.published_version):
+            member.progressed_at = now
+        self.leased += 1
+        self.running[lease.lease_id] = lease
+        self.batches.deadlines.add(lease.deadline)
+        member.leases[lease.lease_id] = lease.min_version
+
     def _close(self, lease: OpenLease) -> None:
         del self.running[lease.lease_id]
+        self.batches.deadlines.remove(lease.deadline)
         del self.members[lease.server_id].leases[lease.lease_id]
 
     def _parked(self, task_id: int) -> ParkTask:

@@ -28,11 +28,14 @@ class OpenTask(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     task_id: Natural
     failures: Natural = 0
     losses: Natural = 0  # how often its server was lost
+    requeues: Natural = 0  # how often it was given up because it took too long
 
 
 class PastLeases(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the leases of the run so far ended."""
+    """The leases of the run so far, and how they ended."""
 
+    leased: Natural = 0
+    next_lease_id: Natural = 0
     trained: Natural = 0
     failed: dict[str, Natural] = {}
     cancelled: dict[str, Natural] = {}
@@ -74,13 +77,18 @@ _decoder = msgspec.json.Decoder(FrontierState)
 
 
 def decode_frontier(data: bytes, *, version: int, source: str) -> FrontierState:
-    """Raises FrontierError unless `data` is the frontier of a checkpoint at `version` over the data `source`."""
+    """The frontier of a checkpoint over the data `source`, or the beginning if there is none.
+
+    Raises FrontierError when it is not one, or is of a later version than the learner's.
+    """
+    if not data:
+        return FrontierState(version=0, source=source, next_task_id=0, open_tasks=(), parked={}, past=PastLeases())
     try:
         state = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FrontierError(f"the checkpoint's frontier is damaged: {error}") from error
-    if state.version != version:
-        raise FrontierError(f"the frontier was taken at version {state.version}, the checkpoint says {version}")
+    if state.version > version:
+        raise FrontierError(f"the frontier was taken at version {state.version}, the learner is at {version}")
     if state.source != source:
         raise FrontierError(
             f"the checkpoint was trained on {state.source!r}, the run is configured for {source!r}: tasks would be "
@@ -112,6 +120,20 @@ class TaskLedger:
         self.next_task_id += 1
         return self.next_task_id - 1
 
+    def claim(self, task_id: int, *, at_most_ahead: int) -> bool:
+        """Take this very task, if it is to be leased; one that was never handed out only if it soon would be."""
+        for waiting in (self._again, self._later):
+            if task_id in waiting:
+                waiting.remove(task_id)
+                heapq.heapify(self._again)
+                return True
+        if not self.next_task_id <= task_id < self.next_task_id + at_most_ahead:
+            return False
+        for skipped in range(self.next_task_id, task_id):
+            self.give_back(skipped)
+        self.next_task_id = task_id + 1
+        return True
+
     def give_back(self, task_id: int) -> None:
         """The lease ended for a reason that says nothing about the task."""
         heapq.heappush(self._again, task_id)
@@ -123,12 +145,21 @@ class TaskLedger:
     def failed(self, task_id: int, reason: str) -> bool:
         """The task failed. True: too often, it is parked."""
         task = self._of(task_id)
-        return self._again_or_park(OpenTask(task_id, task.failures + 1, task.losses), reason)
+        return self._again_or_park(OpenTask(task_id, task.failures + 1, task.losses, task.requeues), reason)
 
     def lost(self, task_id: int, reason: str) -> bool:
         """The task's server was lost. True: too often, it is parked, for it may be what kills servers."""
         task = self._of(task_id)
-        return self._again_or_park(OpenTask(task_id, task.failures, task.losses + 1), reason)
+        return self._again_or_park(OpenTask(task_id, task.failures, task.losses + 1, task.requeues), reason)
+
+    def requeued(self, task_id: int) -> None:
+        """The task took too long for the groups beside it: it begins again."""
+        task = self._of(task_id)
+        self._trouble[task_id] = OpenTask(task_id, task.failures, task.losses, task.requeues + 1)
+        self.give_back(task_id)
+
+    def requeues(self, task_id: int) -> int:
+        return self._of(task_id).requeues
 
     def trained(self, task_id: int) -> None:
         self._trouble.pop(task_id, None)
@@ -159,7 +190,7 @@ class TaskLedger:
         """Go on where the checkpoint was taken: what was open then is leased before anything new."""
         self.next_task_id = state.next_task_id
         self.parked = dict(state.parked)
-        self._trouble = {task.task_id: task for task in state.open_tasks if task.failures or task.losses}
+        self._trouble = {task.task_id: task for task in state.open_tasks if task != OpenTask(task.task_id)}
         self._again = [task.task_id for task in state.open_tasks]
         heapq.heapify(self._again)
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from learner.coordinator.settings import CoordinatorSettings
+
 PAUSE_S = 1.0  # after too many failures in a row, doubled with each further one
 MAX_PAUSE_S = 30.0
 MAX_OFFENDERS = 1 << 12
@@ -24,10 +26,12 @@ class Member:
     paused_until: float = 0.0
     last_failure: str = ""
 
-    def free_groups(self, max_group_bytes: int, *, failures_before_pause: int, now: float) -> int:
+    def free_groups(self, settings: CoordinatorSettings, now: float) -> int:
         """Leases the server may be granted now. A server that only fails gets one at a time, after a pause."""
-        free = min(self.capacity_groups, self.capacity_bytes // max_group_bytes) - len(self.leases)
-        if self.failures_in_a_row < failures_before_pause:
+        if now - self.heard_at > settings.notice_timeout_s:
+            return 0
+        free = min(self.capacity_groups, self.capacity_bytes // settings.max_group_bytes) - len(self.leases)
+        if self.failures_in_a_row < settings.failures_before_pause:
             return free
         return min(free, 1) if now >= self.paused_until and not self.leases else 0
 
@@ -52,11 +56,11 @@ class Member:
         self.heard_at = min(now, self.heard_at + pause_s)
         self.progressed_at = min(now, self.progressed_at + pause_s)
 
-    def loss(self, *, server_timeout_s: float, hang_timeout_s: float, now: float) -> str:
+    def loss(self, settings: CoordinatorSettings, now: float) -> str:
         """Why the server counts as lost; empty while it does not."""
-        if now - self.heard_at > server_timeout_s:
+        if now - self.heard_at > settings.server_timeout_s:
             return f"not heard of for {now - self.heard_at:.0f} s"
-        if now - self.progressed_at > hang_timeout_s:
+        if now - self.progressed_at > settings.hang_timeout_s:
             return f"alive, but no progress on its {len(self.leases)} leases for {now - self.progressed_at:.0f} s"
         return ""
 

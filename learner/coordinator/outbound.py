@@ -22,17 +22,22 @@ from learner.coordinator.decisions import (
     Decision,
     DeliverBatch,
     DropServer,
+    ForgetTrained,
     GrantLease,
     ParkTask,
     Quarantine,
     RefuseGroup,
 )
 from learner.coordinator.explain import what_a_server_waits_for
+from learner.coordinator.journal import BatchRecord, ForgetRecord, ParkedRecord, Record
+from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.sessions import Session, Sessions
 from learner.coordinator.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+Promise = AcceptGroup | DeliverBatch | RefuseGroup
 
 MAX_BLOCKED = 1 << 12
 MAX_TEXT = 2000
@@ -57,10 +62,12 @@ class Outbound:
     def __init__(self, settings: ServiceSettings, core: Coordinator) -> None:
         self.settings = settings
         self.core = core
+        self.proofs = LeaseProofs(bytes.fromhex(settings.lease_secret))
         self.sessions = Sessions()
         self.letters: deque[Letter] = deque()
         self.grants: deque[GrantLease] = deque()  # to be made into leases, which takes a dataset row
-        self.batches: deque[DeliverBatch] = deque()  # to be handed to the learner
+        self.records: list[Record] = []  # to be written into the journal
+        self.promises: list[Promise] = []  # true only once those records are written
         self._blocked: dict[str, None] = {}  # keys, or connections without one; the oldest first
 
     def carry_out(self, decisions: list[Decision]) -> None:
@@ -68,10 +75,8 @@ class Outbound:
             match decision:
                 case GrantLease():
                     self.grants.append(decision)
-                case DeliverBatch():
-                    self.batches.append(decision)
-                case ParkTask():
-                    logger.warning("task %d is parked: %s", decision.task_id, decision.reason)
+                case AcceptGroup() | DeliverBatch() | ForgetTrained() | ParkTask():
+                    self._record(decision)
                 case Quarantine():
                     self._quarantine(decision)
                 case DropServer():
@@ -92,6 +97,9 @@ class Outbound:
         """The row of a granted lease is there: tell the server, unless the lease has ended meanwhile."""
         if self.core.book.lease_of(grant.server_id, grant.lease_id) is None:
             return
+        session = self.sessions.of_server(grant.server_id)
+        if session is None:  # it is told when it is back
+            return
         lease = Lease(
             lease_id=grant.lease_id,
             task_id=grant.task_id,
@@ -101,8 +109,11 @@ class Outbound:
             seed=task.seed,
             min_version=grant.min_version,
             max_group_bytes=self.settings.rules.max_group_bytes,
+            proof=self.proofs.of(
+                lease_id=grant.lease_id, task_id=grant.task_id, min_version=grant.min_version, holder=session.holder
+            ),
         )
-        self.say_to(grant.server_id, lease)
+        self.say(session.peer, lease)
 
     def pulse(self, session: Session, now: float) -> None:
         """What is published, and what the server waits for."""
@@ -124,16 +135,46 @@ class Outbound:
         if len(self._blocked) > MAX_BLOCKED:
             del self._blocked[next(iter(self._blocked))]
 
-    def _answer(self, decision: AcceptGroup | RefuseGroup | CancelLease) -> None:
+    def take_records(self) -> tuple[list[Record], list[Promise]]:
+        """What is to be written, and what may be said once it is."""
+        taken = self.records, self.promises
+        self.records, self.promises = [], []
+        return taken
+
+    def acknowledge(self, promise: AcceptGroup | RefuseGroup) -> None:
+        """The journal has the group: the server may forget it."""
+        if isinstance(promise, AcceptGroup):
+            self.say_to(promise.server_id, GroupAccepted(lease_id=promise.lease_id))
+        else:
+            self._refuse(promise)
+
+    def _record(self, decision: AcceptGroup | DeliverBatch | ForgetTrained | ParkTask) -> None:
         match decision:
             case AcceptGroup():
-                self.say_to(decision.server_id, GroupAccepted(lease_id=decision.lease_id))
+                self.records.append(decision.group)
+                self.promises.append(decision)
+            case DeliverBatch():
+                lease_ids = tuple(group.lease_id for group in decision.groups)
+                self.records.append(BatchRecord(version=decision.version, lease_ids=lease_ids))
+                self.promises.append(decision)
+            case ForgetTrained():
+                self.records.append(ForgetRecord(version=decision.version))
+            case ParkTask():
+                logger.warning("task %d is parked: %s", decision.task_id, decision.reason)
+                self.records.append(ParkedRecord(task_id=decision.task_id, reason=decision.reason))
+
+    def _answer(self, decision: RefuseGroup | CancelLease) -> None:
+        match decision:
+            case RefuseGroup(kind="duplicate"):
+                self.promises.append(decision)  # its server forgets the group, which may be not yet on the disk
             case RefuseGroup():
-                refused = GroupRefused(lease_id=decision.lease_id, reason=cut(decision.reason))
-                self.say_to(decision.server_id, refused)
+                self._refuse(decision)
             case CancelLease():
                 cancelled = LeaseCancelled(lease_id=decision.lease_id, reason=cut(decision.reason))
                 self.say_to(decision.server_id, cancelled)
+
+    def _refuse(self, decision: RefuseGroup) -> None:
+        self.say_to(decision.server_id, GroupRefused(lease_id=decision.lease_id, reason=cut(decision.reason)))
 
     def _drop(self, decision: DropServer) -> None:
         session = self.sessions.of_server(decision.server_id)

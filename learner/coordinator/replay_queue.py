@@ -1,4 +1,4 @@
-"""ReplayQueue: finished groups in lease order, bounded in groups and in bytes, each consumed once."""
+"""ReplayQueue: finished groups, the earliest deadline first, bounded in groups and in bytes, each consumed once."""
 
 from bisect import insort
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ class FinishedGroup:
     payload: bytes
     oldest_version: int  # of all its sampled tokens
     newest_version: int
+    accepted_version: int  # where the run was when it arrived
 
     @property
     def lease_id(self) -> int:
@@ -44,59 +45,79 @@ class FinishedGroup:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournaledGroup:
+    """A group accepted before a restart. Its bytes are in the journal and are read when it is delivered."""
+
+    lease_id: int
+    task_id: int
+    oldest_version: int
+    newest_version: int
+    accepted_version: int
+    batch_version: int | None = None  # of the batch it was delivered in
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory."""
+        return 0
+
+
+QueuedGroup = FinishedGroup | JournaledGroup
+
+
 def header_bytes(num_trajectories: int, num_version_runs: int) -> int:
     """What the queue charges for a group's decoded header."""
     return num_trajectories * TRAJECTORY_OVERHEAD_BYTES + num_version_runs * VERSION_RUN_OVERHEAD_BYTES
 
 
 class ReplayQueue:
-    """Bounded, consume-once queue of groups in lease order. The producers' credits keep it within its bounds."""
+    """Bounded, consume-once queue: the group with the oldest token first. The producers' credits keep its bounds."""
 
     def __init__(self, *, max_groups: int, max_bytes: int) -> None:
         self.max_groups = max_groups
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._lease_ids: list[int] = []  # ascending
-        self._groups: dict[int, FinishedGroup] = {}
-        self._consumed_up_to = -1  # groups are consumed in lease order: no lease id up to this one may come again
+        self._order: list[tuple[int, int]] = []  # (oldest version, lease), ascending
+        self._groups: dict[int, QueuedGroup] = {}
 
     def __len__(self) -> int:
-        return len(self._lease_ids)
+        return len(self._order)
 
     def __contains__(self, lease_id: int) -> bool:
         return lease_id in self._groups
 
-    def put(self, group: FinishedGroup) -> None:
-        """Raises ValueError for a group that is or was in the queue, OverflowError when a bound would be exceeded."""
-        if group.lease_id in self._groups or group.lease_id <= self._consumed_up_to:
-            raise ValueError(f"lease {group.lease_id} was queued before; a group is consumed once")
+    def put(self, group: QueuedGroup) -> None:
+        """Raises ValueError for a group that is in the queue, OverflowError when a bound would be exceeded."""
         if len(self) >= self.max_groups or self.num_bytes + group.num_bytes > self.max_bytes:
             raise OverflowError(f"{self!r} has no room for {group!r}; it was not covered by a credit")
-        insort(self._lease_ids, group.lease_id)
+        self.put_back(group)
+
+    def put_back(self, group: QueuedGroup) -> None:
+        """A group that had its place before a restart keeps it, whatever the bounds are now."""
+        if group.lease_id in self._groups:
+            raise ValueError(f"lease {group.lease_id} is queued already; a group is consumed once")
+        insort(self._order, (group.oldest_version, group.lease_id))
         self._groups[group.lease_id] = group
         self.num_bytes += group.num_bytes
 
-    def oldest(self, num_groups: int) -> tuple[FinishedGroup, ...]:
-        """The first `num_groups` groups in lease order, or fewer if there are fewer. They stay in the queue."""
-        return tuple(self._groups[lease_id] for lease_id in self._lease_ids[:num_groups])
+    def oldest(self, num_groups: int) -> tuple[QueuedGroup, ...]:
+        """The first `num_groups` groups, or fewer if there are fewer. They stay in the queue."""
+        return tuple(self._groups[lease_id] for _, lease_id in self._order[:num_groups])
 
-    def consume(self, lease_ids: Iterable[int]) -> None:
-        """Forget the oldest groups for good; raises ValueError when these are not the oldest ones, in order."""
-        consumed = list(lease_ids)
-        if consumed != self._lease_ids[: len(consumed)]:
-            raise ValueError(f"leases {consumed} are not the oldest of {self!r}; groups are consumed in lease order")
-        for lease_id in consumed:
-            self.num_bytes -= self._groups.pop(lease_id).num_bytes
-            self._consumed_up_to = lease_id
-        del self._lease_ids[: len(consumed)]
+    def consume(self, lease_ids: Iterable[int]) -> tuple[QueuedGroup, ...]:
+        """Forget these groups for good, and return them; raises KeyError for one that is not there."""
+        consumed = tuple(self._groups.pop(lease_id) for lease_id in lease_ids)
+        self.num_bytes -= sum(group.num_bytes for group in consumed)
+        self._order = [place for place in self._order if place[1] in self._groups]
+        return consumed
 
     def lease_ids(self) -> tuple[int, ...]:
-        return tuple(self._lease_ids)
+        return tuple(lease_id for _, lease_id in self._order)
 
     def task_ids(self) -> tuple[int, ...]:
-        """Tasks of the queued groups, in lease order."""
-        return tuple(self._groups[lease_id].task_id for lease_id in self._lease_ids)
+        """Tasks of the queued groups."""
+        return tuple(group.task_id for group in self._groups.values())
 
     def __repr__(self) -> str:
-        span = f", leases {self._lease_ids[0]}..{self._lease_ids[-1]}" if self._lease_ids else ""
+        span = f", oldest token version {self._order[0][0]}" if self._order else ""
         return f"<ReplayQueue {len(self)}/{self.max_groups} groups, {self.num_bytes}/{self.max_bytes} bytes{span}>"

@@ -1,22 +1,21 @@
 """The coordinator as a process: sockets, clock and waiting around the rules in core.py. It decides nothing.
 
 rollout servers  <-- Router, tcp, keys -->  inbound / core / outbound  <-- Router, ipc -->  learner
+                                                        |
+                                                     journal
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
-from common.keys import KeyFileError, ServerKeys, load_server_keys
-from common.lifecycle import UserError
 from common.messages import (
     Batch,
+    CheckpointSaved,
     CloseRun,
     CoordinatorToLearner,
     Frontier,
@@ -29,21 +28,22 @@ from common.messages import (
     TakeBatch,
     TakeFrontier,
 )
-from common.wire import Incoming, Peer, Router, open_router
+from common.wire import Incoming, Peer, Router
 from learner.coordinator.background import in_thread
 from learner.coordinator.core import Coordinator, LearnerError
-from learner.coordinator.decisions import DeliverBatch, GrantLease
+from learner.coordinator.decisions import GrantLease
 from learner.coordinator.inbound import Inbound
-from learner.coordinator.ledger import FrontierError
+from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch
 from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.status import status_of
 from learner.coordinator.tasks import Task, TaskSource
+from learner.coordinator.token_ages import TokenAges
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 1.0
+TICK_S = 0.5
 RETRY_S = 0.02
 MAX_HEADER_BYTES = 1 << 20
 MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
@@ -62,6 +62,7 @@ class Service:
         servers: Router,
         learner: Router,
         learner_peer: Peer,
+        journal: JournalKeeper,
         events: EventLog | None,
     ) -> None:
         self._tasks = tasks
@@ -71,7 +72,9 @@ class Service:
         self._servers = servers
         self._learner = learner
         self._learner_peer = learner_peer
+        self._journal = journal
         self._events = events
+        self._ages = TokenAges()
         self._to_servers = Mailer(servers)
         self._to_learner = Mailer(learner)
         self._decoder = Decoder(
@@ -80,13 +83,14 @@ class Service:
             max_header_bytes=MAX_HEADER_BYTES,
         )
         self._granted = asyncio.Event()
+        self._recorded = asyncio.Event()
         self._done = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until the learner closes the run."""
         self._tell_learner(RunOpened(listen_address=self._servers.address))
         async with asyncio.TaskGroup() as group:
-            loops = (self._hear_servers, self._hear_learner, self._lend, self._tick, self._retry)
+            loops = (self._hear_servers, self._hear_learner, self._lend, self._keep_journal, self._tick, self._retry)
             running = [group.create_task(loop()) for loop in loops]
             await self._done.wait()
             for task in running:
@@ -116,16 +120,9 @@ class Service:
             self._post()
 
     def _hear_from_learner(self, message: LearnerToCoordinator) -> None:
-        now = time.monotonic()
         match message:
-            case TakeBatch():
-                self._outbound.carry_out(self._core.take_batch(message.version, now))
-            case StepCompleted():
-                self._outbound.carry_out(self._core.step_completed(message.version, message.lease_ids, now))
-            case SnapshotPublished():
-                self._outbound.carry_out(self._core.published(message.version, now))
-                for session in self._outbound.sessions:
-                    self._outbound.pulse(session, now)
+            case TakeBatch() | StepCompleted() | CheckpointSaved() | SnapshotPublished():
+                self._hear_of_progress(message, time.monotonic())
             case TakeFrontier():
                 self._tell_learner(Frontier(version=self._core.version, frontier=self._core.frontier()))
             case CloseRun():
@@ -134,6 +131,21 @@ class Service:
                 self._done.set()
             case OpenRun():
                 raise LearnerError("the learner opened the run twice; start a new coordinator for a new run")
+
+    def _hear_of_progress(
+        self, message: TakeBatch | StepCompleted | CheckpointSaved | SnapshotPublished, now: float
+    ) -> None:
+        match message:
+            case TakeBatch():
+                self._outbound.carry_out(self._core.take_batch(message.version, now))
+            case StepCompleted():
+                self._outbound.carry_out(self._core.step_completed(message.version, message.lease_ids, now))
+            case CheckpointSaved():
+                self._outbound.carry_out(self._core.checkpointed(message.version))
+            case SnapshotPublished():
+                self._outbound.carry_out(self._core.published(message.version, now))
+                for session in self._outbound.sessions:
+                    self._outbound.pulse(session, now)
 
     async def _lend(self) -> None:
         """Leases are told when their dataset rows are there; a slow generator holds up nothing else."""
@@ -149,6 +161,19 @@ class Service:
     def _make_tasks(self, grants: list[GrantLease]) -> list[tuple[GrantLease, Task]]:
         return [(grant, self._tasks.task(grant.task_id)) for grant in grants]
 
+    async def _keep_journal(self) -> None:
+        """What was accepted is acknowledged, and what was chosen is trained, only once it is on the disk."""
+        while True:
+            await self._recorded.wait()
+            self._recorded.clear()
+            records, promises = self._outbound.take_records()
+            for kept in await self._journal.keep(records, promises, self._core.book.past()):
+                if isinstance(kept, LoadedBatch):
+                    self._deliver(kept)
+                else:
+                    self._outbound.acknowledge(kept)
+            self._post()
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
@@ -161,6 +186,7 @@ class Service:
         status = status_of(
             self._core,
             self._outbound.sessions,
+            self._ages,
             now,
             listen_address=self._servers.address,
             malformed=self._servers.malformed,
@@ -186,7 +212,7 @@ class Service:
 
     def _post(self) -> None:
         """Send what has been decided."""
-        letters, batches = self._outbound.letters, self._outbound.batches
+        letters = self._outbound.letters
         while letters:
             letter = letters.popleft()
             if not self._to_servers.send(letter.peer, encode(letter.message)):
@@ -194,60 +220,24 @@ class Service:
                 if session is not None:
                     reason = f"did not read {MAX_KEPT_MESSAGES} messages"
                     self._outbound.carry_out(self._core.server_lost(session.server_id, reason, time.monotonic()))
-        while batches:
-            self._deliver(batches.popleft())
         if self._outbound.grants:
             self._granted.set()
+        if self._outbound.records or self._outbound.promises:
+            self._recorded.set()
 
-    def _deliver(self, batch: DeliverBatch) -> None:
-        headers = tuple(group.header for group in batch.groups)
-        payload = b"".join(group.payload for group in batch.groups)
-        self._to_learner.send(self._learner_peer, encode(Batch(version=batch.version, groups=headers), payload))
+    def _deliver(self, batch: LoadedBatch) -> None:
+        for header, accepted_version in zip(batch.headers, batch.accepted_versions, strict=True):
+            self._ages.add(header, accepted_version=accepted_version, trained_version=batch.version)
+        message = Batch(version=batch.version, groups=batch.headers)
+        self._to_learner.send(self._learner_peer, encode(message, batch.payload))
         if self._events is not None:
-            ages = [batch.version - group.oldest_version for group in batch.groups]
-            self._events.emit("batch_delivered", version=batch.version, num_bytes=len(payload), oldest=max(ages))
+            self._events.emit(
+                "batch_delivered",
+                version=batch.version,
+                num_bytes=len(batch.payload),
+                leases=[header.lease_id for header in batch.headers],
+                tasks=[header.task_id for header in batch.headers],
+            )
 
     def _tell_learner(self, message: CoordinatorToLearner) -> None:
         self._to_learner.send(self._learner_peer, encode(message))
-
-
-async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
-    """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
-    keys = _load_keys(settings)
-    async with AsyncExitStack() as stack:
-        learner = await stack.enter_async_context(
-            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
-        )
-        learner_peer, run = await _wait_for_learner(learner)
-        try:
-            core = Coordinator(settings.rules, version=run.version, frontier=run.frontier)
-        except FrontierError as error:
-            raise UserError(f"the run cannot be resumed: {error}") from error
-        frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
-        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
-        events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
-        if events is not None:
-            stack.callback(events.close)
-        logger.info("rollout servers may join at %s", servers.address)
-        service = Service(
-            settings, tasks, core, run, servers=servers, learner=learner, learner_peer=learner_peer, events=events
-        )
-        await service.run()
-    return 0
-
-
-def _load_keys(settings: ServiceSettings) -> ServerKeys | None:
-    try:
-        return load_server_keys(Path(settings.keys)) if settings.keys else None
-    except KeyFileError as error:
-        raise UserError(str(error)) from error
-
-
-async def _wait_for_learner(learner: Router) -> tuple[Peer, OpenRun]:
-    decoder = Decoder(OpenRun, max_payload_bytes=0, max_header_bytes=MAX_LEARNER_HEADER_BYTES)
-    [incoming, *more] = await learner.receive()
-    message, _ = decoder.decode(incoming.frames)
-    if more:
-        raise LearnerError("the learner must wait for RunOpened before it says anything else")
-    assert isinstance(message, OpenRun)
-    return incoming.peer, message

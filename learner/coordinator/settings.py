@@ -1,6 +1,9 @@
 """CoordinatorSettings: what the coordinator's rules depend on."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+StaleAction = Literal["wait", "mask", "requeue"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,10 +16,13 @@ class CoordinatorSettings:
     queue_bytes: int  # likewise: a lease reserves max_group_bytes until the true size of its group is known
     max_group_bytes: int
     source: str = ""  # names the data source and its seed; a checkpoint of another one is refused
+    stale_action: StaleAction = "wait"  # to running groups whose tokens would be too old at the next step
+    max_requeues: int = 2  # of one task, with the stale action requeue; then it is waited for
     max_task_failures: int = 3  # then the task is parked
     max_task_losses: int = 16  # servers lost while they had the task; then it is parked
     failures_before_pause: int = 4  # in a row; then a server gets one lease at a time, after a growing pause
-    server_timeout_s: float = 10.0  # without a sign of life
+    notice_timeout_s: float = 2.5  # without a sign of life; then a server is named, and granted nothing more
+    server_timeout_s: float = 10.0  # likewise; then its leases go to others
     hang_timeout_s: float = 120.0  # alive and with work to do, but without progress
     max_offences: int = 8  # without a good group in between; then a peer is quarantined
 

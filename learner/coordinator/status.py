@@ -5,10 +5,11 @@ from common.snapshot import NO_VERSION
 from learner.coordinator.core import Coordinator
 from learner.coordinator.explain import what_the_learner_waits_for
 from learner.coordinator.sessions import Session, Sessions
+from learner.coordinator.token_ages import TokenAges
 
 
 def status_of(
-    core: Coordinator, sessions: Sessions, now: float, *, listen_address: str, malformed: int = 0
+    core: Coordinator, sessions: Sessions, ages: TokenAges, now: float, *, listen_address: str, malformed: int = 0
 ) -> CoordinatorStatus:
     """`malformed`: messages that the socket dropped for their number of frames."""
     counts = core.counts()
@@ -24,6 +25,10 @@ def status_of(
         cancelled=counts.cancelled,
         expired=counts.expired,
         refused=refused,
+        depth=core.book.depth.leases,
+        staleness_tokens=dict(ages.staleness),
+        in_flight_tokens=dict(ages.in_flight),
+        in_queue_tokens=dict(ages.in_queue),
         waiting_for=what_the_learner_waits_for(core, now, listen_address=listen_address),
     )
 

@@ -21,7 +21,8 @@ def a_server(name: str = "node1", **values) -> ServerStatus:
 def a_status(*servers: ServerStatus, **values) -> CoordinatorStatus:
     defaults = {
         "leased": 4, "running": 2, "queued": 3, "queued_bytes": 1_500_000, "trained": 10, "failed": {},
-        "cancelled": {}, "expired": 0, "refused": {}, "waiting_for": "",
+        "cancelled": {}, "expired": 0, "refused": {}, "waiting_for": "", "depth": 8,
+            "staleness_tokens": {}, "in_flight_tokens": {}, "in_queue_tokens": {},
     }  # fmt: skip
     return CoordinatorStatus(servers=servers, **(defaults | values))
 

@@ -18,6 +18,7 @@ from tests.builders_coordinator import (
     group_for,
     join,
     of_kind,
+    publishes,
     some_settings,
 )
 
@@ -49,30 +50,98 @@ def test_a_lease_forbids_policies_that_would_be_too_old_at_the_step_it_is_traine
             coordinator.group_finished("a", group_for(grant), now=1.0)
         delivered = of_kind(coordinator.take_batch(version, now=1.0), DeliverBatch)[0]
         granted = grants(coordinator.step_completed(version + 1, tuple(g.lease_id for g in delivered.groups), now=1.0))
+        publishes(coordinator, version + 1)
         # Trained in step version + 2, so nothing older than version + 1 may be in it.
         assert [grant.min_version for grant in granted] == [version + 1] * 2
 
 
-def test_an_unfinished_lease_holds_its_batch_back_and_batches_come_in_lease_order():
+def test_a_batch_goes_without_running_leases_as_long_as_they_can_be_trained_in_time():
     coordinator = a_coordinator(groups_per_step=2, max_staleness=1)
     granted = join(coordinator)
     assert of_kind(coordinator.take_batch(0, now=0.0), DeliverBatch) == []
-    for lease_id in (3, 2, 1):
-        assert of_kind(coordinator.group_finished("a", group_for(granted[lease_id]), now=1.0), DeliverBatch) == []
-    [batch] = of_kind(coordinator.group_finished("a", group_for(granted[0]), now=2.0), DeliverBatch)
+    assert of_kind(coordinator.group_finished("a", group_for(granted[3]), now=1.0), DeliverBatch) == []
+    [batch] = of_kind(coordinator.group_finished("a", group_for(granted[2]), now=1.0), DeliverBatch)
     assert batch.version == 0
+    assert [group.task_id for group in batch.groups] == [2, 3]  # in task order, whatever came first
+    coordinator.step_completed(1, (2, 3), now=2.0)
+    publishes(coordinator, 1)
+    coordinator.take_batch(1, now=2.0)
+    for lease_id in (4, 5):  # sampled by version 1: they could go into the next batch, but leases 0 and 1 are due now
+        group = a_group(lease_id, oldest=1)
+        assert of_kind(coordinator.group_finished("a", group, now=3.0), DeliverBatch) == []
+    assert of_kind(coordinator.group_finished("a", group_for(granted[1]), now=3.0), DeliverBatch) == []
+    [batch] = of_kind(coordinator.group_finished("a", group_for(granted[0]), now=3.0), DeliverBatch)
     assert [group.lease_id for group in batch.groups] == [0, 1]
 
 
-def test_a_failed_lease_gives_up_its_place_and_its_task_is_leased_again_first():
-    coordinator = a_coordinator(groups_per_step=2, max_staleness=1)
+def test_with_the_stale_action_mask_a_batch_waits_for_nobody():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0, stale_action="mask", queue_groups=4)
     granted = join(coordinator)
     coordinator.take_batch(0, now=0.0)
-    for lease_id in (1, 2):
-        coordinator.group_finished("a", group_for(granted[lease_id]), now=1.0)
-    decisions = coordinator.lease_failed("a", 0, "environment", "raised KeyError", now=2.0)
+    coordinator.group_finished("a", group_for(granted[0]), now=1.0)
+    failed = coordinator.lease_failed("a", granted[1].lease_id, "environment", "boom", now=1.0)
+    [again] = grants(failed)
+    [batch] = of_kind(coordinator.group_finished("a", group_for(again), now=1.0), DeliverBatch)
+    assert [group.task_id for group in batch.groups] == [0, 1]
+
+
+def a_batch_kept_waiting(**overrides):
+    """One slow lease of version 0 is due at step 1; everything else that is needed is there."""
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=1, **overrides)
+    granted = join(coordinator)
+    coordinator.take_batch(0, now=0.0)
+    for grant in granted[1:3]:
+        coordinator.group_finished("a", group_for(grant), now=1.0)
+    coordinator.step_completed(1, (1, 2), now=1.0)
+    publishes(coordinator, 1)
+    for lease_id in (3, 4):
+        coordinator.group_finished("a", a_group(lease_id, oldest=coordinator.book.running[lease_id].min_version), 1.0)
+    return coordinator
+
+
+def test_with_the_stale_action_wait_a_batch_waits_for_a_group_that_is_due():
+    assert of_kind(a_batch_kept_waiting().take_batch(1, now=2.0), DeliverBatch) == []
+
+
+def test_with_the_stale_action_mask_a_batch_goes_without_a_group_that_is_due():
+    [batch] = of_kind(a_batch_kept_waiting(stale_action="mask").take_batch(1, now=2.0), DeliverBatch)
+    assert [group.lease_id for group in batch.groups] == [3, 4]
+
+
+def test_with_the_stale_action_requeue_a_group_that_is_due_is_given_up_and_its_task_leased_again():
+    coordinator = a_batch_kept_waiting(stale_action="requeue")
+    decisions = coordinator.take_batch(1, now=2.0)
+    [cancelled] = of_kind(decisions, CancelLease)
+    assert (cancelled.lease_id, cancelled.reason) == (0, "its tokens would be older than 1 versions after this step")
     [batch] = of_kind(decisions, DeliverBatch)
-    assert [group.lease_id for group in batch.groups] == [1, 2]
+    assert [group.lease_id for group in batch.groups] == [3, 4]
+    assert grants(decisions)[0].task_id == 0
+    assert coordinator.counts().cancelled == {"requeued": 1}
+
+
+def test_a_task_that_was_given_up_too_often_is_waited_for():
+    coordinator = a_batch_kept_waiting(stale_action="requeue", max_requeues=0)
+    assert coordinator.take_batch(1, now=2.0) == []
+
+
+def test_a_group_may_only_claim_versions_that_its_server_has_said_it_loaded():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=1)
+    for grant in join(coordinator)[:2]:
+        coordinator.group_finished("a", group_for(grant), now=1.0)
+    coordinator.take_batch(0, now=1.0)
+    coordinator.step_completed(1, (0, 1), now=1.0)
+    coordinator.published(1, now=1.0)
+    claims = coordinator.group_finished("a", a_group(2, oldest=0, newest=1), now=1.0)
+    [refused] = of_kind(claims, RefuseGroup)
+    assert (refused.kind, refused.reason) == ("unconfirmed_version", "a token claims version 1, the server said 0")
+    publishes(coordinator, 1)
+    assert of_kind(coordinator.group_finished("a", a_group(3, oldest=0, newest=1), now=1.0), AcceptGroup)
+
+
+def test_a_failed_leases_task_is_leased_again_first():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=1)
+    join(coordinator)
+    decisions = coordinator.lease_failed("a", 0, "environment", "raised KeyError", now=2.0)
     [again] = grants(decisions)
     assert (again.lease_id, again.task_id) == (4, 0)
 
@@ -130,6 +199,7 @@ def test_a_task_that_always_fails_does_not_stop_a_run_of_one_lease_at_a_time():
             if of_kind(coordinator.group_finished("a", group, now), DeliverBatch):
                 version += 1
                 coordinator.step_completed(version, (lease.lease_id,), now)
+                publishes(coordinator, version, now=now)
                 coordinator.take_batch(version, now)
     assert version == 5
 
@@ -384,9 +454,10 @@ def test_repr_shows_what_an_operator_asks_for():
     granted = join(coordinator)
     coordinator.group_finished("a", group_for(granted[1], payload_bytes=360), now=1.0)
     assert repr(coordinator) == (
-        "<Coordinator version 0, 1 servers, 3 running, <ReplayQueue 1/100 groups, 1000/1000000 bytes, leases 1..1>, "
-        "<TaskLedger next task 4, 0 to lease again, 0 parked>, waits for the learner to complete step 1: more data "
-        "would be older than max_staleness>"
+        "<Coordinator version 0, 1 servers, 3 running, "
+        "<ReplayQueue 1/100 groups, 1000/1000000 bytes, oldest token version 0>, "
+        "<TaskLedger next task 4, 0 to lease again, 0 parked>, "
+        "waits for the learner to complete step 1: more data would be older than max_staleness>"
     )
 
 

@@ -56,6 +56,12 @@ class World:
         self.tell(
             self.core.server_ready(server_id, capacity_groups=groups, capacity_bytes=capacity_bytes, now=self.now)
         )
+        self.beat(server_id)
+
+    def beat(self, server_id):
+        """A heartbeat with progress, of a server that has loaded what is published."""
+        loaded, progress = self.core.book.published_version, int(self.now * 10)
+        self.tell(self.core.heartbeat(server_id, progress=progress, loaded_version=loaded, now=self.now))
 
     def finish(self, lease_id, sampled_at, payload_bytes=100):
         grant = self.open[lease_id]
@@ -131,9 +137,11 @@ class CoordinatorMachine(RuleBasedStateMachine):
     @rule(data=st.data(), payload_bytes=st.integers(0, 9000))
     def a_group_finishes(self, data, payload_bytes):
         lease_id = data.draw(st.sampled_from(sorted(self.world.open)))
-        lowest = self.world.open[lease_id].min_version
-        self.ended.append(self.world.open[lease_id])
-        self.world.finish(lease_id, data.draw(st.integers(lowest, self.world.core.version)), payload_bytes)
+        grant = self.world.open[lease_id]
+        loaded = self.world.core.members[grant.server_id].loaded_version
+        if grant.min_version <= loaded:
+            self.ended.append(grant)
+            self.world.finish(lease_id, data.draw(st.integers(grant.min_version, loaded)), payload_bytes)
 
     @precondition(lambda self: self.world.open)
     @rule(data=st.data(), kind=st.text(max_size=3))
@@ -182,8 +190,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
         for _ in range(4):
             self.world.now += seconds / 4
             for server in sorted(alive):
-                beat = int(self.world.now * 10)
-                self.world.tell(self.world.core.heartbeat(server, progress=beat, loaded_version=0, now=self.world.now))
+                self.world.beat(server)
             self.world.tell(self.world.core.tick(self.world.now))
         self.ended += [grant for leases in before.values() for grant in leases if grant.lease_id not in self.world.open]
 
@@ -229,7 +236,11 @@ class CoordinatorMachine(RuleBasedStateMachine):
             world.now += 1.0
             world.join("good")
             for server in SERVERS:
-                world.tell(world.core.heartbeat(server, progress=int(world.now * 10), loaded_version=0, now=world.now))
+                world.beat(server)
+            if world.training is None:
+                world.tell(world.core.published(world.core.version, world.now))
+            for server in list(world.core.members):
+                world.beat(server)
             for lease_id, grant in list(world.open.items()):
                 world.finish(lease_id, grant.min_version)
             if world.training is None:
@@ -254,8 +265,7 @@ class LongTailedServers:
 
     def work(self):
         for server in SERVERS:
-            beat = int(self.world.now * 10)
-            self.world.tell(self.world.core.heartbeat(server, progress=beat, loaded_version=0, now=self.world.now))
+            self.world.beat(server)
         for lease_id, grant in list(self.world.open.items()):
             self.start(lease_id, grant.min_version)
             if lease_id in self.ends and self.ends[lease_id][0] <= self.world.now:

@@ -13,8 +13,9 @@ def test_without_servers_the_learner_waits_for_one_to_join_at_the_address():
 def test_the_learner_waits_for_the_oldest_lease_and_its_server_by_name():
     coordinator = a_coordinator(groups_per_step=1, max_staleness=2)
     granted = join(coordinator, now=5.0)
-    coordinator.heartbeat("a", progress=1, loaded_version=0, now=6.0)
-    assert learner_waits_for(coordinator, now=17.0) == "server a: 3 groups running, oldest lease 0 since 12 s"
+    coordinator.heartbeat("a", progress=1, loaded_version=0, now=16.0)
+    assert learner_waits_for(coordinator, now=17.0) == "server a: 3 groups running, lease 0 (task 0) since 12 s"
+    assert learner_waits_for(coordinator, now=19.0).endswith("since 14 s; nothing heard of it for 3 s")
     coordinator.group_finished("a", group_for(granted[0]), now=18.0)
     assert learner_waits_for(coordinator, now=18.0) == ""
 
@@ -22,8 +23,9 @@ def test_the_learner_waits_for_the_oldest_lease_and_its_server_by_name():
 def test_a_server_that_lacks_the_snapshot_it_needs_is_named():
     coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
     join(coordinator)
+    coordinator.heartbeat("a", progress=1, loaded_version=-1, now=0.0)
     assert learner_waits_for(coordinator, now=2.0) == (
-        "server a: 1 groups running, oldest lease 0 since 2 s, which needs snapshot 0; the server has none"
+        "server a: 1 groups running, lease 0 (task 0) since 2 s, which needs snapshot 0; the server has none"
     )
 
 

@@ -64,8 +64,11 @@ def test_a_restored_lease_is_granted_for_the_version_of_the_checkpoint():
 
 def test_a_frontier_of_another_version_or_another_data_source_is_refused():
     frontier = a_coordinator(source="a.jsonl seed 1").frontier()
-    with pytest.raises(FrontierError, match="taken at version 0, the checkpoint says 3"):
+    with pytest.raises(FrontierError, match="has trained version 0, but the journal does not know the batch"):
         Coordinator(some_settings(source="a.jsonl seed 1"), version=3, frontier=frontier)
+    later, _ = a_run_stopped_after_one_step()
+    with pytest.raises(FrontierError, match="taken at version 1, the learner is at 0"):
+        Coordinator(some_settings(groups_per_step=2), version=0, frontier=later.frontier())
     with pytest.raises(FrontierError, match=r"trained on 'a.jsonl seed 1', the run is configured for 'b.jsonl seed 1'"):
         Coordinator(some_settings(source="b.jsonl seed 1"), version=0, frontier=frontier)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from learner.coordinator.ledger import MAX_FRONTIER_BYTES, MAX_PARKED_REASONS, FrontierError, TaskLedger
-from tests.builders_coordinator import a_coordinator, a_group
+from tests.builders_coordinator import a_coordinator, a_group, join
 
 
 def a_ledger(*, max_failures=1, max_losses=1):
@@ -34,7 +34,7 @@ def test_a_trained_task_leaves_no_trace():
 
 def test_training_a_task_clears_its_failures_in_the_coordinator_too():
     coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
-    coordinator.server_ready("a", capacity_groups=1, capacity_bytes=1 << 30, now=0.0)
+    join(coordinator, groups=1)
     coordinator.lease_failed("a", 0, "environment", "boom", now=0.0)
     assert coordinator.book.tasks._trouble.keys() == {0}
     coordinator.group_finished("a", a_group(1, task_id=0), now=0.0)

@@ -2,6 +2,7 @@ from collections import Counter
 
 from learner.coordinator.members import MAX_OFFENDERS, Member, Offences
 from learner.coordinator.records import MAX_ENDED_REMEMBERED, MAX_KINDS, Endings, OpenLease, PastLeases, count
+from tests.builders_coordinator import some_settings
 
 
 def a_member(**overrides):
@@ -22,7 +23,8 @@ def fail(member, times, *, now):
 
 
 def free(member, *, now):
-    return member.free_groups(10, failures_before_pause=4, now=now)
+    member.heard_at = now
+    return member.free_groups(some_settings(max_group_bytes=10, failures_before_pause=4), now)
 
 
 def test_pauses_double_up_to_half_a_minute():
@@ -72,7 +74,7 @@ def test_ended_leases_are_remembered_for_a_while():
     endings = Endings(PastLeases())
     for lease_id in range(MAX_ENDED_REMEMBERED + 1):
         endings.note_failed(
-            OpenLease(lease_id=lease_id, task_id=0, server_id="a", min_version=0, granted_at=0.0), "boom"
+            OpenLease(lease_id=lease_id, task_id=0, server_id="a", min_version=0, deadline=0, granted_at=0.0), "boom"
         )
     assert endings.of(0) == ""
     assert endings.of(1) == "failed (boom)"

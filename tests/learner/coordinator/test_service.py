@@ -30,8 +30,8 @@ from common.messages import (
 from common.wire import curve_keypair, open_dealer
 from learner.coordinator.core import LearnerError
 from learner.coordinator.rows import DataError
-from learner.coordinator.service import serve
 from learner.coordinator.service_settings import read_settings, write_settings
+from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
 from tests.builders_coordinator import (
     a_heartbeat,
@@ -46,7 +46,6 @@ from tests.builders_coordinator_service import a_coordinator_serving, a_learner,
 async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_path):
     settings = settings_in(tmp_path, event_log=str(tmp_path / "events"))
     async with a_coordinator_serving(settings) as (learner, address), a_server(address) as server:
-        await learner.say(SnapshotPublished(version=0))
         leases = [await server.expect(Lease) for _ in range(4)]
         assert [lease.lease_id for lease in leases] == [0, 1, 2, 3]
         assert len({lease.row for lease in leases}) == 4
@@ -121,6 +120,7 @@ async def test_a_resumed_run_leases_what_was_not_trained_under_another_session(t
         first = await server.ask(a_hello(), Welcome)
         for lease in leases[:2]:
             await finish(server, lease)
+            await server.expect(GroupAccepted)
         await learner.say(TakeBatch(version=0))
         await learner.expect(Batch)
         await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))

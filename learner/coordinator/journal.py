@@ -1,0 +1,207 @@
+"""Journal: accepted groups on disk, until a checkpoint covers them. What was acknowledged survives any crash.
+
+One SQLite file in WAL mode with synchronous FULL: a transaction that was committed is on the disk. Blocking; used from
+one thread.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from common.lifecycle import UserError
+from common.messages import GroupHeader
+from learner.coordinator.ledger import PastLeases
+from learner.coordinator.recovery import JournalContents
+from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
+
+FORMAT = "1"
+BUSY_TIMEOUT_S = 5.0
+MAX_VARIABLES = 500  # of one SQL statement
+_GO_ON = "move it away to go on from the checkpoint alone: its groups are sampled again"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS groups (
+    lease_id INTEGER PRIMARY KEY,
+    task_id INTEGER NOT NULL UNIQUE,
+    oldest_version INTEGER NOT NULL,
+    newest_version INTEGER NOT NULL,
+    accepted_version INTEGER NOT NULL,
+    batch_version INTEGER,
+    header BLOB NOT NULL,
+    payload BLOB NOT NULL,
+    digest BLOB NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS batches ON groups (batch_version);
+CREATE TABLE IF NOT EXISTS parked (task_id INTEGER PRIMARY KEY, reason TEXT NOT NULL) STRICT;
+"""
+
+
+class JournalError(UserError):
+    """The journal cannot be used; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRecord:
+    """The batch that was delivered for `version`."""
+
+    version: int
+    lease_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedRecord:
+    """The task is not leased again."""
+
+    task_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetRecord:
+    """Batches of versions before this one are covered by a checkpoint."""
+
+    version: int
+
+
+Record = FinishedGroup | BatchRecord | ParkedRecord | ForgetRecord
+
+
+class Journal:
+    """Opened for one run at a time; `lineage` names the learner's start that writes it.
+
+    Raises JournalError when the file cannot be opened, is damaged, or another coordinator is writing it.
+    """
+
+    def __init__(self, path: Path, *, lineage: str) -> None:
+        self._path = path
+        try:
+            self._database = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.executescript(_SCHEMA)
+            self._check_format()
+            self.lineage_before = self._fact("lineage", "")
+            self._set_facts(lineage=lineage)
+        except sqlite3.Error as error:
+            raise JournalError(self._explain(error)) from error
+
+    def contents(self) -> JournalContents:
+        """Everything but the groups' bytes."""
+        rows = self._database.execute(
+            "SELECT lease_id, task_id, oldest_version, newest_version, accepted_version, batch_version FROM groups "
+            "ORDER BY lease_id"
+        )
+        groups = [
+            JournaledGroup(
+                lease_id=row[0], task_id=row[1], oldest_version=row[2], newest_version=row[3],
+                accepted_version=row[4], batch_version=row[5],
+            )
+            for row in rows
+        ]  # fmt: skip
+        past = self._fact("past", "{}")
+        return JournalContents(
+            groups=groups,
+            parked=dict(self._database.execute("SELECT task_id, reason FROM parked")),
+            past=msgspec.json.decode(past, type=PastLeases),
+            forgotten_up_to=int(self._fact("forgotten_up_to", "0")),
+        )
+
+    def commit(self, records: Iterable[Record], past: PastLeases) -> None:
+        """All or nothing, and on the disk when this returns. Raises JournalError."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                for record in records:
+                    self._write(record)
+                self._set_facts(past=msgspec.json.encode(past).decode())
+            except BaseException:
+                if self._database.in_transaction:  # SQLite has given up a transaction for which the disk had no room
+                    self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise JournalError(self._explain(error)) from error
+
+    def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
+        """Header and payload by lease. Raises JournalError when one is missing."""
+        found: dict[int, tuple[GroupHeader, bytes]] = {}
+        for start in range(0, len(lease_ids), MAX_VARIABLES):
+            some = lease_ids[start : start + MAX_VARIABLES]
+            marks = ",".join("?" * len(some))
+            rows = self._database.execute(
+                f"SELECT lease_id, header, payload, digest FROM groups WHERE lease_id IN ({marks})",
+                some,
+            )
+            for lease_id, header, payload, digest in rows:
+                if _digest(header, payload) != digest:
+                    raise JournalError(f"the group of lease {lease_id} is damaged in {self._path}; {_GO_ON}")
+                found[lease_id] = (msgspec.msgpack.decode(header, type=GroupHeader), payload)
+        missing = [lease_id for lease_id in lease_ids if lease_id not in found]
+        if missing:
+            raise JournalError(f"{self._path} has lost the groups of leases {missing}")
+        return found
+
+    def clear(self) -> None:
+        """Forget everything: what is in here belongs to a life of the run that is not continued."""
+        self._database.executescript("BEGIN IMMEDIATE; DELETE FROM groups; DELETE FROM parked; COMMIT")
+        self._set_facts(past="{}", forgotten_up_to="0")
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _write(self, record: Record) -> None:
+        match record:
+            case FinishedGroup():
+                header = msgspec.msgpack.encode(record.header)
+                self._database.execute(
+                    "INSERT INTO groups VALUES (?, ?, ?, ?, ?, NULL, ?, ?, ?)",
+                    (
+                        record.lease_id, record.task_id, record.oldest_version, record.newest_version,
+                        record.accepted_version, header, record.payload, _digest(header, record.payload),
+                    ),
+                )  # fmt: skip
+            case BatchRecord():
+                changes = [(record.version, lease_id) for lease_id in record.lease_ids]
+                self._database.executemany("UPDATE groups SET batch_version = ? WHERE lease_id = ?", changes)
+            case ParkedRecord():
+                self._database.execute("INSERT OR REPLACE INTO parked VALUES (?, ?)", (record.task_id, record.reason))
+            case ForgetRecord():
+                self._database.execute("DELETE FROM groups WHERE batch_version < ?", (record.version,))
+                self._set_facts(forgotten_up_to=str(record.version))
+
+    def _check_format(self) -> None:
+        known = self._fact("format", FORMAT)
+        if known != FORMAT:
+            raise JournalError(
+                f"{self._path} has format {known}, this version reads {FORMAT}; finish the run with that"
+            )
+        self._set_facts(format=FORMAT)
+
+    def _fact(self, name: str, default: str) -> str:
+        row = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return default if row is None else str(row[0])
+
+    def _set_facts(self, **facts: str) -> None:
+        self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    def _explain(self, error: sqlite3.Error) -> str:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        advice = {
+            "SQLITE_BUSY": "another coordinator is writing it; stop that one",
+            "SQLITE_FULL": "the disk is full; make room and start the learner again",
+            "SQLITE_CORRUPT": f"the file is damaged; {_GO_ON}",
+            "SQLITE_NOTADB": f"the file is damaged; {_GO_ON}",
+            "SQLITE_CANTOPEN": "it cannot be opened; may this user write there?",
+        }.get(name, "start the learner again when that is mended")
+        return f"the journal {self._path} cannot be used: {error}; {advice}"
+
+
+def _digest(header: bytes, payload: bytes) -> bytes:
+    digest = xxhash.xxh3_128(header)
+    digest.update(payload)
+    return digest.digest()

@@ -1,0 +1,34 @@
+"""TokenAges: how old tokens were when they were trained, and where they grew old: in flight, or in the queue."""
+
+from collections import Counter
+
+import numpy as np
+
+from common.messages import GroupHeader
+from common.staleness import token_staleness
+
+MAX_AGE = 1 << 10  # what is older is counted as this old: a histogram does not grow for ever
+
+
+class TokenAges:
+    """Histograms over sampled tokens; age in policy versions -> number of tokens."""
+
+    def __init__(self) -> None:
+        self.staleness: Counter[int] = Counter()
+        self.in_flight: Counter[int] = Counter()  # the part until the group was accepted
+        self.in_queue: Counter[int] = Counter()  # the part from then on
+
+    def add(self, header: GroupHeader, *, accepted_version: int, trained_version: int) -> None:
+        """The group is delivered for the step that updates trained_version."""
+        runs = [run for trajectory in header.trajectories for run in trajectory.version_runs]
+        versions_R = np.array([version for version, _ in runs])
+        waited = trained_version - accepted_version
+        staleness_R = token_staleness(versions_R, current=trained_version)
+        for staleness, (_, num_tokens) in zip(staleness_R.tolist(), runs, strict=True):
+            self.staleness[_bounded(staleness)] += num_tokens
+            self.in_flight[_bounded(staleness - waited)] += num_tokens
+            self.in_queue[_bounded(waited)] += num_tokens
+
+
+def _bounded(age: int) -> int:
+    return max(0, min(age, MAX_AGE))

@@ -1,0 +1,169 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from learner.coordinator.journal import BatchRecord, ForgetRecord, Journal, JournalError, ParkedRecord
+from learner.coordinator.ledger import PastLeases
+from tests.builders_coordinator import a_group
+
+PAST = PastLeases(leased=7, trained=2)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal.sqlite"
+
+
+@pytest.fixture
+def journal(path):
+    journal = Journal(path, lineage="run.1")
+    yield journal
+    journal.close()
+
+
+def reopened(path, journal, lineage="run.2"):
+    journal.close()
+    return Journal(path, lineage=lineage)
+
+
+def index_of(journal):
+    return [(group.lease_id, group.task_id, group.batch_version) for group in journal.contents().groups]
+
+
+def test_what_was_committed_is_there_after_a_restart_byte_for_byte(path, journal):
+    group = a_group(3, 5, oldest=1, newest=2, payload_bytes=1000)
+    journal.commit([group, ParkedRecord(task_id=9, reason="boom")], PAST)
+    again = reopened(path, journal)
+    contents = again.contents()
+    [kept] = contents.groups
+    assert (kept.lease_id, kept.task_id, kept.oldest_version, kept.newest_version, kept.accepted_version) == (
+        3, 5, 1, 2, 2,
+    )  # fmt: skip
+    assert (contents.parked, contents.past, contents.forgotten_up_to) == ({9: "boom"}, PAST, 0)
+    assert again.read([3]) == {3: (group.header, group.payload)}
+    assert again.lineage_before == "run.1"
+    again.close()
+
+
+def test_a_batch_is_remembered_and_forgotten_once_a_checkpoint_covers_it(journal):
+    journal.commit([a_group(lease_id) for lease_id in range(4)], PAST)
+    journal.commit([BatchRecord(version=0, lease_ids=(0, 2)), BatchRecord(version=1, lease_ids=(3,))], PAST)
+    assert index_of(journal) == [(0, 0, 0), (1, 1, None), (2, 2, 0), (3, 3, 1)]
+    journal.commit([ForgetRecord(version=1)], PAST)
+    assert index_of(journal) == [(1, 1, None), (3, 3, 1)]
+    assert journal.contents().forgotten_up_to == 1
+
+
+def test_a_commit_is_all_or_nothing(journal):
+    journal.commit([a_group(0)], PAST)
+    with pytest.raises(JournalError, match="UNIQUE constraint failed"):
+        journal.commit([a_group(1), a_group(0)], PastLeases(leased=99))
+    assert index_of(journal) == [(0, 0, None)]
+    assert journal.contents().past == PAST
+    journal.commit([a_group(1)], PAST)
+
+
+def test_a_task_is_accepted_once_whatever_its_lease(journal):
+    journal.commit([a_group(0, task_id=7)], PAST)
+    with pytest.raises(JournalError, match=r"groups\.task_id"):
+        journal.commit([a_group(1, task_id=7)], PAST)
+
+
+def test_a_group_that_was_damaged_on_the_disk_is_never_handed_out(path, journal):
+    journal.commit([a_group(0, payload_bytes=100)], PAST)
+    journal.close()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE groups SET payload = ?", (b"\x01" + bytes(99),))
+    database.close()
+    again = Journal(path, lineage="run.2")
+    with pytest.raises(JournalError, match=r"the group of lease 0 is damaged in .*move it away to go on"):
+        again.read([0])
+    again.close()
+
+
+def test_a_group_that_is_missing_is_named(journal):
+    with pytest.raises(JournalError, match=r"has lost the groups of leases \[1, 2\]"):
+        journal.read([1, 2])
+
+
+def test_many_groups_are_read_at_once(journal):
+    journal.commit([a_group(lease_id) for lease_id in range(1200)], PAST)
+    assert journal.read(range(1200)).keys() == set(range(1200))
+
+
+def test_clearing_forgets_everything_but_who_wrote_it(path, journal):
+    journal.commit([a_group(0), ParkedRecord(task_id=1, reason="x"), ForgetRecord(version=0)], PAST)
+    journal.clear()
+    contents = journal.contents()
+    assert (list(contents.groups), contents.parked, contents.past) == ([], {}, PastLeases())
+    assert reopened(path, journal).lineage_before == "run.1"
+
+
+def test_two_coordinators_cannot_write_one_journal(path, journal, monkeypatch):
+    monkeypatch.setattr("learner.coordinator.journal.BUSY_TIMEOUT_S", 0.05)
+    with pytest.raises(JournalError, match="another coordinator is writing it; stop that one"):
+        Journal(path, lineage="run.2")
+
+
+@pytest.mark.parametrize("damage", [b"garbage" * 1000, b"SQLite format 3\x00" + bytes(4000)])
+def test_a_damaged_file_is_an_error_that_says_what_to_do(path, damage):
+    path.write_bytes(damage)
+    with pytest.raises(JournalError, match="the file is damaged; move it away to go on from the checkpoint alone"):
+        Journal(path, lineage="run.1")
+
+
+def test_a_journal_of_another_format_is_refused(path, journal):
+    journal._set_facts(format="99")
+    with pytest.raises(JournalError, match="has format 99, this version reads 1"):
+        reopened(path, journal)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(JournalError, match="it cannot be opened; may this user write there"):
+        Journal(tmp_path / "nowhere" / "journal.sqlite", lineage="run.1")
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_half_written(path, journal):
+    journal.commit([a_group(0)], PAST)
+    pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
+    journal._database.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(JournalError, match="the disk is full; make room and start the learner again"):
+        journal.commit([a_group(1, payload_bytes=100_000)], PAST)
+    again = reopened(path, journal)
+    assert index_of(again) == [(0, 0, None)]
+    again.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from learner.coordinator.journal import Journal
+from learner.coordinator.ledger import PastLeases
+from tests.builders_coordinator import a_group
+
+journal = Journal(Path(sys.argv[1]), lineage="run.1")
+for lease_id in range(100_000):
+    journal.commit([a_group(lease_id, payload_bytes=5000)], PastLeases())
+    print(lease_id, flush=True)
+"""
+
+
+def test_what_a_killed_writer_said_it_committed_is_there(path):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    committed = [int(writer.stdout.readline()) for _ in range(20)]
+    writer.send_signal(signal.SIGKILL)
+    committed += [int(line) for line in writer.stdout.read().split()]
+    writer.wait(timeout=10)
+    writer.stdout.close()
+    journal = Journal(path, lineage="run.2")
+    there = [group.lease_id for group in journal.contents().groups]
+    assert there[: len(committed)] == committed
+    assert len(there) <= len(committed) + 1
+    assert len(journal.read(there)) == len(there)
+    journal.close()
