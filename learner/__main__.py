@@ -41,6 +41,7 @@ examples:
   learner --max-staleness 2                          the demo model and task on this machine; prints how to join
   learner --config run.toml --max-staleness 0        synchronous PPO
   learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
+  learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
   learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
 
 A run directory that holds a checkpoint is resumed from it.
