@@ -42,7 +42,7 @@ class Faults:
 
     async def _pause(self) -> None:
         """Some steps, or a while of none, and a part of a step."""
-        goal = self.fleet.last_step() + self.rng.randint(0, 2 * self.steps // self.number)
+        goal = self.fleet.last_step() + self.rng.randint(0, self.steps // self.number)
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 while self.fleet.last_step() < goal:
