@@ -1,0 +1,67 @@
+"""Faults: what goes wrong, by name, at the moment it does."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Faults:
+    """Each method is one kind of fault that a plan may ask for."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self._rng = world.rng
+
+    def happen(self, kind: str) -> None:
+        getattr(self, f"_{kind}")()
+
+    def _cut(self) -> None:
+        lines = self._world.lines()
+        if lines:
+            self._rng.choice(lines).cut()
+
+    def _partition(self) -> None:
+        """Some of the servers hear nothing for a while, and nobody hears them; connections may break over it."""
+        duration_s = self._rng.choice([0.5, 2.0, 4.0, 8.0])
+        for line in self._world.lines():
+            if self._rng.random() < 0.6:
+                line.stall(duration_s)
+                if self._rng.random() < 0.3:
+                    self._world.clock.after(duration_s * 0.9, line.cut)
+
+    def _server_crash(self) -> None:
+        self._rng.choice(self._world.servers).stop("crashed")
+
+    def _server_leave(self) -> None:
+        self._rng.choice(self._world.servers).leave()
+
+    def _server_hang(self) -> None:
+        process = self._rng.choice(self._world.servers).process
+        if process is not None:
+            process.hang(self._rng.choice([3.0, 12.0, 20.0]))
+
+    def _server_pause(self) -> None:
+        process = self._rng.choice(self._world.servers).process
+        if process is not None:
+            process.stop(self._rng.choice([1.0, 1.0, 1.0, 4.0, 7.0]))
+
+    def _coordinator_crash(self) -> None:
+        self._world.end_coordinator(self._world.coordinator)
+
+    def _coordinator_pause(self) -> None:
+        if self._world.coordinator is not None:
+            self._world.coordinator.pause(self._rng.choice([1.0, 3.0, 9.0]))
+
+    def _learner_crash(self) -> None:
+        self._world.learner.crash()
+
+    def _learner_pause(self) -> None:
+        self._world.learner.stop(self._rng.choice([1.0, 4.0]))
+
+    def _slow_disk(self) -> None:
+        self._world.slow_disk(self._rng.choice([0.3, 1.5]))
+
+    def _outage(self) -> None:
+        """The environment is down: every lease fails, everywhere."""
+        self._world.outage(self._rng.choice([1.0, 4.0]))

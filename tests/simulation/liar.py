@@ -1,0 +1,77 @@
+"""Liar: what a rollout server sends that no correct one does."""
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from common.messages import Lease
+from tests.simulation.groups import Runs
+from tests.simulation.plan import MAX_GROUP_BYTES
+
+if TYPE_CHECKING:
+    from tests.simulation.server_process import ServerProcess
+
+LIE_SHARE = 0.5
+FAR_FUTURE = 1 << 30
+
+
+class Liar:
+    """Half of the time it does its work, so that it is trusted."""
+
+    def __init__(self, process: "ServerProcess") -> None:
+        self._process = process
+        self._kinds = process.plan.lies
+        self._done: list[Lease] = []
+
+    def boast(self, loaded: int) -> int:
+        """The version it says it has loaded."""
+        return FAR_FUTURE if "boast" in self._kinds else loaded
+
+    def lie(self, lease: Lease, runs: Runs) -> bool:
+        """True: a lie was sent in place of the group."""
+        self._done.append(lease)
+        rng = self._process.world.rng
+        if rng.random() > LIE_SHARE:
+            return False
+        kind = rng.choice(self._kinds)
+        match kind:
+            case "future_version" | "unconfirmed_version" | "too_stale":
+                return self._lie_about_versions(kind, lease, runs)
+            case "wrong_task":
+                other = msgspec.structs.replace(lease, task_id=lease.task_id + rng.choice([1, 7]))
+                self._process.send_group(other, runs, lie=kind)
+                return True
+            case "too_large":
+                tokens = MAX_GROUP_BYTES // 8
+                self._process.send_group(lease, runs, lie=kind, claimed=((runs[0][0], tokens),))
+                return True
+            case "not_finite":
+                self._process.send_group(lease, runs, lie=kind, logprob=math.nan)
+                return True
+            case _:
+                self._lie_beside_the_work(kind, lease, runs)
+                return False
+
+    def _lie_about_versions(self, kind: str, lease: Lease, runs: Runs) -> bool:
+        newest = self._process.world.learner.newest_snapshot_at_all()
+        if kind == "future_version":
+            claimed: Runs = ((runs[0][0], 1), (newest + self._process.world.rng.randint(1, 3), 1))
+        elif kind == "unconfirmed_version" and newest > self._process.weights.loaded:
+            claimed = ((newest, 2),)
+        elif kind == "too_stale" and lease.min_version > 0:
+            claimed = ((lease.min_version - 1, 1), *runs)
+        else:
+            return False
+        self._process.send_group(lease, runs, lie=kind, claimed=claimed)
+        return True
+
+    def _lie_beside_the_work(self, kind: str, lease: Lease, runs: Runs) -> None:
+        rng = self._process.world.rng
+        if kind == "garbage":
+            self._process.line.send("header: truncated")
+        elif kind == "replayed":
+            self._process.send_group(rng.choice(self._done), runs, lie=kind, once=True)
+        elif kind == "not_yours":
+            other = msgspec.structs.replace(lease, lease_id=max(0, lease.lease_id + rng.choice([-1, 1, 2, 50])))
+            self._process.send_group(other, runs, lie=kind, once=True)
