@@ -10,6 +10,7 @@ from common.messages import (
     CheckpointSaved,
     Frontier,
     GroupFinished,
+    Heartbeat,
     LeaseFailed,
     LearnerToCoordinator,
     OpenRun,
@@ -52,9 +53,11 @@ class SimulatedCoordinator:
         self.is_listening = False
         self.connections: dict[Peer, Connection] = {}
         self.paused_until = 0.0
-        self.woke_at = 0.0
+        self._paused_at: float | None = None
+        self._paused_s = 0.0  # in all, short pauses excepted
         self.disk_s = world.plan.commit_s
         self._backlog: list[tuple[bool, Peer | None, object, bytes]] = []  # what came while it was stopped
+        self._confirmed: dict[str, int] = {}
         self._writing: tuple[list[Record], PastLeases] | None = None
         lineage = world.service_settings.run_id
         world.journal.open(lineage)
@@ -121,15 +124,26 @@ class SimulatedCoordinator:
         session = self.outbound.sessions.of_peer(peer)
         if session is None or self.outbound.is_blocked(peer):
             return
-        self.outbound.heard_at[session.server_id] = now
+        server = session.server_id
         match message:
             case Ready():
-                joined = seen.Joined(now, self.life, session.server_id, peer.key, message.capacity_groups)
-                self.world.note(joined)
+                self.outbound.heard(server)
+                self._confirmed.pop(server, None)
+                self.world.note(seen.Joined(now, self.life, server, peer.key, message.capacity_groups))
+            case Heartbeat():
+                self.outbound.heard(server)
+                self._watch_version(server, message.loaded_version, now)
             case LeaseFailed():
-                self.world.note(seen.Failed(now, self.life, session.server_id, message.lease_id))
+                if self.core.book.lease_of(server, message.lease_id) is not None:
+                    self.outbound.heard(server)
+                self.world.note(seen.Failed(now, self.life, server, message.lease_id))
             case GroupFinished():
                 self.outbound.answering = nonce_of(payload)
+
+    def _watch_version(self, server: str, version: int, now: float) -> None:
+        if server in self.core.members and self._confirmed.get(server) != version:
+            self._confirmed[server] = version
+            self.world.note(seen.Confirmed(now, self.life, server, version))
 
     def _tick(self) -> None:
         if not self.is_alive:
@@ -202,19 +216,24 @@ class SimulatedCoordinator:
 
     def pause(self, pause_s: float) -> None:
         """SIGSTOP, then SIGCONT. Which socket is read first afterwards is not defined."""
-        self.world.note(seen.CoordinatorPaused(self.world.clock.now, self.life, pause_s))
-        was_paused = self.world.clock.now < self.paused_until
-        self.paused_until = max(self.paused_until, self.world.clock.now + pause_s)
-        if not was_paused:
-            self.world.clock.at(self.paused_until, self._wake)
+        now = self.world.clock.now
+        self.world.note(seen.CoordinatorPaused(now, self.life, pause_s))
+        if self._paused_at is None:
+            self._paused_at = now
+        self.paused_until = max(self.paused_until, now + pause_s)
+        self.world.clock.at(self.paused_until, self._wake)
+
+    def running_s(self) -> float:
+        """A clock that stands while the process does, for long: what it did not hear then was not silence."""
+        return self.world.clock.now - self._paused_s
 
     def _wake(self) -> None:
-        if not self.is_alive:
+        now = self.world.clock.now
+        if not self.is_alive or now < self.paused_until or self._paused_at is None:
             return
-        if self.world.clock.now < self.paused_until:
-            self.world.clock.at(self.paused_until, self._wake)
-            return
-        self.woke_at = self.world.clock.now
+        if now - self._paused_at > self.world.plan.rules.server_timeout_s / 2:
+            self._paused_s += now - self._paused_at
+        self._paused_at = None
         backlog, self._backlog = self._backlog, []
         learner_first = self.world.rng.random() < 0.5
         for of_learner in (learner_first, not learner_first):

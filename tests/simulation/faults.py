@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from tests.simulation import history as seen
+from tests.simulation.server_process import ServerProcess
+
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
@@ -14,12 +17,18 @@ class Faults:
         self._rng = world.rng
 
     def happen(self, kind: str) -> None:
-        getattr(self, f"_{kind}")()
+        who = getattr(self, f"_{kind}")()
+        self._world.note(seen.WentWrong(self._world.clock.now, kind, who or ""))
 
-    def _cut(self) -> None:
-        lines = self._world.lines()
-        if lines:
-            self._rng.choice(lines).cut()
+    def _process(self) -> ServerProcess | None:
+        return self._rng.choice(self._world.servers).process
+
+    def _cut(self) -> str:
+        process = self._process()
+        if process is None:
+            return ""
+        process.line.cut()
+        return process.epoch
 
     def _partition(self) -> None:
         """Some of the servers hear nothing for a while, and nobody hears them; connections may break over it."""
@@ -36,15 +45,19 @@ class Faults:
     def _server_leave(self) -> None:
         self._rng.choice(self._world.servers).leave()
 
-    def _server_hang(self) -> None:
-        process = self._rng.choice(self._world.servers).process
-        if process is not None:
-            process.hang(self._rng.choice([3.0, 12.0, 20.0]))
+    def _server_hang(self) -> str:
+        process = self._process()
+        if process is None:
+            return ""
+        process.hang(self._rng.choice([3.0, 12.0, 20.0]))
+        return process.epoch
 
-    def _server_pause(self) -> None:
-        process = self._rng.choice(self._world.servers).process
-        if process is not None:
-            process.stop(self._rng.choice([1.0, 1.0, 1.0, 4.0, 7.0]))
+    def _server_pause(self) -> str:
+        process = self._process()
+        if process is None:
+            return ""
+        process.stop(self._rng.choice([1.0, 1.0, 1.0, 4.0, 7.0]))
+        return process.epoch
 
     def _coordinator_crash(self) -> None:
         self._world.end_coordinator(self._world.coordinator)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from tests.simulation.plan import Plan
 
@@ -46,6 +46,14 @@ class CoordinatorCrashed(NamedTuple):
     life: int
 
 
+class WentWrong(NamedTuple):
+    """A fault was injected; `who` is a server, where it is one's."""
+
+    now: float
+    kind: str
+    who: str
+
+
 class ServerStarted(NamedTuple):
     now: float
     epoch: str
@@ -69,6 +77,15 @@ class Joined(NamedTuple):
     capacity_groups: int
 
 
+class Confirmed(NamedTuple):
+    """A server says which version it has loaded."""
+
+    now: float
+    life: int
+    server: str
+    version: int
+
+
 class Granted(NamedTuple):
     now: float
     life: int
@@ -89,8 +106,10 @@ class Sampled(NamedTuple):
     lease: int
     task: int
     nonce: int
-    oldest: int  # true versions, whatever the group claims
+    oldest: int  # true versions of its tokens
     newest: int
+    claimed_oldest: int
+    claimed_newest: int
     lie: str  # empty for a true group
 
 
@@ -230,7 +249,7 @@ class Observed(NamedTuple):
 
 
 class Calmed(NamedTuple):
-    """From now on nothing goes wrong any more, except that liars lie."""
+    """From now on nothing more goes wrong, except that liars lie; what is wrong ends by itself."""
 
     now: float
     version: int
@@ -257,10 +276,12 @@ class Broke(NamedTuple):
 
 Event = (
     Planned | LearnerStarted | LearnerCrashed | CoordinatorOpened | CoordinatorPaused | CoordinatorCrashed
-    | ServerStarted | ServerStopped | Joined | Granted | Sampled | Failed | Accepted | Committed | Answered
-    | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained | Published | Checkpointed | Observed
-    | Calmed | Ended | Broke
+    | WentWrong | ServerStarted | ServerStopped | Joined | Confirmed | Granted | Sampled | Failed | Accepted
+    | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained | Published
+    | Checkpointed | Observed | Calmed | Ended | Broke
 )  # fmt: skip
+
+EVENTS: tuple[type[Event], ...] = get_args(Event)
 
 
 class History:

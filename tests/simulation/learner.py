@@ -47,11 +47,13 @@ class SimulatedLearner:
         self.world = world
         self.lineage = 0
         self.is_alive = False
-        self.version = 0
+        self.version = self.highest_version = 0
         self.checkpoint: Checkpoint | None = None
         self._run: OpenRun | None = None
         self._published: SnapshotPublished | None = None
         self._asked: dict[type, LearnerToCoordinator] = {}  # by the type of the answer
+        self._untold: list[LearnerToCoordinator] = []  # since OpenRun was said, until it is answered
+        self._is_open = False
         self._is_publishing = self._is_unpublished = False
         self._stopped_until = 0.0
 
@@ -66,13 +68,14 @@ class SimulatedLearner:
         )
         self._published = None
         self._asked.clear()
+        self._untold.clear()
         self._is_publishing = self._is_unpublished = False
         self._run = OpenRun(
             version=self.version, model_fingerprint="model-1", tokenizer_fingerprint="tokenizer-1",
             max_model_len=1 << 16, vocab_size=1 << 31, dtype="float32", weights_address="tcp://simulated",
             frontier=checkpoint.frontier if checkpoint else b"",
         )  # fmt: skip
-        self.world.open_coordinator(self._run)
+        self._open()
         self._publish()
         self._save(self._take_batch)
 
@@ -89,9 +92,6 @@ class SimulatedLearner:
     def stop(self, pause_s: float) -> None:
         self._stopped_until = max(self._stopped_until, self.world.clock.now + pause_s)
 
-    def mend(self) -> None:
-        self._stopped_until = self.world.clock.now
-
     def newest_snapshot(self, run_id: str) -> int:
         """What can be pulled of this start of the learner; NO_VERSION when it is gone."""
         is_this = self.is_alive and run_id == self.world.run_id(self.lineage)
@@ -105,8 +105,13 @@ class SimulatedLearner:
     def reopen(self) -> None:
         """The coordinator died: another one is told where the run is."""
         if self.is_alive and self.world.coordinator is None:
-            assert self._run is not None
-            self.world.open_coordinator(self._run)
+            self._open()
+
+    def _open(self) -> None:
+        assert self._run is not None
+        self._is_open = False
+        self._untold.clear()
+        self.world.open_coordinator(self._run)
 
     def hear_later(self, coordinator: "SimulatedCoordinator", message: Any, payload: bytes) -> None:
         self.world.clock.after(LOCAL_S, self._hear, self.lineage, coordinator, message, payload)
@@ -117,6 +122,9 @@ class SimulatedLearner:
         ):
             return
         if isinstance(message, RunOpened):
+            self._is_open = True
+            for untold in self._untold:
+                self._tell(untold)
             if self._published is not None:
                 self._tell(self._published)
             for request in self._asked.values():
@@ -139,8 +147,11 @@ class SimulatedLearner:
 
     def _tell(self, message: LearnerToCoordinator) -> None:
         coordinator = self.world.coordinator
-        if coordinator is not None and coordinator.is_listening:
-            self.world.clock.after(LOCAL_S, coordinator.hear_learner, message)
+        if coordinator is None or not self._is_open:
+            if isinstance(message, StepCompleted | CheckpointSaved):
+                self._untold.append(message)
+            return
+        self.world.clock.after(LOCAL_S, coordinator.hear_learner, message)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -153,6 +164,7 @@ class SimulatedLearner:
         assert batch.version == self.version, f"a batch for {batch.version}, at {self.version}"
         self._note_trained(batch, payload)
         self.version += 1
+        self.highest_version = max(self.highest_version, self.version)
         assert self._run is not None
         self._run = msgspec.structs.replace(self._run, version=self.version)
         leases = tuple(group.lease_id for group in batch.groups)

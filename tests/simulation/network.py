@@ -95,9 +95,6 @@ class Line:
         self.is_closed = True
         self.cut()
 
-    def heal(self) -> None:
-        self._stalled_until = 0.0
-
     def _delay_s(self) -> float:
         return 2.0 * self._world.plan.latency_s * self._world.rng.random()
 

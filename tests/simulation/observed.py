@@ -32,7 +32,7 @@ class ObservedOutbound(Outbound):
         self._clock = world.clock
         self._note = world.note
         self._life = coordinator.life
-        self.heard_at: dict[str, float] = {}
+        self._heard_at: dict[str, float] = {}
         self.answering = -1  # nonce of the group that is being judged
 
     def carry_out(self, decisions: list[Decision]) -> None:
@@ -47,6 +47,10 @@ class ObservedOutbound(Outbound):
             is_accepted = isinstance(message, GroupAccepted)
             self._note(seen.Answered(self._clock.now, self._life, server_id, message.lease_id, is_accepted))
         super().say_to(server_id, message)
+
+    def heard(self, server: str) -> None:
+        """The server gave a sign of life."""
+        self._heard_at[server] = self._coordinator.running_s()
 
     def note_delivered(self, batch: Delivery) -> None:
         leases = tuple(header.lease_id for header in batch.headers)
@@ -73,6 +77,7 @@ class ObservedOutbound(Outbound):
                 key = self._key_of(server)
                 self._note(seen.Granted(now, life, server, key, lease, task, min_version, at_version, silent_s))
             case AcceptGroup(server_id=server, group=group):
+                self.heard(server)
                 nonce = nonce_of(group.payload)
                 self._note(seen.Accepted(now, life, server, group.lease_id, group.task_id, nonce))
             case RefuseGroup(server_id=server, lease_id=lease, kind=kind):
@@ -87,8 +92,7 @@ class ObservedOutbound(Outbound):
                 self._note(seen.Parked(now, life, task))
 
     def _silent_s(self, server: str) -> float:
-        """A coordinator that does not run cannot hear."""
-        return self._clock.now - max(self.heard_at.get(server, 0.0), self._coordinator.woke_at)
+        return self._coordinator.running_s() - self._heard_at.get(server, 0.0)
 
     def _key_of(self, server: str) -> str:
         session = self.sessions.of_server(server)

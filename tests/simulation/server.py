@@ -43,10 +43,3 @@ class SimulatedServer:
         if self.process is not None:
             self.process.say_goodbye()
             self.stop("left")
-
-    def mend(self) -> None:
-        """Whatever is wrong here is over."""
-        if self.process is None:
-            self.start()
-        else:
-            self.process.mend()

@@ -86,10 +86,6 @@ class ServerProcess:
     def hang(self, hang_s: float) -> None:
         self._hangs_until = max(self._hangs_until, self.world.clock.now + hang_s)
 
-    def mend(self) -> None:
-        self._stopped_until = self._hangs_until = self.world.clock.now
-        self.line.heal()
-
     def say_goodbye(self) -> None:
         self.line.send(Leaving(reason="SIGTERM"))
 
@@ -242,11 +238,13 @@ class ServerProcess:
         """`runs` is what sampled the group, `claimed` what its header says; sent until answered, or `once`."""
         said = runs if claimed is None else claimed
         nonce = self.world.new_nonce()
+        oldest, newest = min(said)[0], max(said)[0]
         self.world.note(
             seen.Sampled(
-                self.world.clock.now, self.epoch, lease.lease_id, lease.task_id, nonce, runs[0][0], runs[-1][0], lie
+                self.world.clock.now, self.epoch, lease.lease_id, lease.task_id, nonce, runs[0][0], runs[-1][0],
+                oldest, newest, lie,
             )
-        )
+        )  # fmt: skip
         message = GroupFinished(group=header_of(lease.lease_id, lease.task_id, said))
         payload = payload_of(nonce, sum(length for _, length in said), **how)
         if not once:

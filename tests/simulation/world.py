@@ -18,7 +18,8 @@ from tests.simulation.network import Line
 from tests.simulation.plan import Plan
 from tests.simulation.server import SimulatedServer
 
-REBOOT_S = 0.3  # of a coordinator
+BOOT_S = 0.3  # of a coordinator
+NOTICE_S = 0.05  # until the learner starts another one
 MAX_CALM_S = 400.0
 MIN_CALM_STEPS = 3
 
@@ -78,9 +79,14 @@ class World:
         return 1.0 if self.clock.now < self._outage_until else self._failing
 
     def open_coordinator(self, run: OpenRun) -> None:
+        """Start a process and tell it where the run is; it reads that once it is up."""
         self._lives += 1
-        self.coordinator = SimulatedCoordinator(self, run, life=self._lives)
-        self.coordinator.start()
+        self.clock.after(BOOT_S * (0.5 + self.rng.random()), self._booted, run, self._lives)
+
+    def _booted(self, run: OpenRun, life: int) -> None:
+        if self.learner.is_alive and life == self._lives:
+            self.coordinator = SimulatedCoordinator(self, run, life=life)
+            self.coordinator.start()
 
     def end_coordinator(self, coordinator: SimulatedCoordinator | None) -> None:
         """SIGKILL. The learner, if it lives, starts another one."""
@@ -88,7 +94,7 @@ class World:
             return
         coordinator.crash()
         self.coordinator = None
-        self.clock.after(REBOOT_S, self.learner.reopen)
+        self.clock.after(NOTICE_S, self.learner.reopen)
 
     def slow_disk(self, commit_s: float) -> None:
         if self.coordinator is not None:
@@ -105,13 +111,16 @@ class World:
             self.clock.run(until=self.plan.chaos_s, stop=self._is_long_enough)
             self._calm()
             rules = self.plan.rules
-            goal = self.learner.version + max(MIN_CALM_STEPS, rules.max_staleness + 2)
+            goal = self.learner.highest_version + max(MIN_CALM_STEPS, rules.max_staleness + 2)
             until = self.clock.now + MAX_CALM_S
-            is_finished = self.clock.run(until=until, stop=lambda: self.learner.version >= goal)
+            is_finished = self.clock.run(until=until, stop=lambda: self._version() >= goal)
             self._end(is_finished)
         except BREAKAGES as error:
             self.note(seen.Broke(self.clock.now, f"{type(error).__name__}: {error}"))
         return self.history
+
+    def _version(self) -> int:
+        return self.coordinator.core.version if self.coordinator is not None else 0
 
     def _is_long_enough(self) -> bool:
         return self.learner.version >= self.plan.chaos_steps
@@ -124,11 +133,6 @@ class World:
         self._is_calm = True
         self._outage_until, self._failing = self.clock.now, 0.0
         self.slow_disk(self.plan.commit_s)
-        self.learner.mend()
-        if self.coordinator is not None:
-            self.coordinator.paused_until = self.clock.now
-        for server in self.servers:
-            server.mend()
         self.note(seen.Calmed(self.clock.now, self.learner.version))
 
     def _end(self, is_finished: bool) -> None:
