@@ -26,6 +26,7 @@ Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # snapshot.NO_VERSION before the first one
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]  # NaN and infinities do not pass a bound
+Proof = Annotated[bytes, Meta(max_length=64)]
 JsonBytes = Annotated[bytes, Meta(max_length=1 << 20)]
 
 
@@ -44,6 +45,15 @@ class Hello(Message, frozen=True, tag="Hello"):
     epoch: Name  # random per process start: a restarted server is another one
 
 
+class HeldLease(Message, frozen=True):
+    """A lease that a server still works on, or whose group nobody has acknowledged, as it was granted."""
+
+    lease_id: Id
+    task_id: Id
+    min_version: Version
+    proof: Proof
+
+
 class Ready(Message, frozen=True, tag="Ready"):
     """The engine is up with the model that Welcome asked for; leases may be granted."""
 
@@ -51,6 +61,8 @@ class Ready(Message, frozen=True, tag="Ready"):
     tokenizer_fingerprint: Name
     capacity_groups: Annotated[int, Meta(ge=1, le=1 << 20)]
     capacity_bytes: Count
+    # Granted by a coordinator before this one, or before the server was given up: it asks to go on with them.
+    held: Annotated[tuple[HeldLease, ...], Meta(max_length=1 << 14)] = ()
 
 
 class Heartbeat(Message, frozen=True, tag="Heartbeat"):
@@ -144,6 +156,7 @@ class Lease(Message, frozen=True, tag="Lease"):
     seed: Id  # sample i of the group uses sample_seed(seed, i)
     min_version: Version  # no token may be sampled by an older policy: it would be too stale when trained
     max_group_bytes: Count
+    proof: Proof = b""  # to be shown when the lease is claimed again, see HeldLease
 
 
 class LeaseCancelled(Message, frozen=True, tag="LeaseCancelled"):

@@ -1,5 +1,6 @@
 """From the one configuration to what each part needs to know: the seam between settings and parts."""
 
+import secrets
 import shutil
 
 from common.keys import ServerKeys
@@ -85,6 +86,7 @@ def coordinator_settings(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         keys=str(keys.directory) if keys is not None else "",
+        lease_secret=secrets.token_hex(32),
         journal=str(run.path / "journal.sqlite"),
         event_log=str(run.path / f"events-coordinator-{run.lineage}.jsonl"),
     )

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import msgspec
+
 from common import messages
 from common.codec import Decoder, ProtocolError, encode, pack_group
 from common.events import EventLog
@@ -17,6 +19,7 @@ from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner, LeaseFailure
+from rollout_server.held_leases import HeldLeases
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -85,8 +88,8 @@ class RolloutServer:
         self._ready = ready
         self._events = events
         self._session = ""
-        self._working: dict[int, asyncio.Task[None]] = {}  # by lease
-        self._unacknowledged: dict[int, tuple[list[bytes | memoryview], float]] = {}  # frames and when they were sent
+        self._leases = HeldLeases()
+        self._run_id = ""
         self._following: asyncio.Task[None] | None = None
         self._progress = 0
         self._last_heard_s = time.monotonic()
@@ -97,14 +100,16 @@ class RolloutServer:
 
     def __repr__(self) -> str:
         return (
-            f"<RolloutServer {len(self._working)} leases running, {len(self._unacknowledged)} unacknowledged, "
+            f"<RolloutServer {self._leases!r}, "
             f"version {self._receiver.loaded_version} of {self._receiver.published_version}>"
         )
 
     def metrics(self) -> Iterator[Measurement]:
         """What Prometheus is told."""
-        yield Measurement(name="running_groups", value=len(self._working), help="leases being worked on")
-        yield Measurement(name="unacknowledged_groups", value=len(self._unacknowledged), help="sent, not yet accepted")
+        yield Measurement(name="running_groups", value=self._leases.num_working, help="leases being worked on")
+        yield Measurement(
+            name="unacknowledged_groups", value=self._leases.num_unacknowledged, help="sent, not yet accepted"
+        )
         yield Measurement(name="loaded_version", value=self._receiver.loaded_version, help="policy version sampling")
         yield Measurement(name="published_version", value=self._receiver.published_version, help="newest known")
         yield Measurement(name="generated_tokens_total", value=self._engine.generated_tokens, help="tokens sampled")
@@ -129,13 +134,10 @@ class RolloutServer:
 
     async def _enter(self, welcome: messages.Welcome) -> None:
         """Begin, or begin again after the learner restarted: what was leased by its former self is void."""
-        for task in self._working.values():
-            task.cancel()
-        self._working.clear()
-        self._unacknowledged.clear()
+        self._leases.drop_all()
         if self._following is not None:
             self._following.cancel()
-        self._session = welcome.session
+        self._run_id, self._session = welcome.run_id, welcome.session
         self._runner = self._make_runner(welcome)
         await self._receiver.follow(welcome.run_id)
         await self._receiver.announce(welcome.published_version)
@@ -146,7 +148,7 @@ class RolloutServer:
     async def _say_ready(self) -> None:
         """Whatever was confirmed before may be forgotten."""
         self._confirmed_version = NO_VERSION
-        await self._dealer.send(encode(self._ready))
+        await self._dealer.send(encode(msgspec.structs.replace(self._ready, held=self._leases.claims())))
 
     async def _follow_weights(self, address: str) -> None:
         address = with_host_of(self._dealer.address, address)
@@ -175,15 +177,13 @@ class RolloutServer:
 
     def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
-            case messages.Lease() if message.lease_id not in self._working.keys() | self._unacknowledged.keys():
-                self._working[message.lease_id] = self._tasks.create_task(self._work(message))
-            case messages.LeaseCancelled(lease_id=lease_id) if lease_id in self._working:
-                self._working.pop(lease_id).cancel()
-            case messages.GroupAccepted(lease_id=lease_id):
-                self._unacknowledged.pop(lease_id, None)
+            case messages.Lease() if message.lease_id not in self._leases:
+                self._leases.begin(message, self._tasks.create_task(self._work(message)))
+            case messages.LeaseCancelled(lease_id=lease_id) | messages.GroupAccepted(lease_id=lease_id):
+                self._leases.drop(lease_id)
             case messages.GroupRefused(lease_id=lease_id, reason=reason):
                 logger.warning("the learner refused group %d: %s", lease_id, reason)
-                self._unacknowledged.pop(lease_id, None)
+                self._leases.drop(lease_id)
 
     async def _enter_again(self, welcome: messages.Welcome) -> None:
         same_model = welcome.model_fingerprint == self._ready.model_fingerprint
@@ -191,7 +191,14 @@ class RolloutServer:
             raise UserError(
                 f"the learner came back with another model or tokenizer ({welcome.model}); start a new rollout server"
             )
-        await self._enter(welcome)
+        if welcome.run_id != self._run_id:
+            await self._enter(welcome)
+            return
+        # Another coordinator of the same learner: the weights are the same, and it takes what is held here.
+        self._session = welcome.session
+        self._is_greeting_again = False
+        await self._say_ready()
+        self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=0.0)
 
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:
@@ -207,14 +214,14 @@ class RolloutServer:
             logger.warning("task %d failed (%s): %s", lease.task_id, failure.kind, failure.reason)
             failed = messages.LeaseFailed(lease_id=lease.lease_id, kind=failure.kind, reason=failure.reason[:4096])
             await self._dealer.send(encode(failed))
+            self._leases.drop(lease.lease_id)
         else:
             await self._confirm(group)
             header, payload = pack_group(group)
             frames = encode(messages.GroupFinished(group=header), payload)
-            self._unacknowledged[lease.lease_id] = (frames, time.monotonic())
+            self._leases.finished(lease.lease_id, frames, time.monotonic())
             await self._dealer.send(frames)
         self._progress += 1
-        self._working.pop(lease.lease_id, None)
 
     async def _confirm(self, group: Group) -> None:
         """A token may only claim a version that this server has said it loaded."""
@@ -232,7 +239,7 @@ class RolloutServer:
             heartbeat = self._describe()
             if self._dealer.try_send(encode(heartbeat)):
                 self._confirmed_version = heartbeat.loaded_version
-            await self._resend()
+            self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=RESEND_AFTER_S)
             now_s = time.monotonic()
             if now_s - max(self._last_heard_s, said_s) > SAY_IT_EVERY_S:
                 said_s = now_s
@@ -240,14 +247,14 @@ class RolloutServer:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _describe(self) -> messages.Heartbeat:
-        if self._working:
+        if self._leases.num_working:
             doing = "generating"
         else:
             doing = self._waiting_for or f"waiting for leases at version {self._receiver.loaded_version}"
         heartbeat = messages.Heartbeat(
             progress=self._progress,
             loaded_version=self._receiver.loaded_version,
-            running_groups=len(self._working),
+            running_groups=self._leases.num_working,
             generated_tokens=self._engine.generated_tokens,
             busy_s=self._engine.busy_s,
             paused_s=self._receiver.paused_s,
@@ -255,13 +262,6 @@ class RolloutServer:
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat
-
-    async def _resend(self) -> None:
-        """Groups the learner has not acknowledged for a while: it may have been away."""
-        now_s = time.monotonic()
-        for lease_id, (frames, sent_s) in self._unacknowledged.items():
-            if now_s - sent_s > RESEND_AFTER_S and self._dealer.try_send(frames):
-                self._unacknowledged[lease_id] = (frames, now_s)
 
     async def _watch_engine(self) -> None:
         """Progress is what the engine does, not what its front end says; a dead engine ends this process."""

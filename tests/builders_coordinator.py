@@ -102,6 +102,7 @@ def some_service_settings(**overrides: object) -> ServiceSettings:
         "environment": "python:tasks:environment",
         "prompts": "prompts.jsonl",
         "journal": "journal.sqlite",
+        "lease_secret": "0" * 32,
         "group_size": 2,
         "max_new_tokens": 8,
     }

@@ -15,7 +15,7 @@ from common.messages import (
     Welcome,
 )
 from common.wire import open_dealer
-from learner.coordinator.service import serve
+from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
 from tests.builders_coordinator import (
     a_heartbeat,

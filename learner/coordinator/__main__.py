@@ -9,8 +9,8 @@ import msgspec
 
 from common.lifecycle import configure_logging, die_with_parent, run_until_stopped
 from learner.coordinator.background import in_thread
-from learner.coordinator.service import serve
 from learner.coordinator.service_settings import ServiceSettings, read_settings
+from learner.coordinator.serving import serve
 from learner.coordinator.tasks import TaskSource, open_tasks
 
 

@@ -3,21 +3,10 @@
 A synchronous state machine without clock, randomness, lock or IO: events come in, with the time `now` in seconds,
 and decisions go out. Everything here can be tested in a line and driven by a simulator.
 
-Why no token older than K = max_staleness versions is trained. Let G = groups_per_step, v the policy version.
-
-* A lease's deadline is the last version that may be updated with its group: min_version + K, where no token of it may
-  be sampled by a policy older than min_version; once the group is there, the version of its oldest token + K.
-* A lease is granted with min_version >= (v * G + open leases) // G - K. So for every step s >= v at most
-  (s + 1 - v) * G open leases are due by s: as many as can be trained until then.
-* A batch is the G finished groups with the earliest deadlines. It waits while, without the running leases, that sum
-  would not hold any more after it: so it goes on holding, and in particular nothing is ever overdue.
-* Pacing, open leases < (K + 1) * G, says min_version <= v: what a server has to wait for exists, or is being
-  published. Its own group is never needed for it, so nothing waits in a circle.
-
-With the stale action "requeue" a running lease that a batch would wait for is given up, and its task leased again, a
-bounded number of times. With "mask" the batch does not wait, and tokens that are too old by the time their group is
-trained get no gradient: the learner masks them, whatever happened here.
+Why no token that is too old is ever trained: see deadlines.py.
 """
+
+from collections.abc import Sequence
 
 from learner.coordinator.decisions import (
     AcceptGroup,
@@ -28,13 +17,17 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
+from learner.coordinator.delivery import Delivery
 from learner.coordinator.leases import LeaseBook
 from learner.coordinator.ledger import decode_frontier
 from learner.coordinator.members import Member, Offences
-from learner.coordinator.records import ACCEPTED, Counts, count, grant_of
+from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.settings import CoordinatorSettings
+
+# Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
+LEASE_ID_LEAP = 1 << 16
 
 
 class LearnerError(ValueError):
@@ -45,6 +38,7 @@ class Coordinator:
     """The rules of one run, from `version` on.
 
     frontier: what frontier() said for the learner's last checkpoint, if there is one. journal: what was accepted since.
+    servers_return_until: it replaces a coordinator, whose leases servers may claim before any are granted.
     Raises ledger.FrontierError when they do not belong to this version and these data.
     """
 
@@ -55,17 +49,17 @@ class Coordinator:
         version: int = 0,
         frontier: bytes = b"",
         journal: JournalContents | None = None,
+        servers_return_until: float | None = None,
     ) -> None:
         self.settings = settings
         state = decode_frontier(frontier, version=version, source=settings.source)
         self.book = LeaseBook(settings, recover(state, journal or JournalContents(), version=version))
-        self.wanted_version: int | None = None  # the learner waits for the batch of this version
+        if servers_return_until is not None:
+            self.book.next_lease_id += LEASE_ID_LEAP
         self.failures_in_a_row = 0  # at all servers together
         self.closed = ""
-        # Leases of the batch the learner has now; it may have had it before this coordinator was started.
-        self._delivered = tuple(group.lease_id for group in self.book.recorded.get(version, ()))
-        self._delivered_at: float | None = None
-        self._wanted_at = 0.0
+        self._servers_return_until = servers_return_until or 0.0
+        self._delivery = Delivery(self.book.batches.recorded.get(version, ()))
         self._joined = 0
         self._last_tick_at: float | None = None
         self._offences = Offences(settings.max_offences)
@@ -81,15 +75,21 @@ class Coordinator:
 
     # --- servers ---------------------------------------------------------------------------------------------------
 
-    def server_ready(self, server_id: str, *, capacity_groups: int, capacity_bytes: int, now: float) -> list[Decision]:
-        """A server joins. One that is a member already was cut off: its open leases are told to it again."""
+    def server_ready(
+        self, server_id: str, *, capacity_groups: int, capacity_bytes: int, claims: Sequence[Claim] = (), now: float
+    ) -> list[Decision]:
+        """A server joins. One that is a member already was cut off: its open leases are told to it again.
+
+        claims: leases that it proved to hold, in case this coordinator does not know them any more.
+        """
         if capacity_bytes < self.settings.max_group_bytes:
             reason = (
                 f"the server takes {capacity_bytes} bytes of unfinished groups, but one group may have "
                 f"{self.settings.max_group_bytes}; raise the server's capacity, or lower max_new_tokens or group_size"
             )
             return [DropServer(server_id=server_id, reason=reason, may_return=False)]
-        if server_id not in self.members:
+        is_new = server_id not in self.members
+        if is_new:
             self._joined += 1
             self.members[server_id] = Member(
                 server_id=server_id,
@@ -101,6 +101,8 @@ class Coordinator:
             )
         member = self.members[server_id]
         member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
+        if is_new:
+            return [*self.book.adopt(member, claims, now), *self._go_on(now)]
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
         return [*again, *self._go_on(now)]
 
@@ -152,10 +154,7 @@ class Coordinator:
             member.forgive(own_pause_s, now)
             if not member.has_work(self.book.published_version):
                 member.progressed_at = now
-            reason = member.loss(
-                server_timeout_s=self.settings.server_timeout_s, hang_timeout_s=self.settings.hang_timeout_s, now=now
-            )
-            if reason:
+            if reason := member.loss(self.settings, now):
                 decisions += self.server_lost(member.server_id, reason, now)
         return [*decisions, *self._go_on(now)]
 
@@ -187,15 +186,8 @@ class Coordinator:
 
     def refuse_group(self, server_id: str, lease_id: int, now: float) -> list[Decision]:
         """A group came for a lease that is not running at this server."""
-        ending = self.book.endings.of(lease_id)
-        offence = ""
-        if lease_id in self.book.running or lease_id >= self.book.next_lease_id:
-            kind, reason = "not_yours", "it was never granted to this server"
-            offence = f"a group for lease {lease_id}, which it was never granted"
-        elif ending == ACCEPTED:
-            kind, reason = "duplicate", "a group of it was accepted before"
-        else:
-            kind, reason = "ended", f"it {ending or 'ended long ago'}"
+        kind, reason = self.book.why_not_running(lease_id)
+        offence = f"a group for lease {lease_id}, which it was never granted" if kind == "not_yours" else ""
         count(self.book.endings.refused, kind)
         refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
         # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
@@ -222,20 +214,18 @@ class Coordinator:
         """The learner can train `version` now: its batch is delivered when complete. Asked again, told again."""
         if version != self.version:
             raise LearnerError(f"the learner asks for the batch of version {version}, the run is at {self.version}")
-        if self.wanted_version is None:
-            self._wanted_at = now
-        self.wanted_version = version
+        self._delivery.want(version, now)
         return self._go_on(now)
 
     def step_completed(self, version: int, lease_ids: tuple[int, ...], now: float) -> list[Decision]:
         """The optimizer step is done: the batch's credits come back, and the run is at `version`."""
-        if version != self.version + 1 or not lease_ids or lease_ids != self._delivered:
+        if version != self.version + 1 or not lease_ids or lease_ids != self._delivery.lease_ids:
             raise LearnerError(
                 f"the learner completed version {version} with leases {lease_ids}; the run is at {self.version} and "
-                f"delivered leases {self._delivered}"
+                f"delivered leases {self._delivery.lease_ids}"
             )
         self.book.consume(lease_ids)
-        self._delivered = ()
+        self._delivery.complete()
         return self._go_on(now)
 
     def published(self, version: int, now: float) -> list[Decision]:
@@ -264,16 +254,15 @@ class Coordinator:
         self.closed = reason
         return [decision for name in list(self.members) for decision in self._remove(name, "run_closed", reason)]
 
-    # --- how it is done --------------------------------------------------------------------------------------------
-
     def _go_on(self, now: float) -> list[Decision]:
         """What has become possible: a complete batch is delivered, then credits that came back are used."""
         decisions: list[Decision] = []
-        if self.wanted_version is not None:
+        if self._delivery.wanted_version is not None:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
-        while not self.hold() and (member := self.book.freest_member(now)) is not None:
+        may_grant = now >= self._servers_return_until
+        while may_grant and not self.hold() and (member := self.book.freest_member(now)) is not None:
             decisions.append(self.book.grant(member, now))
         return decisions
 
@@ -281,12 +270,9 @@ class Coordinator:
         batch = self.book.batch()
         if not batch:
             return []
-        if self._delivered_at is not None and now > self._delivered_at and not self._delivered:
-            idle_share = (now - self._wanted_at) / (now - self._delivered_at)
+        idle_share = self._delivery.deliver(batch, now)
+        if idle_share is not None:
             self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))
-        self._delivered_at = now
-        self.wanted_version = None
-        self._delivered = tuple(group.lease_id for group in batch)
         return [DeliverBatch(version=self.version, groups=batch)]
 
     def hold(self) -> str:

@@ -22,6 +22,7 @@ from learner.coordinator.admission import admit
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Quarantine
 from learner.coordinator.outbound import Outbound, cut
+from learner.coordinator.records import Claim
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.sessions import GreetingRefused, Session
 
@@ -151,9 +152,20 @@ class Inbound:
         session.ready = True
         logger.info("server %s is ready for %d groups", server_id, ready.capacity_groups)
         decisions = self.core.server_ready(
-            server_id, capacity_groups=ready.capacity_groups, capacity_bytes=ready.capacity_bytes, now=now
+            server_id,
+            capacity_groups=ready.capacity_groups,
+            capacity_bytes=ready.capacity_bytes,
+            claims=self._proven(session, ready),
+            now=now,
         )
         self.outbound.carry_out(decisions)
+
+    def _proven(self, session: Session, ready: Ready) -> list[Claim]:
+        """Of the leases that the server says it holds, those that a coordinator of this run granted to it."""
+        held = [one for one in ready.held if self.outbound.proofs.holds(one, session.holder)]
+        if len(held) < len(ready.held):
+            logger.warning("server %s claims %d leases without proof", session.server_id, len(ready.held) - len(held))
+        return [Claim(lease_id=one.lease_id, task_id=one.task_id, min_version=one.min_version) for one in held]
 
     def _mismatch(self, ready: Ready) -> str:
         """Why the server cannot sample for this run; empty when it can."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class LoadedBatch:
     """A batch with its bytes, as the learner is sent it."""
 
     version: int
@@ -36,10 +36,15 @@ class JournalKeeper:
         self._thread = thread
         self._lineage = lineage
 
+    @property
+    def is_of_this_life(self) -> bool:
+        """Whether a coordinator of the same learner wrote it: servers may hold leases of that one."""
+        return self._journal.lineage_before == self._lineage
+
     async def contents(self, frontier: FrontierState, *, is_new_run: bool) -> JournalContents:
         """What to go on from. Of a life of the run that is not continued nothing is left."""
         contents = await self._thread.run(self._journal.contents)
-        foreign = is_new_run and self._journal.lineage_before != self._lineage
+        foreign = is_new_run and not self.is_of_this_life
         if foreign or contents.forgotten_up_to > frontier.version:
             if contents.groups:
                 logger.warning(
@@ -56,24 +61,24 @@ class JournalKeeper:
 
     async def keep(
         self, records: Sequence[Record], promises: Sequence[Promise], past: PastLeases
-    ) -> list[AcceptGroup | RefuseGroup | Delivery]:
+    ) -> list[AcceptGroup | RefuseGroup | LoadedBatch]:
         """The promises, to be told now that the records are on the disk. Raises JournalError."""
         return await self._thread.run(self._keep, records, promises, past)
 
     def _keep(
         self, records: Sequence[Record], promises: Sequence[Promise], past: PastLeases
-    ) -> list[AcceptGroup | RefuseGroup | Delivery]:
+    ) -> list[AcceptGroup | RefuseGroup | LoadedBatch]:
         self._journal.commit(records, past)
         return [self._load(promise) if isinstance(promise, DeliverBatch) else promise for promise in promises]
 
-    def _load(self, batch: DeliverBatch) -> Delivery:
+    def _load(self, batch: DeliverBatch) -> LoadedBatch:
         on_disk = [group.lease_id for group in batch.groups if isinstance(group, JournaledGroup)]
         stored = self._journal.read(on_disk)
         contents = [
             (group.header, group.payload) if isinstance(group, FinishedGroup) else stored[group.lease_id]
             for group in batch.groups
         ]
-        return Delivery(
+        return LoadedBatch(
             version=batch.version,
             headers=tuple(header for header, _ in contents),
             accepted_versions=tuple(group.accepted_version for group in batch.groups),

@@ -1,12 +1,14 @@
 """LeaseBook: the open leases of a run; who holds them, what bounds them, when they are due, and how they end."""
 
+from collections.abc import Sequence
+
 from common.snapshot import NO_VERSION
-from learner.coordinator.deadlines import Deadlines
+from learner.coordinator.batches import Batches
 from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
 from learner.coordinator.depth import Depth
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
 from learner.coordinator.members import Member
-from learner.coordinator.records import Counts, Endings, OpenLease, grant_of
+from learner.coordinator.records import ACCEPTED, Claim, Counts, Endings, OpenLease, grant_of
 from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
 from learner.coordinator.settings import CoordinatorSettings
@@ -19,31 +21,24 @@ class LeaseBook:
         self.settings = settings
         self.version = recovered.version
         self.published_version = NO_VERSION
-        self.queue = ReplayQueue(max_groups=settings.queue_groups, max_bytes=settings.queue_bytes)
+        self.batches = Batches(settings, recovered)
         self.tasks = TaskLedger(max_failures=settings.max_task_failures, max_losses=settings.max_task_losses)
         self.members: dict[str, Member] = {}
-        self.running: dict[int, OpenLease] = {}  # in lease order, because ids are given in order
-        self.deadlines = Deadlines(settings.groups_per_step)
+        self.running: dict[int, OpenLease] = {}  # in the order of granting
         self.next_lease_id = recovered.next_lease_id
+        self.leased = recovered.past.leased
         self.endings = Endings(recovered.past)
-        self.recorded = dict(recovered.batches)  # version -> its batch, delivered before a restart and to be again
         ceiling = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups)
         self.depth = Depth(groups_per_step=settings.groups_per_step, ceiling=ceiling)
         self.tasks.restore(recovered.tasks)
-        for group in recovered.queued:
-            self.queue.put_back(group)
-            self.deadlines.add(self._deadline(group))
-        for version, batch in self.recorded.items():
-            for _ in batch:
-                self.deadlines.add(version)
+
+    @property
+    def queue(self) -> ReplayQueue:
+        return self.batches.queue
 
     @property
     def num_open(self) -> int:
-        return len(self.running) + self.num_queued
-
-    @property
-    def num_queued(self) -> int:
-        return len(self.queue) + sum(map(len, self.recorded.values()))
+        return len(self.running) + len(self.batches)
 
     def hold(self) -> str:
         """Which bound keeps leases from being granted to anybody, for people; empty when none does."""
@@ -70,7 +65,7 @@ class LeaseBook:
         return best
 
     def grant(self, member: Member, now: float) -> GrantLease:
-        """The next task to `member`. See core.py for why min_version bounds the staleness."""
+        """The next task to `member`. See deadlines.py for why min_version bounds the staleness."""
         place = self.version * self.settings.groups_per_step + self.num_open
         must_be = place // self.settings.groups_per_step - self.settings.max_staleness
         # What the server has loaded is all that it will sample with, so the group is due later than it might be.
@@ -85,23 +80,31 @@ class LeaseBook:
             granted_at=now,
         )
         self.next_lease_id += 1
-        if not member.has_work(self.published_version):
-            member.progressed_at = now
-        self.running[lease.lease_id] = lease
-        self.deadlines.add(lease.deadline)
-        member.leases[lease.lease_id] = lease.min_version
+        self._open(lease, member, now)
         return grant_of(lease)
+
+    def adopt(self, member: Member, claims: Sequence[Claim], now: float) -> list[Decision]:
+        """The server goes on with leases from before, as far as their tasks are free and still in time."""
+        decisions: list[Decision] = []
+        for claim in claims:
+            if self._may_adopt(claim):
+                lease = OpenLease(
+                    lease_id=claim.lease_id,
+                    task_id=claim.task_id,
+                    server_id=member.server_id,
+                    min_version=claim.min_version,
+                    deadline=claim.min_version + self.settings.max_staleness,
+                    granted_at=now,
+                )
+                self._open(lease, member, now)
+            else:
+                reason = "it was given up meanwhile"
+                decisions.append(CancelLease(server_id=member.server_id, lease_id=claim.lease_id, reason=reason))
+        return decisions
 
     def batch(self) -> tuple[QueuedGroup, ...]:
         """The groups to train now, in task order; none while there are too few, or one must be waited for."""
-        if self.version in self.recorded:
-            return self.recorded[self.version]
-        batch = self.queue.oldest(self.settings.groups_per_step)
-        if len(batch) < self.settings.groups_per_step:
-            return ()
-        if self.settings.stale_action != "mask" and self._overfull_after(batch) is not None:
-            return ()
-        return tuple(sorted(batch, key=lambda group: group.task_id))
+        return self.batches.next(self.version)
 
     def awaited(self) -> OpenLease | None:
         """The running lease with the earliest deadline: what a batch waits for first."""
@@ -126,6 +129,15 @@ class LeaseBook:
         lease = self.running.get(lease_id)
         return lease if lease is not None and lease.server_id == server_id else None
 
+    def why_not_running(self, lease_id: int) -> tuple[str, str]:
+        """(kind, reason) for a server that sends a group for a lease that is not running there."""
+        ending = self.endings.of(lease_id)
+        if lease_id in self.running or lease_id >= self.next_lease_id:
+            return "not_yours", "it was never granted to this server"
+        if ending == ACCEPTED:
+            return "duplicate", "a group of it was accepted before"
+        return "ended", f"it {ending or 'ended long ago'}"
+
     def fault(self, lease: OpenLease, group: FinishedGroup) -> tuple[str, str] | None:
         """(kind, reason) why the group does not fulfil the lease; None when it does."""
         loaded = self.members[lease.server_id].loaded_version
@@ -147,8 +159,7 @@ class LeaseBook:
     def accept(self, lease: OpenLease, group: FinishedGroup) -> None:
         self._close(lease)
         self.endings.note_accepted(lease.lease_id)
-        self.queue.put(group)
-        self.deadlines.add(self._deadline(group))
+        self.batches.put(group)
 
     def fail(self, lease: OpenLease, kind: str, reason: str, *, blame_task: bool) -> list[Decision]:
         """The lease failed; its task is leased again, unless it is to blame and has failed too often."""
@@ -183,17 +194,14 @@ class LeaseBook:
 
     def consume(self, lease_ids: tuple[int, ...]) -> None:
         """These groups were trained: their credits come back and the version grows by one."""
-        recorded = self.recorded.pop(self.version, None)
-        trained = recorded or self.queue.consume(lease_ids)
+        trained = self.batches.consume(self.version, lease_ids)
         for group in trained:
-            self.deadlines.remove(self.version if recorded else self._deadline(group))
             self.tasks.trained(group.task_id)
         self.endings.trained += len(trained)
         self.version += 1
 
     def frontier(self) -> bytes:
-        recorded = [group.task_id for batch in self.recorded.values() for group in batch]
-        leased = (*self.queue.task_ids(), *recorded, *(lease.task_id for lease in self.running.values()))
+        leased = (*self.batches.task_ids(), *(lease.task_id for lease in self.running.values()))
         return encode_frontier(
             FrontierState(
                 version=self.version,
@@ -207,13 +215,13 @@ class LeaseBook:
 
     def past(self) -> PastLeases:
         """How many leases there were, and how they ended: what a restart goes on counting from."""
-        return self.endings.past(leased=self.next_lease_id)
+        return self.endings.past(leased=self.leased, next_lease_id=self.next_lease_id)
 
     def counts(self) -> Counts:
         return Counts(
-            leased=self.next_lease_id,
+            leased=self.leased,
             running=len(self.running),
-            queued=self.num_queued,
+            queued=len(self.batches),
             trained=self.endings.trained,
             failed=dict(self.endings.failed),
             cancelled=dict(self.endings.cancelled),
@@ -221,19 +229,9 @@ class LeaseBook:
             refused=dict(self.endings.refused),
         )
 
-    def _deadline(self, group: QueuedGroup) -> int:
-        return group.oldest_version + self.settings.max_staleness
-
-    def _overfull_after(self, batch: tuple[QueuedGroup, ...]) -> int | None:
-        """The step that would have too much to train, after this batch."""
-        return self.deadlines.first_overfull(self.version + 1, trained=map(self._deadline, batch))
-
     def _late_lease(self) -> OpenLease | None:
         """The lease to give up, of those that must be trained with this batch or could not be trained in time."""
-        batch = self.queue.oldest(self.settings.groups_per_step)
-        if len(batch) < self.settings.groups_per_step or self.version in self.recorded:
-            return None
-        late = self._overfull_after(batch)
+        late = self.batches.late_after(self.version)
         if late is None:
             return None
         for lease in reversed(self.running.values()):
@@ -241,9 +239,31 @@ class LeaseBook:
                 return lease
         return None
 
+    def _may_adopt(self, claim: Claim) -> bool:
+        """Takes the task, if so. Adopting must keep every bound that granting keeps."""
+        ceiling = (self.settings.max_staleness + 1) * self.settings.groups_per_step
+        bytes_needed = self.queue.num_bytes + (len(self.running) + 1) * self.settings.max_group_bytes
+        is_open = claim.lease_id in self.running or claim.lease_id in self.queue
+        if is_open or not self.endings.may_go_on(claim.lease_id):
+            return False
+        if self.num_open >= min(ceiling, self.settings.queue_groups):
+            return False
+        if bytes_needed > self.settings.queue_bytes or claim.min_version > self.version:
+            return False
+        in_time = self.batches.would_fit(claim.min_version + self.settings.max_staleness, version=self.version)
+        return in_time and self.tasks.claim(claim.task_id, at_most_ahead=ceiling)
+
+    def _open(self, lease: OpenLease, member: Member, now: float) -> None:
+        if not member.has_work(self.published_version):
+            member.progressed_at = now
+        self.leased += 1
+        self.running[lease.lease_id] = lease
+        self.batches.deadlines.add(lease.deadline)
+        member.leases[lease.lease_id] = lease.min_version
+
     def _close(self, lease: OpenLease) -> None:
         del self.running[lease.lease_id]
-        self.deadlines.remove(lease.deadline)
+        self.batches.deadlines.remove(lease.deadline)
         del self.members[lease.server_id].leases[lease.lease_id]
 
     def _parked(self, task_id: int) -> ParkTask:

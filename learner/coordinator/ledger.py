@@ -35,6 +35,7 @@ class PastLeases(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The leases of the run so far, and how they ended."""
 
     leased: Natural = 0
+    next_lease_id: Natural = 0
     trained: Natural = 0
     failed: dict[str, Natural] = {}
     cancelled: dict[str, Natural] = {}
@@ -118,6 +119,20 @@ class TaskLedger:
             return self._later.popleft()
         self.next_task_id += 1
         return self.next_task_id - 1
+
+    def claim(self, task_id: int, *, at_most_ahead: int) -> bool:
+        """Take this very task, if it is to be leased; one that was never handed out only if it soon would be."""
+        for waiting in (self._again, self._later):
+            if task_id in waiting:
+                waiting.remove(task_id)
+                heapq.heapify(self._again)
+                return True
+        if not self.next_task_id <= task_id < self.next_task_id + at_most_ahead:
+            return False
+        for skipped in range(self.next_task_id, task_id):
+            self.give_back(skipped)
+        self.next_task_id = task_id + 1
+        return True
 
     def give_back(self, task_id: int) -> None:
         """The lease ended for a reason that says nothing about the task."""

@@ -56,11 +56,11 @@ class Member:
         self.heard_at = min(now, self.heard_at + pause_s)
         self.progressed_at = min(now, self.progressed_at + pause_s)
 
-    def loss(self, *, server_timeout_s: float, hang_timeout_s: float, now: float) -> str:
+    def loss(self, settings: CoordinatorSettings, now: float) -> str:
         """Why the server counts as lost; empty while it does not."""
-        if now - self.heard_at > server_timeout_s:
+        if now - self.heard_at > settings.server_timeout_s:
             return f"not heard of for {now - self.heard_at:.0f} s"
-        if now - self.progressed_at > hang_timeout_s:
+        if now - self.progressed_at > settings.hang_timeout_s:
             return f"alive, but no progress on its {len(self.leases)} leases for {now - self.progressed_at:.0f} s"
         return ""
 

@@ -30,6 +30,7 @@ from learner.coordinator.decisions import (
 )
 from learner.coordinator.explain import what_a_server_waits_for
 from learner.coordinator.journal import BatchRecord, ForgetRecord, ParkedRecord, Record
+from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.sessions import Session, Sessions
 from learner.coordinator.tasks import Task
@@ -61,6 +62,7 @@ class Outbound:
     def __init__(self, settings: ServiceSettings, core: Coordinator) -> None:
         self.settings = settings
         self.core = core
+        self.proofs = LeaseProofs(bytes.fromhex(settings.lease_secret))
         self.sessions = Sessions()
         self.letters: deque[Letter] = deque()
         self.grants: deque[GrantLease] = deque()  # to be made into leases, which takes a dataset row
@@ -95,6 +97,9 @@ class Outbound:
         """The row of a granted lease is there: tell the server, unless the lease has ended meanwhile."""
         if self.core.book.lease_of(grant.server_id, grant.lease_id) is None:
             return
+        session = self.sessions.of_server(grant.server_id)
+        if session is None:  # it is told when it is back
+            return
         lease = Lease(
             lease_id=grant.lease_id,
             task_id=grant.task_id,
@@ -104,8 +109,11 @@ class Outbound:
             seed=task.seed,
             min_version=grant.min_version,
             max_group_bytes=self.settings.rules.max_group_bytes,
+            proof=self.proofs.of(
+                lease_id=grant.lease_id, task_id=grant.task_id, min_version=grant.min_version, holder=session.holder
+            ),
         )
-        self.say_to(grant.server_id, lease)
+        self.say(session.peer, lease)
 
     def pulse(self, session: Session, now: float) -> None:
         """What is published, and what the server waits for."""

@@ -9,6 +9,7 @@ from learner.coordinator.ledger import PastLeases
 MAX_KINDS = 32  # words for failures come from servers: the counters must not grow with their imagination
 MAX_ENDED_REMEMBERED = 1 << 14
 ACCEPTED = "was accepted"
+EXPIRED = "expired"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,15 @@ class OpenLease:
     min_version: int
     deadline: int  # the last version that may be updated with the group
     granted_at: float  # seconds of the caller's clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A lease that a server proved to have been granted before this coordinator, or before the server was given up."""
+
+    lease_id: int
+    task_id: int
+    min_version: int
 
 
 def grant_of(lease: OpenLease) -> GrantLease:
@@ -76,7 +86,7 @@ class Endings:
 
     def note_expired(self, lease: OpenLease) -> None:
         self.expired += 1
-        self._remember(lease.lease_id, f"expired: server {lease.server_id} was lost")
+        self._remember(lease.lease_id, f"{EXPIRED}: server {lease.server_id} was lost")
 
     def note_accepted(self, lease_id: int) -> None:
         """Not an ending yet, but the last that its server can do about the lease."""
@@ -85,6 +95,11 @@ class Endings:
     def of(self, lease_id: int) -> str:
         """What became of a lease that is not running; empty when it is forgotten or was never granted."""
         return self._recent.get(lease_id, "")
+
+    def may_go_on(self, lease_id: int) -> bool:
+        """Whether the server that had the lease may have it again: it was never heard of, or only given up."""
+        ending = self.of(lease_id)
+        return not ending or ending.startswith(EXPIRED)
 
     @property
     def total(self) -> int:
@@ -95,10 +110,11 @@ class Endings:
         if len(self._recent) > MAX_ENDED_REMEMBERED:
             self._recent.popitem(last=False)
 
-    def past(self, *, leased: int) -> PastLeases:
+    def past(self, *, leased: int, next_lease_id: int) -> PastLeases:
         """For a checkpoint and the journal."""
         return PastLeases(
             leased=leased,
+            next_lease_id=next_lease_id,
             trained=self.trained,
             failed=dict(self.failed),
             cancelled=dict(self.cancelled),

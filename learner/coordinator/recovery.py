@@ -57,7 +57,7 @@ def recover(frontier: FrontierState, journal: JournalContents, *, version: int) 
         batches=to_repeat,
         queued=queued,
         past=past,
-        next_lease_id=past.leased,
+        next_lease_id=past.next_lease_id,
     )
 
 
@@ -93,7 +93,14 @@ def _past(frontier: FrontierState, journal: JournalContents, *, num_trained: int
     newer = journal.past if journal.past.leased >= frontier.past.leased else frontier.past
     trained = frontier.past.trained + num_trained
     ended = trained + sum(newer.failed.values()) + sum(newer.cancelled.values()) + newer.expired
-    next_lease_id = max([newer.leased, ended + num_kept, *(group.lease_id + 1 for group in journal.groups)])
-    lost = next_lease_id - ended - num_kept
+    leased = max(newer.leased, ended + num_kept)
+    lost = leased - ended - num_kept
     cancelled = newer.cancelled | ({"restart": newer.cancelled.get("restart", 0) + lost} if lost else {})
-    return msgspec.structs.replace(newer, leased=next_lease_id, trained=trained, cancelled=cancelled)
+    known_ids = [newer.next_lease_id, *(group.lease_id + 1 for group in journal.groups)]
+    return msgspec.structs.replace(
+        newer,
+        leased=leased,
+        next_lease_id=max(known_ids),
+        trained=trained,
+        cancelled=cancelled,
+    )

@@ -9,14 +9,10 @@ import asyncio
 import logging
 import secrets
 import time
-from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
-from common.keys import KeyFileError, ServerKeys, load_server_keys
-from common.lifecycle import UserError
 from common.messages import (
     Batch,
     CheckpointSaved,
@@ -32,13 +28,12 @@ from common.messages import (
     TakeBatch,
     TakeFrontier,
 )
-from common.wire import Incoming, Peer, Router, open_router
+from common.wire import Incoming, Peer, Router
 from learner.coordinator.background import in_thread
 from learner.coordinator.core import Coordinator, LearnerError
 from learner.coordinator.decisions import GrantLease
 from learner.coordinator.inbound import Inbound
-from learner.coordinator.journal_keeper import Delivery, JournalKeeper, open_journal
-from learner.coordinator.ledger import FrontierError, decode_frontier
+from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch
 from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.service_settings import ServiceSettings
@@ -173,7 +168,7 @@ class Service:
             self._recorded.clear()
             records, promises = self._outbound.take_records()
             for kept in await self._journal.keep(records, promises, self._core.book.past()):
-                if isinstance(kept, Delivery):
+                if isinstance(kept, LoadedBatch):
                     self._deliver(kept)
                 else:
                     self._outbound.acknowledge(kept)
@@ -230,7 +225,7 @@ class Service:
         if self._outbound.records or self._outbound.promises:
             self._recorded.set()
 
-    def _deliver(self, batch: Delivery) -> None:
+    def _deliver(self, batch: LoadedBatch) -> None:
         for header, accepted_version in zip(batch.headers, batch.accepted_versions, strict=True):
             self._ages.add(header, accepted_version=accepted_version, trained_version=batch.version)
         message = Batch(version=batch.version, groups=batch.headers)
@@ -246,49 +241,3 @@ class Service:
 
     def _tell_learner(self, message: CoordinatorToLearner) -> None:
         self._to_learner.send(self._learner_peer, encode(message))
-
-
-async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
-    """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
-    keys = _load_keys(settings)
-    async with AsyncExitStack() as stack:
-        learner = await stack.enter_async_context(
-            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
-        )
-        learner_peer, run = await _wait_for_learner(learner)
-        journal = await stack.enter_async_context(open_journal(Path(settings.journal), lineage=settings.run_id))
-        try:
-            frontier = decode_frontier(run.frontier, version=run.version, source=settings.rules.source)
-            contents = await journal.contents(frontier, is_new_run=not run.frontier)
-            core = Coordinator(settings.rules, version=run.version, frontier=run.frontier, journal=contents)
-        except FrontierError as error:
-            raise UserError(f"the run cannot be resumed: {error}") from error
-        frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
-        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
-        events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
-        if events is not None:
-            stack.callback(events.close)
-        logger.info("rollout servers may join at %s", servers.address)
-        service = Service(
-            settings, tasks, core, run, servers=servers, learner=learner, learner_peer=learner_peer, journal=journal,
-            events=events,
-        )  # fmt: skip
-        await service.run()
-    return 0
-
-
-def _load_keys(settings: ServiceSettings) -> ServerKeys | None:
-    try:
-        return load_server_keys(Path(settings.keys)) if settings.keys else None
-    except KeyFileError as error:
-        raise UserError(str(error)) from error
-
-
-async def _wait_for_learner(learner: Router) -> tuple[Peer, OpenRun]:
-    decoder = Decoder(OpenRun, max_payload_bytes=0, max_header_bytes=MAX_LEARNER_HEADER_BYTES)
-    [incoming, *more] = await learner.receive()
-    message, _ = decoder.decode(incoming.frames)
-    if more:
-        raise LearnerError("the learner must wait for RunOpened before it says anything else")
-    assert isinstance(message, OpenRun)
-    return incoming.peer, message

@@ -25,6 +25,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 22)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
     keys: str = ""  # folder with the learner's key and the allow-list; needed unless `listen` is loopback
+    lease_secret: Annotated[str, Meta(pattern="^[0-9a-f]{32,128}$")]  # known to the coordinators of one learner
     journal: str  # SQLite file of accepted groups; made if it is not there
     event_log: str = ""  # empty: none is written
 

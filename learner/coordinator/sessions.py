@@ -21,6 +21,11 @@ class Session:
     ready: bool = False
     heartbeat: Heartbeat | None = None
 
+    @property
+    def holder(self) -> str:
+        """Names this start of this server, under its key, to coordinators that never heard of the session."""
+        return f"{self.peer.key} {self.epoch}"
+
 
 class GreetingRefused(ValueError):
     """The server cannot have a session; the text says why and what to do."""

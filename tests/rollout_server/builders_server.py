@@ -137,6 +137,7 @@ class FakeLearner:
             "seed": 11,
             "min_version": 0,
             "max_group_bytes": 1 << 16,
+            "proof": f"proof {lease_id}".encode(),
         }
         self.say(Lease(**fields | changes))
 

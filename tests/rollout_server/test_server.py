@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 
+import msgspec
 import pytest
 
 from common.lifecycle import UserError
@@ -170,7 +171,33 @@ async def test_a_server_that_must_introduce_itself_again_says_again_that_it_is_r
         learner.say(Refused(reason="say Hello", retry=True))
         assert await learner.hear(Hello) == HELLO
         learner.say(learner.welcome())
-        assert await learner.hear(Ready) == READY
+        ready = await learner.hear(Ready)
+        assert msgspec.structs.replace(ready, held=()) == READY
+        assert [(held.lease_id, held.proof) for held in ready.held] == [(3, b"proof 3")]
+        assert (await learner.hear_group()).lease_id == 3
+
+
+async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_sends_again_at_once(tmp_path):
+    environment = ScriptedEnvironment()
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, environment):
+        learner.lease(3)
+        first = await learner.hear_group()
+        learner.say(learner.welcome(session="2", run_id=learner.run_id))
+        assert [held.lease_id for held in (await learner.hear(Ready)).held] == [3]
+        again = await learner.hear_group()
+        assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
+        learner.say(LeaseCancelled(lease_id=3, reason="it was given up meanwhile"))
+        await assert_silence(learner, GroupFinished)
+        assert len(environment.texts) == 2
+
+
+async def test_a_group_follows_the_word_that_the_version_it_was_sampled_by_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 60.0)
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease(3, min_version=2)
+        learner.published = 2
+        learner.say(Pulse(published_version=2))
+        await learner.hear_heartbeat(loaded_version=2)
         assert (await learner.hear_group()).lease_id == 3
 
 

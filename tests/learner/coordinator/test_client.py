@@ -5,9 +5,10 @@ import os
 import signal
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
-from common.messages import Finished, GroupAccepted, Lease, Refused, Welcome
+from common.messages import Finished, GroupAccepted, GroupRefused, HeldLease, Lease, Refused, Welcome
 from learner.coordinator.client import CoordinatorClient, CoordinatorLostError
 from tests.builders_coordinator import a_heartbeat, a_hello, a_ready, an_open_run
 from tests.builders_coordinator_service import a_server, finish, settings_in
@@ -66,6 +67,29 @@ async def test_groups_accepted_before_the_coordinator_was_killed_are_trained_onc
         assert [group.task_id for group in second] == [2, 3]
         await client.close_run("enough")
         await server.expect(Finished)
+
+
+async def test_what_a_server_holds_when_the_coordinator_is_killed_is_not_lost(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, address), a_server(address) as server:
+        leases = [await server.expect(Lease) for _ in range(4)]
+        await kill(client)
+        while not isinstance(await server.ask(a_heartbeat(), (Refused, Welcome)), Refused):
+            pass
+        await server.ask(a_hello(), Welcome)
+        held = [
+            HeldLease(lease_id=one.lease_id, task_id=one.task_id, min_version=one.min_version, proof=one.proof)
+            for one in leases[:3]
+        ]
+        forged = msgspec.structs.replace(held[2], proof=b"forged")
+        await server.say(a_ready(held=(*held[:2], forged)))
+        await server.say(a_heartbeat())
+        for lease in leases[:2]:
+            await finish(server, lease)
+            assert (await server.expect(GroupAccepted)).lease_id == lease.lease_id
+        await finish(server, leases[2])
+        assert "ended long ago" in (await server.expect(GroupRefused)).reason
+        assert [group.task_id for group in await client.take_batch(0)] == [0, 1]
+        assert [(await server.expect(Lease)).task_id for _ in range(2)] == [2, 3]
 
 
 async def test_a_request_that_was_not_answered_is_asked_again(tmp_path):

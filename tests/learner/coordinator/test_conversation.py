@@ -21,6 +21,7 @@ from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, RefuseGroup
 from learner.coordinator.inbound import JOINING_TIMEOUT_S, Inbound
 from learner.coordinator.outbound import MAX_BLOCKED, Outbound
+from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.status import status_of
 from learner.coordinator.tasks import Task
 from learner.coordinator.token_ages import TokenAges
@@ -35,6 +36,8 @@ from tests.builders_coordinator import (
 )
 
 A, B = Peer(b"a", "key of a"), Peer(b"b", "key of b")
+
+PROOFS = LeaseProofs(bytes.fromhex(some_service_settings().lease_secret))
 
 
 class Desk:
@@ -117,6 +120,7 @@ def test_a_ready_server_is_lent_its_leases():
                 seed=0,
                 min_version=0,
                 max_group_bytes=10_000,
+                proof=PROOFS.of(lease_id=0, task_id=0, min_version=0, holder="key of a epoch of a"),
             ),
         )
     ]

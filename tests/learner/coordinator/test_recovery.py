@@ -2,9 +2,10 @@
 
 import pytest
 
-from learner.coordinator.core import Coordinator
-from learner.coordinator.decisions import DeliverBatch, ForgetTrained
+from learner.coordinator.core import LEASE_ID_LEAP, Coordinator
+from learner.coordinator.decisions import AcceptGroup, CancelLease, DeliverBatch, ForgetTrained
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases
+from learner.coordinator.records import Claim
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import JournaledGroup
 from tests.builders_coordinator import a_coordinator, grants, group_for, join, of_kind, publishes, some_settings
@@ -47,7 +48,7 @@ def test_accepted_groups_are_queued_and_what_lies_between_them_is_leased_again()
     assert [group.task_id for group in recovered.queued] == [4, 7, 9]
     assert to_lease_again(recovered) == [2, 3, 5, 6, 8]
     assert recovered.tasks.next_task_id == 10
-    assert (recovered.next_lease_id, recovered.past.cancelled) == (11, {"restart": 6})
+    assert (recovered.past.leased, recovered.past.cancelled) == (11, {"restart": 6})
 
 
 def test_batches_that_were_delivered_are_delivered_again_as_they_were():
@@ -143,15 +144,114 @@ def test_a_step_whose_batch_was_delivered_by_the_coordinator_before_can_be_compl
 def test_lease_ids_are_not_used_twice_and_pacing_counts_what_was_recovered():
     before, frontier, batch = a_run_at_version_one()
     journal = journal_of(before, batch)
-    after = Coordinator(
-        some_settings(groups_per_step=2, max_staleness=2), version=0, frontier=frontier, journal=journal
-    )
+    after = Coordinator(SETTINGS, frontier=frontier, journal=journal, servers_return_until=0.0)
     after.published(0, now=0.0)
     granted = join(after)
-    assert [grant.lease_id for grant in granted] == [8, 9]  # eight were granted before; six may be open at a time
+    assert [grant.lease_id - LEASE_ID_LEAP for grant in granted] == [8, 9]  # eight before; six may be open at a time
     assert grants(after.tick(now=1.0)) == []
 
 
 def test_a_checkpoint_lets_the_journal_forget():
     before, _, _ = a_run_at_version_one()
     assert before.checkpointed(1) == [ForgetTrained(version=1)]
+
+
+def claim_of(grant, **changes):
+    values = {"lease_id": grant.lease_id, "task_id": grant.task_id, "min_version": grant.min_version}
+    return Claim(**(values | changes))
+
+
+def returns(coordinator, *claims, server_id="a", now=0.0):
+    return coordinator.server_ready(server_id, capacity_groups=100, capacity_bytes=1 << 30, claims=claims, now=now)
+
+
+def a_coordinator_replaced():
+    """At version 0, K = 2, G = 2: of six leases, 0 and 1 are accepted. (The new coordinator, the six grants.)"""
+    before = a_coordinator(groups_per_step=2, max_staleness=2)
+    granted = join(before)
+    for grant in granted[:2]:
+        before.group_finished("a", group_for(grant), now=1.0)
+    after = Coordinator(
+        SETTINGS, frontier=before.frontier(), journal=journal_of(before), servers_return_until=10.0
+    )  # fmt: skip
+    after.published(0, now=0.0)
+    return after, granted
+
+
+def test_a_server_goes_on_with_the_leases_of_a_coordinator_that_was_replaced():
+    after, granted = a_coordinator_replaced()
+    assert returns(after, *map(claim_of, granted[2:])) == []
+    after.heartbeat("a", progress=1, loaded_version=0, now=1.0)
+    assert of_kind(after.group_finished("a", group_for(granted[3]), now=1.0), AcceptGroup)
+    assert grants(after.tick(now=10.0)) == []  # six are open: every one of them is known
+    assert after.counts().balanced
+    assert after.counts().running == 3
+
+
+def test_until_servers_have_had_time_to_return_nothing_is_granted():
+    after, _ = a_coordinator_replaced()
+    assert grants(returns(after)) == []
+    after.heartbeat("a", progress=1, loaded_version=0, now=9.0)
+    assert grants(after.tick(now=9.9)) == []
+    assert [grant.task_id for grant in grants(after.tick(now=10.0))] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task_id": 0},  # its group was accepted
+        {"lease_id": 0},  # likewise
+        {"task_id": 500},  # nobody could have been granted it
+        {"min_version": 1},  # nothing of that version exists
+    ],
+)
+def test_a_lease_whose_task_is_not_free_is_not_gone_on_with(changes):
+    after, granted = a_coordinator_replaced()
+    [cancelled] = returns(after, claim_of(granted[2], **changes))
+    assert isinstance(cancelled, CancelLease)
+    assert cancelled.reason == "it was given up meanwhile"
+    assert after.counts().running == 0
+
+
+def test_two_servers_cannot_go_on_with_one_task():
+    after, granted = a_coordinator_replaced()
+    returns(after, claim_of(granted[2]), server_id="a")
+    [cancelled] = of_kind(returns(after, claim_of(granted[2], lease_id=77), server_id="b"), CancelLease)
+    assert (cancelled.server_id, cancelled.lease_id) == ("b", 77)
+
+
+def test_a_lease_that_was_granted_after_the_last_word_in_the_journal_is_gone_on_with():
+    after, _ = a_coordinator_replaced()
+    assert returns(after, Claim(lease_id=9, task_id=8, min_version=0)) == []
+    assert sorted(after.book.tasks.given_back()) == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_lease_that_could_not_be_trained_in_time_any_more_is_not_gone_on_with():
+    settings = some_settings(groups_per_step=2, max_staleness=0)
+    after = Coordinator(settings, version=3, frontier=a_coordinator_at(3, settings).frontier())
+    assert of_kind(returns(after, Claim(lease_id=1, task_id=6, min_version=2)), CancelLease)
+
+
+def a_coordinator_at(version, settings):
+    coordinator = Coordinator(settings)
+    coordinator.published(0, now=0.0)
+    join(coordinator)
+    for step in range(version):
+        for lease in list(coordinator.book.running.values()):
+            coordinator.group_finished("a", group_for(lease, sampled_at=step), now=0.0)
+        [batch] = of_kind(coordinator.take_batch(step, now=0.0), DeliverBatch)
+        coordinator.step_completed(step + 1, tuple(group.lease_id for group in batch.groups), now=0.0)
+        publishes(coordinator, step + 1)
+    return coordinator
+
+
+def test_a_server_that_was_given_up_and_returns_goes_on_with_what_nobody_else_took():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
+    granted = join(coordinator)
+    coordinator.server_lost("a", "silent", now=1.0)
+    assert grants(returns(coordinator, *map(claim_of, granted), now=2.0)) == []
+    coordinator.heartbeat("a", progress=1, loaded_version=0, now=2.0)
+    refused_before = coordinator.counts().refused
+    assert of_kind(coordinator.group_finished("a", group_for(granted[0]), now=3.0), AcceptGroup)
+    assert coordinator.counts().refused == refused_before
+    assert coordinator.counts().balanced

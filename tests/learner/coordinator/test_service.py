@@ -30,8 +30,8 @@ from common.messages import (
 from common.wire import curve_keypair, open_dealer
 from learner.coordinator.core import LearnerError
 from learner.coordinator.rows import DataError
-from learner.coordinator.service import serve
 from learner.coordinator.service_settings import read_settings, write_settings
+from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
 from tests.builders_coordinator import (
     a_heartbeat,
