@@ -23,7 +23,6 @@ class Running:
     server: str
     task: int
     min_version: int
-    at_version: int
 
 
 @dataclass(slots=True)
@@ -88,6 +87,7 @@ class Account:
         self.trained_tasks = {task for batch in self.lineage for task in batch.tasks}
         self.trained_nonces = {nonce for batch in self.lineage for nonce in batch.nonces}
         self.published = -1
+        self.leases: dict[int, int] = {}  # lease -> task, granted since this start of the learner
 
     def on_coordinator_crashed(self, event: seen.CoordinatorCrashed) -> None:
         undone = {task for task, nonce in self.alive.items() if nonce not in self.safe}
@@ -120,7 +120,8 @@ class Account:
     def on_granted(self, event: seen.Granted) -> None:
         if event.lease in self.life.running:
             return  # told again
-        self.life.running[event.lease] = Running(event.server, event.task, event.min_version, event.at_version)
+        self.life.running[event.lease] = Running(event.server, event.task, event.min_version)
+        self.leases[event.lease] = event.task
         self.life.running_tasks.add(event.task)
         self.life.held[event.server] += 1
         self.grants[event.task] += 1
@@ -129,6 +130,12 @@ class Account:
             self.newest_task = event.task
             for waiting in self.waiting.values():
                 waiting.overtaken += 1
+
+    def on_adopted(self, event: seen.Adopted) -> None:
+        self.life.running[event.lease] = Running(event.server, event.task, event.min_version)
+        self.life.running_tasks.add(event.task)
+        self.life.held[event.server] += 1
+        self.waiting.pop(event.task, None)
 
     def on_sampled(self, event: seen.Sampled) -> None:
         self.samples[event.nonce] = event
@@ -150,7 +157,9 @@ class Account:
             self._give_back(self._close(event.lease))
 
     def on_cancelled(self, event: seen.Cancelled) -> None:
-        self._give_back(self._close(event.lease))
+        running = self.life.running.get(event.lease)
+        if running is not None and running.server == event.server:
+            self._give_back(self._close(event.lease))
 
     def on_parked(self, event: seen.Parked) -> None:
         self.has_failures = True

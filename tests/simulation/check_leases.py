@@ -4,6 +4,8 @@ from tests.simulation import history as seen
 from tests.simulation.account import Account
 from tests.simulation.check import Check
 
+PAUSE_SLACK_S = 1.0  # the coordinator's own pauses are forgiven to a tick
+
 
 class Leases(Check):
     """What the coordinator grants, accepts, answers and counts."""
@@ -22,14 +24,22 @@ class Leases(Check):
             same = (again.server, again.task) == (event.server, event.task)
             self.demand(same, event, "a lease that is told again is the same", again)
             return
-        silent_limit_s = self.rules.notice_timeout_s
+        silent_limit_s = self.rules.notice_timeout_s + PAUSE_SLACK_S
         self.demand(event.silent_s <= silent_limit_s, event, "nothing is granted to who is not heard")
         self.demand(life.held[event.server] < life.capacity[event.server], event, "no server has more than it can take")
         self.demand(event.min_version <= event.at_version, event, "no lease waits for a version that needs it")
-        self.demand(event.lease not in life.accepted, event, "a lease is granted once")
+        self.demand(event.lease not in self.account.leases, event, "a lease is granted once")
         self._demand_that_the_task_is_free(event)
 
-    def _demand_that_the_task_is_free(self, event: seen.Granted) -> None:
+    def on_adopted(self, event: seen.Adopted) -> None:
+        life = self.account.life
+        self.demand(event.lease not in life.running, event, "a lease runs at one server")
+        self.demand(event.lease not in life.accepted, event, "a lease that was fulfilled is over")
+        granted = self.account.leases.get(event.lease)
+        self.demand(granted == event.task, event, "only what was granted is gone on with", granted)
+        self._demand_that_the_task_is_free(event)
+
+    def _demand_that_the_task_is_free(self, event: seen.Granted | seen.Adopted) -> None:
         task, account = event.task, self.account
         self.demand(task not in account.life.running_tasks, event, "a task runs once at a time")
         self.demand(task not in account.alive, event, "a task whose group was accepted is not done again")

@@ -21,7 +21,7 @@ class Training(Check):
         if rules.stale_action != "mask":
             overdue = [
                 running for running in account.life.running.values()
-                if running.at_version + rules.max_staleness < event.version
+                if running.min_version + rules.max_staleness <= event.version
             ]  # fmt: skip
             self.demand(not overdue, event, "the slowest group is waited for", *overdue)
         if rules.max_staleness == 0 and not account.has_failures:

@@ -26,7 +26,7 @@ from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, RefuseGroup
 from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal import BatchRecord, Record
-from learner.coordinator.journal_keeper import Delivery, JournalKeeper, Promise
+from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch, Promise
 from learner.coordinator.ledger import PastLeases, decode_frontier
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.tasks import Task
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 TICK_S = 0.5
+SERVERS_RETURN_S = 2.0
 ROW = b'{"prompt":"x"}'
 
 
@@ -65,7 +66,13 @@ class SimulatedCoordinator:
         rules = world.plan.rules
         frontier = decode_frontier(run.frontier, version=run.version, source=rules.source)
         contents = result_of(self._keeper.contents(frontier, is_new_run=not run.frontier))
-        self.core = Coordinator(rules, version=run.version, frontier=run.frontier, journal=contents)
+        self.core = Coordinator(
+            rules,
+            version=run.version,
+            frontier=run.frontier,
+            journal=contents,
+            servers_return_until=world.clock.now + SERVERS_RETURN_S if self._keeper.is_of_this_life else None,
+        )
         self.outbound = ObservedOutbound(self)
         session = f"session-{life}"
         self._inbound = Inbound(world.service_settings, self.core, run, self.outbound, session=session)
@@ -128,6 +135,7 @@ class SimulatedCoordinator:
         match message:
             case Ready():
                 self.outbound.heard(server)
+                self.outbound.note_claims(server, message.held)
                 self._confirmed.pop(server, None)
                 self.world.note(seen.Joined(now, self.life, server, peer.key, message.capacity_groups))
             case Heartbeat():
@@ -195,17 +203,17 @@ class SimulatedCoordinator:
         self._note_committed(records)
         self._keep_promises(kept)
 
-    def _keep_promises(self, kept: list[AcceptGroup | RefuseGroup | Delivery]) -> None:
+    def _keep_promises(self, kept: list[AcceptGroup | RefuseGroup | LoadedBatch]) -> None:
         if not self._when_awake(self._keep_promises, kept):
             return
         for promise in kept:
-            if isinstance(promise, Delivery):
+            if isinstance(promise, LoadedBatch):
                 self._deliver(promise)
             else:
                 self.outbound.acknowledge(promise)
         self._post()
 
-    def _deliver(self, batch: Delivery) -> None:
+    def _deliver(self, batch: LoadedBatch) -> None:
         self.outbound.note_delivered(batch)
         self._tell_learner(Batch(version=batch.version, groups=batch.headers), batch.payload)
 

@@ -98,6 +98,17 @@ class Granted(NamedTuple):
     silent_s: float  # since the server was last heard, the coordinator's own pauses excepted
 
 
+class Adopted(NamedTuple):
+    """The server goes on with a lease of a coordinator before this one, or from before it was given up."""
+
+    now: float
+    life: int
+    server: str
+    lease: int
+    task: int
+    min_version: int
+
+
 class Sampled(NamedTuple):
     """A server finished a group and sends it, again and again until it is answered."""
 
@@ -276,9 +287,9 @@ class Broke(NamedTuple):
 
 Event = (
     Planned | LearnerStarted | LearnerCrashed | CoordinatorOpened | CoordinatorPaused | CoordinatorCrashed
-    | WentWrong | ServerStarted | ServerStopped | Joined | Confirmed | Granted | Sampled | Failed | Accepted
-    | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained | Published
-    | Checkpointed | Observed | Calmed | Ended | Broke
+    | WentWrong | ServerStarted | ServerStopped | Joined | Confirmed | Granted | Adopted | Sampled | Failed
+    | Accepted | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained
+    | Published | Checkpointed | Observed | Calmed | Ended | Broke
 )  # fmt: skip
 
 EVENTS: tuple[type[Event], ...] = get_args(Event)

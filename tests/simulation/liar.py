@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from common.messages import Lease
+from common.messages import HeldLease, Lease
 from tests.simulation.groups import Runs
 from tests.simulation.plan import MAX_GROUP_BYTES
 
@@ -27,6 +27,19 @@ class Liar:
     def boast(self, loaded: int) -> int:
         """The version it says it has loaded."""
         return FAR_FUTURE if "boast" in self._kinds else loaded
+
+    def claims(self, held: tuple[HeldLease, ...]) -> tuple[HeldLease, ...]:
+        """The leases it says it holds."""
+        old = tuple(
+            HeldLease(lease_id=done.lease_id, task_id=done.task_id, min_version=done.min_version, proof=done.proof)
+            for done in self._done
+        )
+        if "old_claim" in self._kinds:
+            held = (*held, *old, *held)
+        if "forged_claim" in self._kinds:
+            forged = (msgspec.structs.replace(one, task_id=one.task_id + 1, lease_id=one.lease_id + 1) for one in old)
+            held = (*held, *forged)
+        return held
 
     def lie(self, lease: Lease, runs: Runs) -> bool:
         """True: a lie was sent in place of the group."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from common.messages import CoordinatorToServer, GroupAccepted, GroupRefused
+from common.messages import CoordinatorToServer, GroupAccepted, GroupRefused, HeldLease
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -13,7 +13,7 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
-from learner.coordinator.journal_keeper import Delivery
+from learner.coordinator.journal_keeper import LoadedBatch
 from learner.coordinator.outbound import Outbound
 from tests.simulation import history as seen
 from tests.simulation.groups import nonce_of, nonces_of
@@ -34,8 +34,10 @@ class ObservedOutbound(Outbound):
         self._life = coordinator.life
         self._heard_at: dict[str, float] = {}
         self.answering = -1  # nonce of the group that is being judged
+        self._claimed: tuple[str, tuple[HeldLease, ...]] = ("", ())
 
     def carry_out(self, decisions: list[Decision]) -> None:
+        self._witness_adoptions(decisions)
         for decision in decisions:
             self._witness(decision)
         super().carry_out(decisions)
@@ -52,7 +54,12 @@ class ObservedOutbound(Outbound):
         """The server gave a sign of life."""
         self._heard_at[server] = self._coordinator.running_s()
 
-    def note_delivered(self, batch: Delivery) -> None:
+    def note_claims(self, server: str, held: tuple[HeldLease, ...]) -> None:
+        """The server says what it holds; whether the coordinator believes it shows in what it decides next."""
+        new = tuple(one for one in held if self.core.book.lease_of(server, one.lease_id) is None)
+        self._claimed = (server, new)
+
+    def note_delivered(self, batch: LoadedBatch) -> None:
         leases = tuple(header.lease_id for header in batch.headers)
         tasks = tuple(header.task_id for header in batch.headers)
         nonces = nonces_of(batch.headers, batch.payload)
@@ -68,6 +75,15 @@ class ObservedOutbound(Outbound):
                 counts.trained, ended, counts.balanced, book.queue.num_bytes,
             )
         )  # fmt: skip
+
+    def _witness_adoptions(self, decisions: list[Decision]) -> None:
+        (server, held), self._claimed = self._claimed, ("", ())
+        granted = {decision.lease_id for decision in decisions if isinstance(decision, GrantLease)}
+        for lease_id in dict.fromkeys(one.lease_id for one in held):
+            lease = self.core.book.lease_of(server, lease_id)
+            if lease is not None and lease_id not in granted:
+                now, life = self._clock.now, self._life
+                self._note(seen.Adopted(now, life, server, lease.lease_id, lease.task_id, lease.min_version))
 
     def _witness(self, decision: Decision) -> None:
         now, life = self._clock.now, self._life

@@ -27,7 +27,7 @@ FAULTS = {  # mean number of times in a history, where they happen at all
 }
 LIES = (
     "future_version", "unconfirmed_version", "too_stale", "wrong_task", "too_large", "not_yours", "replayed",
-    "not_finite", "garbage", "boast",
+    "not_finite", "garbage", "boast", "old_claim", "forged_claim",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from common.messages import (
     GroupFinished,
     GroupRefused,
     Heartbeat,
+    HeldLease,
     Hello,
     Lease,
     LeaseCancelled,
@@ -62,6 +63,8 @@ class ServerProcess:
         self.epoch = epoch
         self.is_alive = True
         self.session = ""  # of the coordinator it joined
+        self.run_id = ""
+        self.held: dict[int, HeldLease] = {}  # every lease until it is accepted, refused, cancelled or failed
         self.working: dict[int, Work] = {}
         self.unacknowledged: dict[int, SentGroup] = {}
         self.weights = Weights(self)
@@ -122,19 +125,20 @@ class ServerProcess:
                 self._is_loading = True
                 self.world.clock.after(self.world.rng.uniform(0.0, 0.5), self._enter, welcome)
         elif welcome.session != self.session:
-            self._enter(welcome)
+            self._enter_again(welcome)
         elif self._is_greeting:
             self._is_greeting = False
             self._say_ready()
 
     def _enter(self, welcome: Welcome) -> None:
-        """Begin, or begin again: what was leased by a former coordinator is void."""
+        """Begin, or begin again: what was leased for a former start of the learner is void."""
         if not self.is_running(self._enter, welcome):
             return
         is_first = not self.session
+        self.held.clear()
         self.working.clear()
         self.unacknowledged.clear()
-        self.session = welcome.session
+        self.session, self.run_id = welcome.session, welcome.run_id
         self.weights.follow(welcome.run_id)
         self.weights.announce(welcome.published_version)
         self._is_greeting = False
@@ -142,11 +146,26 @@ class ServerProcess:
         if is_first:
             self._beat()
 
+    def _enter_again(self, welcome: Welcome) -> None:
+        """Another coordinator; if it is of the same start of the learner, it takes what is held here."""
+        if welcome.run_id != self.run_id:
+            self._enter(welcome)
+            return
+        self.session = welcome.session
+        self._is_greeting = False
+        self._say_ready()
+        self._resend(after_s=0.0)
+
     def _say_ready(self) -> None:
         self._confirmed_version = -1
         fingerprints = {"model_fingerprint": "model-1", "tokenizer_fingerprint": "tokenizer-1"}
         capacity_groups = self.plan.capacity_groups
-        self.line.send(Ready(capacity_groups=capacity_groups, capacity_bytes=CAPACITY_BYTES, **fingerprints))
+        held = tuple(self.held.values())
+        if self._liar is not None:
+            held = self._liar.claims(held)
+        self.line.send(
+            Ready(capacity_groups=capacity_groups, capacity_bytes=CAPACITY_BYTES, held=held, **fingerprints)
+        )
 
     def _hear_refusal(self, refused: Refused) -> None:
         if not refused.retry:
@@ -157,13 +176,18 @@ class ServerProcess:
 
     def _hear_of_lease(self, message: Any) -> None:
         match message:
-            case Lease(lease_id=lease_id) if lease_id not in self.working and lease_id not in self.unacknowledged:
+            case Lease(lease_id=lease_id) if lease_id not in self.held:
+                self.held[lease_id] = HeldLease(
+                    lease_id=lease_id, task_id=message.task_id, min_version=message.min_version, proof=message.proof
+                )
                 self.working[lease_id] = work = Work(message)
                 self.weights.when_loaded(message.min_version, self._begin, work)
-            case LeaseCancelled(lease_id=lease_id):
-                self.working.pop(lease_id, None)
-            case GroupAccepted(lease_id=lease_id) | GroupRefused(lease_id=lease_id):
-                self.unacknowledged.pop(lease_id, None)
+            case LeaseCancelled(lease_id=lease_id) | GroupAccepted(lease_id=lease_id) | GroupRefused(lease_id=lease_id):
+                self._drop(lease_id)
+
+    def _drop(self, lease_id: int) -> None:
+        for where in (self.held, self.working, self.unacknowledged):
+            where.pop(lease_id, None)
 
     def _greet(self) -> None:
         """Until there is an answer."""
@@ -177,15 +201,17 @@ class ServerProcess:
     def _beat(self) -> None:
         if not self.is_running(self._beat):
             return
-        now = self.world.clock.now
-        if now >= self._hangs_until:
+        if self.world.clock.now >= self._hangs_until:
             self._progress += 1
         self._say_alive()
-        for sent in self.unacknowledged.values():
-            if now - sent.sent_at > self.world.plan.resend_s:
-                sent.sent_at = now
-                self.line.send(sent.message, sent.payload)
+        self._resend(after_s=self.world.plan.resend_s)
         self.world.clock.after(self.world.plan.heartbeat_s, self._beat)
+
+    def _resend(self, *, after_s: float) -> None:
+        for sent in self.unacknowledged.values():
+            if self.world.clock.now - sent.sent_at >= after_s:
+                sent.sent_at = self.world.clock.now
+                self.line.send(sent.message, sent.payload)
 
     def _say_alive(self) -> None:
         loaded = self.weights.loaded
@@ -219,6 +245,7 @@ class ServerProcess:
         self._progress += 1
         if self.world.rng.random() < self.world.failing():
             self.line.send(LeaseFailed(lease_id=lease.lease_id, kind="environment_error", reason="boom"))
+            self._drop(lease.lease_id)
             return
         runs = self._sampled_by(work)
         if self._liar is not None and self._liar.lie(lease, runs):

@@ -57,8 +57,10 @@ class World:
 
     @property
     def service_settings(self) -> ServiceSettings:
-        run_id = self.run_id(self.learner.lineage)
-        return some_service_settings(rules=self.plan.rules, run_id=run_id, group_size=1)
+        lineage = self.learner.lineage
+        return some_service_settings(
+            rules=self.plan.rules, run_id=self.run_id(lineage), lease_secret=f"{lineage:064x}", group_size=1
+        )
 
     def run_id(self, lineage: int) -> str:
         return f"run.{lineage}"
@@ -142,7 +144,8 @@ class World:
             return
         state = decode_frontier(core.frontier(), version=core.version, source=self.plan.rules.source)
         open_tasks = tuple(task.task_id for task in state.open_tasks)
-        queued = (*core.book.queue.lease_ids(), *(group.lease_id for b in core.book.recorded.values() for group in b))
+        repeated = (group.lease_id for batch in core.book.batches.recorded.values() for group in batch)
+        queued = (*core.book.queue.lease_ids(), *repeated)
         self.note(
             seen.Ended(
                 self.clock.now, self.learner.version, is_finished, state.next_task_id, open_tasks,
