@@ -9,6 +9,8 @@ from tests.simulation.account import Account
 class Violation(AssertionError):
     """A promise was broken. The text says which, where and when."""
 
+    place: int = 0  # of the event in the history
+
 
 class Check:
     """Methods on_... are named after events and see each of them before it is booked in the account."""

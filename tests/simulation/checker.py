@@ -27,13 +27,18 @@ def check(history: Iterable[seen.Event]) -> None:
     assert isinstance(planned, seen.Planned), "a history begins with its plan"
     account = Account(planned.plan)
     handlers = _handlers([*(kind(account) for kind in CHECKS), account])
-    for event in events:
+    for place, event in enumerate(events, start=1):
         try:
             for handle in handlers[type(event)]:
                 handle(event)
         except KeyError as error:
-            text = f"seed {planned.plan.seed}: {error} is not known to who has read the history so far"
-            raise Violation(f"{text}\n  {seen.describe(event)}") from error
+            text = f"nothing happens out of the blue: {error} was not in the history before"
+            violation = Violation(f"{text}\n  seed {planned.plan.seed}: {seen.describe(event)}")
+            violation.place = place
+            raise violation from error
+        except Violation as violation:
+            violation.place = place
+            raise
 
 
 def _handlers(readers: list[Any]) -> dict[type, list[Callable[[Any], None]]]:

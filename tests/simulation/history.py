@@ -315,9 +315,9 @@ class History:
             digest.update(repr(event).encode())
         return digest.hexdigest()
 
-    def tail(self, number: int) -> str:
-        """The last events, for people."""
-        return "\n".join(describe(event) for event in self.events[-number:])
+    def up_to(self, place: int, number: int) -> str:
+        """The last `number` events up to the one at `place`, a line each."""
+        return "\n".join(describe(event) for event in self.events[max(0, place + 1 - number) : place + 1])
 
 
 def describe(event: Event) -> str:
