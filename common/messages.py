@@ -206,6 +206,7 @@ class OpenRun(Message, frozen=True, tag="OpenRun"):
     dtype: Name  # of the weights that will be published
     weights_address: Address
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
+    published_version: Version = -1  # the newest that servers may have loaded, when a coordinator is replaced
 
 
 class RunOpened(Message, frozen=True, tag="RunOpened"):

@@ -198,13 +198,16 @@ class RolloutServer:
         self._session = welcome.session
         self._is_greeting_again = False
         await self._say_ready()
+        await self._say_alive()  # it has to know what is loaded before it hears of tokens sampled with that
         self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=0.0)
 
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:
             raise UserError(f"the learner refuses this rollout server: {refused.reason}")
-        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps.
+        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps,
+        # or what is loaded.
         self._is_greeting_again = True
+        self._confirmed_version = NO_VERSION
         self._dealer.try_send(encode(self._hello))
 
     async def _work(self, lease: messages.Lease) -> None:
@@ -228,9 +231,12 @@ class RolloutServer:
         newest_version = max(int(trajectory.token_versions.max()) for trajectory in group.trajectories)
         if newest_version > self._confirmed_version:
             await self._receiver.wait_for_version(newest_version)
-            heartbeat = self._describe()
-            await self._dealer.send(encode(heartbeat))
-            self._confirmed_version = heartbeat.loaded_version
+            await self._say_alive()
+
+    async def _say_alive(self) -> None:
+        heartbeat = self._describe()
+        await self._dealer.send(encode(heartbeat))
+        self._confirmed_version = heartbeat.loaded_version
 
     async def _heartbeat(self) -> None:
         said_s = time.monotonic()

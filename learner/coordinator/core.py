@@ -8,6 +8,7 @@ Why no token that is too old is ever trained: see deadlines.py.
 
 from collections.abc import Sequence
 
+from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
     AcceptGroup,
     Decision,
@@ -38,6 +39,7 @@ class Coordinator:
     """The rules of one run, from `version` on.
 
     frontier: what frontier() said for the learner's last checkpoint, if there is one. journal: what was accepted since.
+    published_version: what servers may have loaded by now.
     servers_return_until: it replaces a coordinator, whose leases servers may claim before any are granted.
     Raises ledger.FrontierError when they do not belong to this version and these data.
     """
@@ -49,11 +51,13 @@ class Coordinator:
         version: int = 0,
         frontier: bytes = b"",
         journal: JournalContents | None = None,
+        published_version: int = NO_VERSION,
         servers_return_until: float | None = None,
     ) -> None:
         self.settings = settings
         state = decode_frontier(frontier, version=version, source=settings.source)
         self.book = LeaseBook(settings, recover(state, journal or JournalContents(), version=version))
+        self.book.published_version = published_version
         if servers_return_until is not None:
             self.book.next_lease_id += LEASE_ID_LEAP
         self.failures_in_a_row = 0  # at all servers together

@@ -43,7 +43,8 @@ class Life:
     capacity: dict[str, int] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)  # lease -> nonce
     confirmed: dict[str, int] = field(default_factory=dict)  # server -> version
-    quarantined: set[str] = field(default_factory=set)  # keys
+    quarantined: set[str] = field(default_factory=set)  # servers
+    quarantined_keys: set[str] = field(default_factory=set)
     parked: set[int] = field(default_factory=set)
 
 
@@ -113,7 +114,8 @@ class Account:
         self.life.confirmed.pop(event.server, None)
 
     def on_quarantined(self, event: seen.Quarantined) -> None:
-        self.life.quarantined.add(event.key)
+        self.life.quarantined.add(event.server)
+        self.life.quarantined_keys.add(event.key)
 
     # --- leases ----------------------------------------------------------------------------------------------------
 

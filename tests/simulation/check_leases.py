@@ -16,9 +16,13 @@ class Leases(Check):
 
     # --- granting --------------------------------------------------------------------------------------------------
 
+    def on_joined(self, event: seen.Joined) -> None:
+        key = event.key
+        self.demand(key not in self.account.life.quarantined_keys, event, "who is quarantined does not join again")
+
     def on_granted(self, event: seen.Granted) -> None:
         life = self.account.life
-        self.demand(event.key not in life.quarantined, event, "nothing is granted to who is quarantined")
+        self.demand(event.server not in life.quarantined, event, "nothing is granted to who is quarantined")
         again = life.running.get(event.lease)
         if again is not None:
             same = (again.server, again.task) == (event.server, event.task)

@@ -71,8 +71,10 @@ class SimulatedCoordinator:
             version=run.version,
             frontier=run.frontier,
             journal=contents,
+            published_version=run.published_version,
             servers_return_until=world.clock.now + SERVERS_RETURN_S if self._keeper.is_of_this_life else None,
         )
+        result_of(self._keeper.keep((), (), self.core.book.past()))
         self.outbound = ObservedOutbound(self)
         session = f"session-{life}"
         self._inbound = Inbound(world.service_settings, self.core, run, self.outbound, session=session)

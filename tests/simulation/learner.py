@@ -211,6 +211,8 @@ class SimulatedLearner:
             return
         self._is_publishing = False
         self._published = SnapshotPublished(version=version)
+        assert self._run is not None
+        self._run = msgspec.structs.replace(self._run, published_version=version)
         self.world.note(seen.Published(self.world.clock.now, lineage, version))
         self._tell(self._published)
         if self._is_unpublished:

@@ -74,6 +74,7 @@ class ServerProcess:
         self._confirmed_version = -1
         self._is_greeting = True
         self._is_loading = False
+        self._unread: list[CoordinatorToServer] = []
         self._liar = Liar(self) if self.plan.lies else None
         self.line = Line(self.world, self.plan.key, self)
         self.line.connect()
@@ -107,6 +108,9 @@ class ServerProcess:
     def hear(self, message: CoordinatorToServer) -> None:
         if not self.is_running(self.hear, message):
             return
+        if self._is_loading:
+            self._unread.append(message)
+            return
         match message:
             case Pulse():
                 self.weights.announce(message.published_version)
@@ -121,20 +125,27 @@ class ServerProcess:
 
     def _hear_welcome(self, welcome: Welcome) -> None:
         if not self.session:
-            if not self._is_loading:  # the model, the first time
-                self._is_loading = True
-                self.world.clock.after(self.world.rng.uniform(0.0, 0.5), self._enter, welcome)
+            self._is_loading = True
+            self.world.clock.after(self.world.rng.uniform(0.0, 0.5), self._enter_first, welcome)
         elif welcome.session != self.session:
             self._enter_again(welcome)
         elif self._is_greeting:
             self._is_greeting = False
             self._say_ready()
 
+    def _enter_first(self, welcome: Welcome) -> None:
+        """The model is loaded; what came meanwhile is read now."""
+        if not self.is_running(self._enter_first, welcome):
+            return
+        self._is_loading = False
+        self._enter(welcome)
+        self._beat()
+        unread, self._unread = self._unread, []
+        for message in unread:
+            self.hear(message)
+
     def _enter(self, welcome: Welcome) -> None:
         """Begin, or begin again: what was leased for a former start of the learner is void."""
-        if not self.is_running(self._enter, welcome):
-            return
-        is_first = not self.session
         self.held.clear()
         self.working.clear()
         self.unacknowledged.clear()
@@ -143,8 +154,6 @@ class ServerProcess:
         self.weights.announce(welcome.published_version)
         self._is_greeting = False
         self._say_ready()
-        if is_first:
-            self._beat()
 
     def _enter_again(self, welcome: Welcome) -> None:
         """Another coordinator; if it is of the same start of the learner, it takes what is held here."""
@@ -154,6 +163,7 @@ class ServerProcess:
         self.session = welcome.session
         self._is_greeting = False
         self._say_ready()
+        self._say_alive()
         self._resend(after_s=0.0)
 
     def _say_ready(self) -> None:
@@ -172,6 +182,7 @@ class ServerProcess:
             self.machine.stop("refused")
         elif self.session:
             self._is_greeting = True
+            self._confirmed_version = -1
             self._say_hello()
 
     def _hear_of_lease(self, message: Any) -> None:

@@ -61,7 +61,7 @@ class Weights:
         self._is_pulling = True
         newest = self._process.world.learner.newest_snapshot(self._run_id)
         pull_s = self._process.world.plan.pulling_s * (0.5 + self._process.world.rng.random())
-        if newest > self.loaded:
+        if self.loaded < newest <= self._published:
             self._clock.after(pull_s, self._pulled, self._run_id, newest)
         else:
             self._clock.after(ASK_AGAIN_S, self._ask_again)
