@@ -85,6 +85,7 @@ class SimulatedCoordinator:
         """Listen, and say so."""
         self.is_listening = True
         self._tell_learner(RunOpened(listen_address="tcp://simulated"))
+        self._inbound.tick(self.world.clock.now)
         self.world.clock.after(TICK_S, self._tick)
         for line in self.world.lines():
             self.world.clock.after(self.world.rng.uniform(0.0, 0.3), line.connect)

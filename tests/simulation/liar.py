@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from common.messages import HeldLease, Lease
+from common.messages import HeldLease, Lease, LeaseFailed
 from tests.simulation.groups import Runs
 from tests.simulation.plan import MAX_GROUP_BYTES
 
@@ -36,10 +36,17 @@ class Liar:
         )
         if "old_claim" in self._kinds:
             held = (*held, *old, *held)
+            for done in self._done:
+                self._process.world.clock.after(1.0, self._give_up, done.lease_id)
         if "forged_claim" in self._kinds:
             forged = (msgspec.structs.replace(one, task_id=one.task_id + 1, lease_id=one.lease_id + 1) for one in old)
             held = (*held, *forged)
         return held
+
+    def _give_up(self, lease_id: int) -> None:
+        """Nobody could tell a server that holds a lease for ever from one that takes its time."""
+        if self._process.is_alive and lease_id not in self._process.held:
+            self._process.line.send(LeaseFailed(lease_id=lease_id, kind="other", reason="never mind"))
 
     def lie(self, lease: Lease, runs: Runs) -> bool:
         """True: a lie was sent in place of the group."""
