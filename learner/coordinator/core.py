@@ -193,6 +193,8 @@ class Coordinator:
         kind, reason = self.book.why_not_running(lease_id)
         offence = f"a group for lease {lease_id}, which it was never granted" if kind == "not_yours" else ""
         count(self.book.endings.refused, kind)
+        if kind == "ended":
+            self.book.endings.note_refused(lease_id)
         refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
         # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
         blamed = offence and server_id in self.members
