@@ -43,6 +43,7 @@ class Hello(Message, frozen=True, tag="Hello"):
     protocol: Count
     server: Name  # for people: metrics and logs name the server by it
     epoch: Name  # random per process start: a restarted server is another one
+    said_us: Count = 0  # on the server's clock: one that arrives late, over a connection that was cut, is known by it
 
 
 class HeldLease(Message, frozen=True):

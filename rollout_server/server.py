@@ -42,7 +42,7 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
     """Introduce this server until the learner answers. Raises UserError when it does not want us."""
     said_s = time.monotonic()
     while True:
-        dealer.try_send(encode(hello))
+        dealer.try_send(encode(said_now(hello)))
         with suppress(TimeoutError):
             async with asyncio.timeout(HELLO_INTERVAL_S):
                 message = receive_message(await dealer.receive())
@@ -53,6 +53,10 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
         if time.monotonic() - said_s > SAY_IT_EVERY_S:
             said_s = time.monotonic()
             logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)
+
+
+def said_now(hello: messages.Hello) -> messages.Hello:
+    return msgspec.structs.replace(hello, said_us=time.monotonic_ns() // 1000)
 
 
 def receive_message(frames: list[bytes | memoryview]) -> messages.Message | None:
@@ -208,7 +212,7 @@ class RolloutServer:
         # or what is loaded.
         self._is_greeting_again = True
         self._confirmed_version = NO_VERSION
-        self._dealer.try_send(encode(self._hello))
+        self._dealer.try_send(encode(said_now(self._hello)))
 
     async def _work(self, lease: messages.Lease) -> None:
         try:

@@ -76,7 +76,7 @@ class Account:
         self.promised_before_calm: set[int] = set()
         self.waiting: dict[int, Waiting] = {}  # by task
         self.newest_task = -1
-        self.grants: Counter[int] = Counter()  # of each task
+        self.tries: Counter[int] = Counter()  # of each task
         self.parked: set[int] = set()  # ever
 
     # --- processes -------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Account:
         self.leases[event.lease] = event.task
         self.life.running_tasks.add(event.task)
         self.life.held[event.server] += 1
-        self.grants[event.task] += 1
+        self.tries[event.task] += 1
         self.waiting.pop(event.task, None)
         if event.task > self.newest_task:
             self.newest_task = event.task
@@ -137,6 +137,7 @@ class Account:
         self.life.running[event.lease] = Running(event.server, event.task, event.min_version)
         self.life.running_tasks.add(event.task)
         self.life.held[event.server] += 1
+        self.tries[event.task] += 1
         self.waiting.pop(event.task, None)
 
     def on_sampled(self, event: seen.Sampled) -> None:

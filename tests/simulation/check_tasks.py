@@ -18,7 +18,7 @@ class Tasks(Check):
 
     def on_parked(self, event: seen.Parked) -> None:
         tries = min(self.rules.max_task_failures, self.rules.max_task_losses)
-        tried = self.account.grants[event.task]
+        tried = self.account.tries[event.task]
         self.demand(tried >= tries, event, "a task is tried often enough before it is given up", tried)
 
     def on_checkpointed(self, event: seen.Checkpointed) -> None:

@@ -27,7 +27,10 @@ class Listener(Protocol):
 class Connection:
     """One TCP connection to one coordinator process."""
 
-    __slots__ = ("carries_down", "carries_up", "coordinator", "last_down", "last_up", "late_until", "line", "peer")
+    __slots__ = (
+        "carries_down", "carries_up", "coordinator", "held_down", "held_up", "last_down", "last_up", "late_until",
+        "line", "peer",
+    )  # fmt: skip
 
     def __init__(self, line: "Line", peer: Peer, coordinator: "SimulatedCoordinator") -> None:
         self.line = line
@@ -36,6 +39,8 @@ class Connection:
         self.carries_up = self.carries_down = True
         self.last_up = self.last_down = 0.0  # when the last message arrives
         self.late_until = 0.0
+        self.held_up: deque[tuple[Said, bytes]] = deque()  # arrived, as far as the stall lets them
+        self.held_down: deque[CoordinatorToServer] = deque()
 
 
 class Line:
@@ -103,18 +108,33 @@ class Line:
         return 2 if duplicated and self._world.rng.random() < duplicated else 1
 
     def _arrive_up(self, connection: Connection, message: Said, payload: bytes) -> None:
-        if not connection.carries_up:
-            return
+        connection.held_up.append((message, payload))
+        if len(connection.held_up) == 1:
+            self._release_up(connection)
+
+    def _release_up(self, connection: Connection) -> None:
+        """In order, and none before the stall is over."""
         wait_until = max(self._stalled_until, connection.late_until)
         if self._world.clock.now < wait_until:
-            self._world.clock.at(wait_until, self._arrive_up, connection, message, payload)
-        else:
-            connection.coordinator.hear(connection.peer, message, payload)
+            self._world.clock.at(wait_until, self._release_up, connection)
+            return
+        held = connection.held_up
+        while held:
+            if connection.carries_up:
+                connection.coordinator.hear(connection.peer, *held[0])
+            held.popleft()
 
     def _arrive_down(self, connection: Connection, message: CoordinatorToServer) -> None:
-        if not connection.carries_down:
-            return
+        connection.held_down.append(message)
+        if len(connection.held_down) == 1:
+            self._release_down(connection)
+
+    def _release_down(self, connection: Connection) -> None:
         if self._world.clock.now < self._stalled_until:
-            self._world.clock.at(self._stalled_until, self._arrive_down, connection, message)
-        else:
-            self._listener.hear(message)
+            self._world.clock.at(self._stalled_until, self._release_down, connection)
+            return
+        held = connection.held_down
+        while held:
+            if connection.carries_down:
+                self._listener.hear(held[0])
+            held.popleft()

@@ -207,7 +207,8 @@ class ServerProcess:
             self.world.clock.after(HELLO_INTERVAL_S, self._greet)
 
     def _say_hello(self) -> None:
-        self.line.send(Hello(protocol=PROTOCOL_VERSION, server=self.plan.name, epoch=self.epoch))
+        said_us = int(1e6 * self.world.clock.now)
+        self.line.send(Hello(protocol=PROTOCOL_VERSION, server=self.plan.name, epoch=self.epoch, said_us=said_us))
 
     def _beat(self) -> None:
         if not self.is_running(self._beat):
