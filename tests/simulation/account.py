@@ -8,6 +8,7 @@ from tests.simulation import history as seen
 from tests.simulation.plan import Plan
 
 NO_FAULT = ("duplicate", "ended", "not_yours")  # refusals that end no lease
+TOO_SLOW = "would be older than"  # in the reason of a lease that was taken away so that others can be trained
 
 
 class Batch(NamedTuple):
@@ -46,6 +47,7 @@ class Life:
     quarantined: set[str] = field(default_factory=set)  # servers
     quarantined_keys: set[str] = field(default_factory=set)
     parked: set[int] = field(default_factory=set)
+    given_up: Counter[int] = field(default_factory=Counter)  # how often a task was taken away because it took too long
 
 
 class Account:
@@ -162,7 +164,9 @@ class Account:
     def on_cancelled(self, event: seen.Cancelled) -> None:
         running = self.life.running.get(event.lease)
         if running is not None and running.server == event.server:
-            self._give_back(self._close(event.lease))
+            task = self._close(event.lease)
+            self.life.given_up[task] += TOO_SLOW in event.reason
+            self._give_back(task)
 
     def on_parked(self, event: seen.Parked) -> None:
         self.has_failures = True

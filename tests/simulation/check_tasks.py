@@ -1,6 +1,7 @@
 """Tasks: none is skipped, none starves, and none is given up without having been tried."""
 
 from tests.simulation import history as seen
+from tests.simulation.account import TOO_SLOW
 from tests.simulation.check import Check
 
 
@@ -15,6 +16,12 @@ class Tasks(Check):
             if waiting.overtaken > waiting.ahead and task != event.task
         }  # fmt: skip
         self.demand(not starving, event, "tasks that were given back come before new ones", starving)
+
+    def on_cancelled(self, event: seen.Cancelled) -> None:
+        running = self.account.life.running.get(event.lease)
+        if running is not None and TOO_SLOW in event.reason:
+            times = self.account.life.given_up[running.task] + 1
+            self.demand(times <= self.rules.max_requeues, event, "a slow task is waited for in the end", times)
 
     def on_parked(self, event: seen.Parked) -> None:
         tries = min(self.rules.max_task_failures, self.rules.max_task_losses)

@@ -28,6 +28,8 @@ class Faults:
         if process is None:
             return ""
         process.line.cut()
+        while self._rng.random() < 0.4:  # and soon again
+            self._world.clock.after(self._rng.uniform(0.0, 1.0), process.line.cut)
         return process.epoch
 
     def _partition(self) -> None:
@@ -46,11 +48,13 @@ class Faults:
         self._rng.choice(self._world.servers).leave()
 
     def _server_hang(self) -> str:
-        process = self._process()
-        if process is None:
+        """Never for ever at the server that is always honest: somebody healthy must be left."""
+        server = self._rng.choice(self._world.servers)
+        longest_s = 300.0 if server is not self._world.servers[0] else 20.0
+        if server.process is None:
             return ""
-        process.hang(self._rng.choice([3.0, 12.0, 20.0]))
-        return process.epoch
+        server.process.hang(self._rng.choice([3.0, 12.0, 12.0, longest_s]))
+        return server.process.epoch
 
     def _server_pause(self) -> str:
         process = self._process()

@@ -16,7 +16,7 @@ from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 T = TypeVar("T")
 
 
-class JournalBrokeError(Exception):
+class JournalBrokeError(ValueError):
     """A transaction that SQLite would refuse."""
 
 

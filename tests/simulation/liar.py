@@ -26,7 +26,7 @@ class Liar:
 
     def boast(self, loaded: int) -> int:
         """The version it says it has loaded."""
-        return FAR_FUTURE if "boast" in self._kinds else loaded
+        return FAR_FUTURE if "boast" in self._kinds or "future_version" in self._kinds else loaded
 
     def claims(self, held: tuple[HeldLease, ...]) -> tuple[HeldLease, ...]:
         """The leases it says it holds."""
@@ -93,5 +93,8 @@ class Liar:
         elif kind == "replayed":
             self._process.send_group(rng.choice(self._done), runs, lie=kind, once=True)
         elif kind == "not_yours":
-            other = msgspec.structs.replace(lease, lease_id=max(0, lease.lease_id + rng.choice([-1, 1, 2, 50])))
+            step = rng.choice([-2, -1, 1, 2, 50])
+            other = msgspec.structs.replace(
+                lease, lease_id=max(0, lease.lease_id + step), task_id=max(0, lease.task_id + step)
+            )
             self._process.send_group(other, runs, lie=kind, once=True)

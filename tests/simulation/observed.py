@@ -16,6 +16,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.journal_keeper import LoadedBatch
 from learner.coordinator.outbound import Outbound
 from tests.simulation import history as seen
+from tests.simulation.account import NO_FAULT
 from tests.simulation.groups import nonce_of, nonces_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class ObservedOutbound(Outbound):
                 nonce = nonce_of(group.payload)
                 self._note(seen.Accepted(now, life, server, group.lease_id, group.task_id, nonce))
             case RefuseGroup(server_id=server, lease_id=lease, kind=kind):
+                if kind not in NO_FAULT:
+                    self.heard(server)
                 self._note(seen.Refused(now, life, server, lease, self.answering, kind))
             case CancelLease(server_id=server, lease_id=lease, reason=reason):
                 self._note(seen.Cancelled(now, life, server, lease, reason))

@@ -26,7 +26,7 @@ from tests.simulation import history as seen
 from tests.simulation.groups import Runs, header_of, payload_of, runs_of
 from tests.simulation.liar import Liar
 from tests.simulation.network import Line
-from tests.simulation.plan import MAX_SAMPLED_TOKENS, SIGMA
+from tests.simulation.plan import MAX_SAMPLED_TOKENS
 from tests.simulation.weights import Weights
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ class ServerProcess:
     def _begin(self, work: Work) -> None:
         if self.working.get(work.lease.lease_id) is work:
             work.started_at = self.world.clock.now
-            duration_s = self.plan.median_s * self.world.rng.lognormvariate(0.0, SIGMA)
+            jitter = 0.9 + 0.2 * self.world.rng.random()
+            duration_s = self.plan.median_s * self.world.length_of(work.lease.task_id) * jitter
             self.world.clock.after(duration_s, self._finish, work)
 
     def _finish(self, work: Work) -> None:

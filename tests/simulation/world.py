@@ -15,7 +15,7 @@ from tests.simulation.history import History
 from tests.simulation.journal import SimulatedJournal
 from tests.simulation.learner import SimulatedLearner
 from tests.simulation.network import Line
-from tests.simulation.plan import Plan
+from tests.simulation.plan import SIGMA, Plan
 from tests.simulation.server import SimulatedServer
 
 BOOT_S = 0.3  # of a coordinator
@@ -42,6 +42,7 @@ class World:
         self._lives = 0
         self._num_connections = 0
         self._num_nonces = 0
+        self._lengths: dict[int, float] = {}
         self._outage_until = 0.0
         self._failing = plan.failing
         self._is_calm = False
@@ -75,6 +76,12 @@ class World:
     def new_nonce(self) -> int:
         self._num_nonces += 1
         return self._num_nonces
+
+    def length_of(self, task: int) -> float:
+        """A task that takes long takes long again: log-normal, the median is 1, and p99 is ten times that."""
+        if task not in self._lengths:
+            self._lengths[task] = random.Random(f"{self.plan.seed} {task}").lognormvariate(0.0, SIGMA)
+        return self._lengths[task]
 
     def failing(self) -> float:
         """The share of leases that fail now."""
