@@ -21,7 +21,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.delivery import Delivery
 from learner.coordinator.leases import LeaseBook
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.members import Member, Offences
+from learner.coordinator.members import MAX_OFFENDERS, Member, Offences
 from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
@@ -67,6 +67,7 @@ class Coordinator:
         self._joined = 0
         self._last_tick_at: float | None = None
         self._offences = Offences(settings.max_offences)
+        self._hung: dict[str, None] = {}  # servers that were given up alive and have finished nothing since
 
     @property
     def version(self) -> int:
@@ -106,6 +107,8 @@ class Coordinator:
         member = self.members[server_id]
         member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
         if is_new:
+            if server_id in self._hung:  # others first, and one lease at a time, until it has finished one
+                member.failures_in_a_row = self.settings.failures_before_pause
             return [*self.book.adopt(member, claims, now), *self._go_on(now)]
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
         return [*again, *self._go_on(now)]
@@ -159,6 +162,8 @@ class Coordinator:
             if not member.has_work(self.book.published_version):
                 member.progressed_at = now
             if reason := member.loss(self.settings, now):
+                if not member.is_silent(self.settings, now):
+                    self._hung = dict.fromkeys([*self._hung, member.server_id][-MAX_OFFENDERS:])
                 decisions += self.server_lost(member.server_id, reason, now)
         return [*decisions, *self._go_on(now)]
 
@@ -176,6 +181,7 @@ class Coordinator:
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
+        self._hung.pop(server_id, None)
         self.failures_in_a_row = 0
         return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
 

@@ -23,7 +23,6 @@ from learner.coordinator.outbound import Outbound
 from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.recovery import JournalContents
 from learner.coordinator.replay_queue import ReplayQueue
-from learner.coordinator.sessions import Sessions
 from tests.simulation.campaign import examine
 
 MAX_SEEDS = 1000
@@ -100,15 +99,12 @@ def anybody_may_fulfil_a_lease(monkeypatch):
 
 
 @mutation
-def duplicates_enter_the_queue_again(monkeypatch):
-    finished = Coordinator.group_finished
+def a_lease_goes_on_after_its_group_was_accepted(monkeypatch):
+    def accept(self, lease, group):
+        self.endings.note_accepted(lease.lease_id)
+        self.batches.put(group)
 
-    def again(self, server_id, group, now):
-        if self.book.endings.of(group.lease_id) == records.ACCEPTED:
-            return [AcceptGroup(server_id=server_id, group=group)]
-        return finished(self, server_id, group, now)
-
-    monkeypatch.setattr(Coordinator, "group_finished", again)
+    monkeypatch.setattr(LeaseBook, "accept", accept)
 
 
 # --- leases and credits --------------------------------------------------------------------------------------------
@@ -426,16 +422,6 @@ def a_second_of_silence_is_a_death(monkeypatch):
     monkeypatch.setattr(
         Member, "loss", lambda self, settings, now: loss(self, replace(settings, server_timeout_s=1.2), now)
     )
-
-
-@mutation
-def a_late_hello_takes_the_session(monkeypatch):
-    greet = Sessions.greet
-
-    def gullible(self, hello, *, peer, now):
-        return greet(self, msgspec.structs.replace(hello, said_us=0), peer=peer, now=now)
-
-    monkeypatch.setattr(Sessions, "greet", gullible)
 
 
 NAMES.extend(MUTATIONS)
