@@ -43,6 +43,7 @@ class Hello(Message, frozen=True, tag="Hello"):
     protocol: Count
     server: Name  # for people: metrics and logs name the server by it
     epoch: Name  # random per process start: a restarted server is another one
+    said_us: Count = 0  # on the server's clock: one that arrives late, over a connection that was cut, is known by it
 
 
 class HeldLease(Message, frozen=True):
@@ -206,6 +207,7 @@ class OpenRun(Message, frozen=True, tag="OpenRun"):
     dtype: Name  # of the weights that will be published
     weights_address: Address
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
+    published_version: Version = -1  # the newest that servers may have loaded, when a coordinator is replaced
 
 
 class RunOpened(Message, frozen=True, tag="RunOpened"):

@@ -42,7 +42,7 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
     """Introduce this server until the learner answers. Raises UserError when it does not want us."""
     said_s = time.monotonic()
     while True:
-        dealer.try_send(encode(hello))
+        dealer.try_send(encode(said_now(hello)))
         with suppress(TimeoutError):
             async with asyncio.timeout(HELLO_INTERVAL_S):
                 message = receive_message(await dealer.receive())
@@ -53,6 +53,10 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
         if time.monotonic() - said_s > SAY_IT_EVERY_S:
             said_s = time.monotonic()
             logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)
+
+
+def said_now(hello: messages.Hello) -> messages.Hello:
+    return msgspec.structs.replace(hello, said_us=time.monotonic_ns() // 1000)
 
 
 def receive_message(frames: list[bytes | memoryview]) -> messages.Message | None:
@@ -202,14 +206,17 @@ class RolloutServer:
         self._session = welcome.session
         self._is_greeting_again = False
         await self._say_ready()
+        await self._say_alive()  # it has to know what is loaded before it hears of tokens sampled with that
         self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=0.0)
 
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:
             raise UserError(f"the learner refuses this rollout server: {refused.reason}")
-        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps.
+        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps,
+        # or what is loaded.
         self._is_greeting_again = True
-        self._dealer.try_send(encode(self._hello))
+        self._confirmed_version = NO_VERSION
+        self._dealer.try_send(encode(said_now(self._hello)))
 
     async def _work(self, lease: messages.Lease) -> None:
         try:
@@ -232,9 +239,12 @@ class RolloutServer:
         newest_version = max(int(trajectory.token_versions.max()) for trajectory in group.trajectories)
         if newest_version > self._confirmed_version:
             await self._receiver.wait_for_version(newest_version)
-            heartbeat = self._describe()
-            await self._dealer.send(encode(heartbeat))
-            self._confirmed_version = heartbeat.loaded_version
+            await self._say_alive()
+
+    async def _say_alive(self) -> None:
+        heartbeat = self._describe()
+        await self._dealer.send(encode(heartbeat))
+        self._confirmed_version = heartbeat.loaded_version
 
     async def _heartbeat(self) -> None:
         said_s = time.monotonic()

@@ -13,6 +13,7 @@ class Batches:
         self.settings = settings
         self.queue = ReplayQueue(max_groups=settings.queue_groups, max_bytes=settings.queue_bytes)
         self.recorded = dict(recovered.batches)  # version -> its batch, to be delivered again as it was
+        self.delivered: tuple[QueuedGroup, ...] = ()  # a batch from the queue that the learner has now
         self.deadlines = Deadlines(settings.groups_per_step)
         for group in recovered.queued:
             self.queue.put_back(group)
@@ -41,6 +42,10 @@ class Batches:
             return ()
         return tuple(sorted(batch, key=lambda group: group.task_id))
 
+    def deliver(self, version: int, batch: tuple[QueuedGroup, ...]) -> None:
+        """The learner gets what next() chose."""
+        self.delivered = () if version in self.recorded else batch
+
     def late_after(self, version: int) -> int | None:
         """The first step that would have too much to train in time, were the next batch trained at `version`.
 
@@ -52,14 +57,19 @@ class Batches:
         return self.deadlines.first_overfull(version + 1, trained=map(self._deadline, batch))
 
     def would_fit(self, deadline: int, *, version: int) -> bool:
-        """Whether one more open lease with this deadline can be trained in time, with all that is open."""
+        """Whether one more open lease with this deadline can be trained in time, with all that is open.
+
+        It can not be in the batch any more that the learner has now.
+        """
+        next_version = version + 1 if self.delivered else version
         self.deadlines.add(deadline)
-        fits = self.deadlines.first_overfull(version, trained=()) is None
+        fits = self.deadlines.first_overfull(next_version, trained=map(self._deadline, self.delivered)) is None
         self.deadlines.remove(deadline)
         return fits
 
     def consume(self, version: int, lease_ids: tuple[int, ...]) -> tuple[QueuedGroup, ...]:
         """The batch that was trained at `version`; it is not kept any longer."""
+        self.delivered = ()
         recorded = self.recorded.pop(version, None)
         trained = recorded or self.queue.consume(lease_ids)
         for group in trained:

@@ -46,6 +46,7 @@ class CoordinatorClient:
         )
         self._run: messages.OpenRun | None = None  # as the coordinator would have to be told it now
         self._published: messages.SnapshotPublished | None = None
+        self._untold: list[messages.Message] = []  # progress since OpenRun was said, until it is answered
         self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
         self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
         self._dealer: Dealer | None = None  # while a coordinator knows the run
@@ -117,6 +118,8 @@ class CoordinatorClient:
 
     async def published(self, version: int) -> None:
         self._published = messages.SnapshotPublished(version=version)
+        if self._run is not None:
+            self._run = msgspec.structs.replace(self._run, published_version=version)
         await self._tell(self._published)
 
     async def take_frontier(self) -> bytes:
@@ -161,6 +164,7 @@ class CoordinatorClient:
         try:
             await self._starts.wait()
             assert self._run is not None
+            self._untold.clear()
             await dealer.send(encode(self._run))
             while True:
                 message, payload = self._decoder.decode(await dealer.receive())
@@ -176,6 +180,8 @@ class CoordinatorClient:
     async def _opened(self, dealer: Dealer, opened: messages.RunOpened) -> None:
         """This coordinator knows the run: tell it what its predecessor knew, ask it what that did not answer."""
         self._settings = msgspec.structs.replace(self._settings, listen=opened.listen_address)
+        while self._untold:
+            await dealer.send(encode(self._untold.pop(0)))
         self._dealer = dealer
         if self._published is not None:
             await dealer.send(encode(self._published))
@@ -199,9 +205,11 @@ class CoordinatorClient:
         return self._lost
 
     async def _tell(self, message: messages.Message) -> None:
-        """A coordinator that is not there now will be told when it is: by OpenRun, and by what was published."""
+        """A coordinator that is not there now will be told when it is: by OpenRun, or when it has answered that."""
         if self._dealer is not None:
             await self._dealer.send(encode(message))
+        elif isinstance(message, messages.StepCompleted | messages.CheckpointSaved):
+            self._untold.append(message)
 
     async def _ask(
         self, request: messages.Message, answer_type: type[messages.Message]

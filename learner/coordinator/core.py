@@ -8,6 +8,7 @@ Why no token that is too old is ever trained: see deadlines.py.
 
 from collections.abc import Sequence
 
+from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
     AcceptGroup,
     Decision,
@@ -20,7 +21,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.delivery import Delivery
 from learner.coordinator.leases import LeaseBook
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.members import Member, Offences
+from learner.coordinator.members import MAX_OFFENDERS, Member, Offences
 from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
@@ -38,6 +39,7 @@ class Coordinator:
     """The rules of one run, from `version` on.
 
     frontier: what frontier() said for the learner's last checkpoint, if there is one. journal: what was accepted since.
+    published_version: what servers may have loaded by now.
     servers_return_until: it replaces a coordinator, whose leases servers may claim before any are granted.
     Raises ledger.FrontierError when they do not belong to this version and these data.
     """
@@ -49,11 +51,13 @@ class Coordinator:
         version: int = 0,
         frontier: bytes = b"",
         journal: JournalContents | None = None,
+        published_version: int = NO_VERSION,
         servers_return_until: float | None = None,
     ) -> None:
         self.settings = settings
         state = decode_frontier(frontier, version=version, source=settings.source)
         self.book = LeaseBook(settings, recover(state, journal or JournalContents(), version=version))
+        self.book.published_version = published_version
         if servers_return_until is not None:
             self.book.next_lease_id += LEASE_ID_LEAP
         self.failures_in_a_row = 0  # at all servers together
@@ -63,6 +67,7 @@ class Coordinator:
         self._joined = 0
         self._last_tick_at: float | None = None
         self._offences = Offences(settings.max_offences)
+        self._hung: dict[str, None] = {}  # servers that were given up alive and have finished nothing since
 
     @property
     def version(self) -> int:
@@ -102,6 +107,8 @@ class Coordinator:
         member = self.members[server_id]
         member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
         if is_new:
+            if server_id in self._hung:  # others first, and one lease at a time, until it has finished one
+                member.failures_in_a_row = self.settings.failures_before_pause
             return [*self.book.adopt(member, claims, now), *self._go_on(now)]
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
         return [*again, *self._go_on(now)]
@@ -155,6 +162,8 @@ class Coordinator:
             if not member.has_work(self.book.published_version):
                 member.progressed_at = now
             if reason := member.loss(self.settings, now):
+                if not member.is_silent(self.settings, now):
+                    self._hung = dict.fromkeys([*self._hung, member.server_id][-MAX_OFFENDERS:])
                 decisions += self.server_lost(member.server_id, reason, now)
         return [*decisions, *self._go_on(now)]
 
@@ -172,6 +181,7 @@ class Coordinator:
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
+        self._hung.pop(server_id, None)
         self.failures_in_a_row = 0
         return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
 
@@ -189,6 +199,8 @@ class Coordinator:
         kind, reason = self.book.why_not_running(lease_id)
         offence = f"a group for lease {lease_id}, which it was never granted" if kind == "not_yours" else ""
         count(self.book.endings.refused, kind)
+        if kind == "ended":
+            self.book.endings.note_refused(lease_id)
         refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
         # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
         blamed = offence and server_id in self.members
@@ -270,6 +282,7 @@ class Coordinator:
         batch = self.book.batch()
         if not batch:
             return []
+        self.book.batches.deliver(self.version, batch)
         idle_share = self._delivery.deliver(batch, now)
         if idle_share is not None:
             self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))

@@ -87,6 +87,8 @@ class LeaseBook:
         """The server goes on with leases from before, as far as their tasks are free and still in time."""
         decisions: list[Decision] = []
         for claim in claims:
+            if claim.lease_id in member.leases:
+                continue  # claimed twice
             if self._may_adopt(claim):
                 lease = OpenLease(
                     lease_id=claim.lease_id,

@@ -56,9 +56,12 @@ class Member:
         self.heard_at = min(now, self.heard_at + pause_s)
         self.progressed_at = min(now, self.progressed_at + pause_s)
 
+    def is_silent(self, settings: CoordinatorSettings, now: float) -> bool:
+        return now - self.heard_at > settings.server_timeout_s
+
     def loss(self, settings: CoordinatorSettings, now: float) -> str:
         """Why the server counts as lost; empty while it does not."""
-        if now - self.heard_at > settings.server_timeout_s:
+        if self.is_silent(settings, now):
             return f"not heard of for {now - self.heard_at:.0f} s"
         if now - self.progressed_at > settings.hang_timeout_s:
             return f"alive, but no progress on its {len(self.leases)} leases for {now - self.progressed_at:.0f} s"

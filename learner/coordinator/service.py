@@ -175,6 +175,7 @@ class Service:
             self._post()
 
     async def _tick(self) -> None:
+        self._inbound.tick(time.monotonic())  # from now on its own pauses are told from the servers' silence
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()

@@ -40,10 +40,13 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
                 version=run.version,
                 frontier=run.frontier,
                 journal=contents,
+                published_version=run.published_version,
                 servers_return_until=time.monotonic() + SERVERS_RETURN_S if journal.is_of_this_life else None,
             )
         except FrontierError as error:
             raise UserError(f"the run cannot be resumed: {error}") from error
+        # Lease ids go on from here, also if this coordinator is killed before it has written anything else.
+        await journal.keep((), (), core.book.past())
         frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
         servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
         events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
