@@ -2,8 +2,9 @@
 
 import pytest
 
-from learner.coordinator.core import LEASE_ID_LEAP, Coordinator
+from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, CancelLease, DeliverBatch, ForgetTrained
+from learner.coordinator.leases import LEASE_ID_LEAP
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases
 from learner.coordinator.records import Claim
 from learner.coordinator.recovery import JournalContents, recover
