@@ -11,5 +11,6 @@ def interpolated_logprobs(current_logprobs_BT: Tensor, behavior_logprobs_BT: Ten
     of the current one. Of a token that the current policy itself sampled it is the current policy's: nothing lies one
     step before, and what differs is server and learner, for which weights are there. Carries no grad.
     """
-    back_BT = torch.where(staleness_BT > 0, 1.0 / staleness_BT.clamp(min=1), 0.0)
-    return torch.lerp(current_logprobs_BT.detach(), behavior_logprobs_BT, back_BT.to(behavior_logprobs_BT.dtype))
+    steps_BT = staleness_BT.clamp(min=1).to(behavior_logprobs_BT.dtype)
+    back_BT = (1.0 / steps_BT).masked_fill(staleness_BT < 1, 0.0)
+    return torch.lerp(current_logprobs_BT.detach(), behavior_logprobs_BT, back_BT)

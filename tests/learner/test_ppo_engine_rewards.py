@@ -9,6 +9,7 @@ import torch
 from common.trajectory import Group
 from learner.algorithms import ADVANTAGES
 from learner.algorithms.kl import adapted_coefficient
+from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
@@ -42,7 +43,7 @@ def other_model(tmp_path_factory) -> str:
 
 
 def an_engine(model: str, **overrides) -> PpoEngine:
-    critic = model if overrides.get("advantage") == "gae" else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC else None
     return open_torch_engine(some_train_settings(model, critic_model=critic, **overrides))
 
 
