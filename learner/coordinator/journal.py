@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from common.codec import Frame
 from common.lifecycle import UserError
 from common.messages import GroupHeader
 from learner.coordinator.ledger import PastLeases
@@ -201,7 +202,7 @@ class Journal:
         return f"the journal {self._path} cannot be used: {error}; {advice}"
 
 
-def _digest(header: bytes, payload: bytes) -> bytes:
+def _digest(header: bytes, payload: Frame) -> bytes:
     digest = xxhash.xxh3_128(header)
     digest.update(payload)
     return digest.digest()

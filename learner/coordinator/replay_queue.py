@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from common.codec import Frame
 from common.messages import GroupHeader
 
 # What a decoded header costs in memory, rounded up, beside the payload: so that a header of many short version
@@ -18,7 +19,7 @@ class FinishedGroup:
     """One validated group as it arrived: header and raw payload, so that it is handed on without being packed again."""
 
     header: GroupHeader
-    payload: bytes
+    payload: Frame
     oldest_version: int  # of all its sampled tokens
     newest_version: int
     accepted_version: int  # where the run was when it arrived

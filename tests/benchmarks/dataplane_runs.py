@@ -32,7 +32,7 @@ from tests.benchmarks.dataplane_workload import TOKENS, VOCAB_SIZE, GroupMaker, 
 
 M = TypeVar("M", bound=Message)
 
-TIMEOUT_MS = 30_000
+TIMEOUT_S = 20.0
 END_S = 10.0
 PROMPT_CHARS = 1000
 PROMPTS = 1000
@@ -114,9 +114,11 @@ class FakeLearner:
         self._socket.send_multipart([msgspec.msgpack.encode(message), b""])
 
     def hear(self, kind: type[M]) -> M:
+        deadline = time.monotonic() + TIMEOUT_S
         while True:
-            if not self._socket.poll(TIMEOUT_MS):
-                raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_MS / 1e3:.0f} s")
+            if not self._socket.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                waiting_for = self.status.waiting_for if self.status is not None else "nothing was heard"
+                raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_S:.0f} s: {waiting_for}")
             header, _ = self._socket.recv_multipart(copy=False)
             message = self._decoder.decode(header.buffer)
             if isinstance(message, CoordinatorStatus):
@@ -195,9 +197,7 @@ def a_coordinator(journal: str, settings: ServiceSettings, directory: Path) -> I
     path, log = directory / "settings.json", directory / "coordinator.log"
     write_settings(settings, path)
     with ExitStack() as stack:
-        process = stack.enter_context(
-            a_process("tests.benchmarks.dataplane_coordinator", journal, str(path), log=log)
-        )
+        process = stack.enter_context(a_process("tests.benchmarks.dataplane_coordinator", journal, str(path), log=log))
         context = zmq.Context()
         stack.callback(context.destroy, linger=0)
         socket = context.socket(zmq.DEALER)
@@ -243,9 +243,7 @@ def run_control(case: Case, directory: Path) -> Flow:
         stack.callback(context.destroy, linger=0)
         socket = context.socket(zmq.ROUTER)
         port = socket.bind_to_random_port("tcp://127.0.0.1")
-        plan = Plan(
-            address=f"tcp://127.0.0.1:{port}", group_size=case.group_size, names=names("raw", case.servers)
-        )
+        plan = Plan(address=f"tcp://127.0.0.1:{port}", group_size=case.group_size, names=names("raw", case.servers))
         stack.enter_context(senders("raw", plan, directory))
         receive_for(socket, case.warm_up_s)
         began = time.monotonic()
@@ -254,7 +252,7 @@ def run_control(case: Case, directory: Path) -> Flow:
 
 
 def receive_for(socket: "zmq.Socket[bytes]", seconds: float) -> int:
-    socket.set(zmq.RCVTIMEO, TIMEOUT_MS)
+    socket.set(zmq.RCVTIMEO, int(TIMEOUT_S * 1e3))
     socket.recv_multipart(copy=False)  # the first one: the sender is there
     until, messages = time.monotonic() + seconds, 0
     while time.monotonic() < until:
