@@ -58,6 +58,11 @@ class Batches:
         self.deadlines.remove(deadline)
         return fits
 
+    def hand_out(self, version: int, batch: tuple[QueuedGroup, ...]) -> None:
+        """The batch is delivered: only its receiver has its bytes from now on, and the journal."""
+        if version not in self.recorded:
+            self.queue.hand_out(group.lease_id for group in batch)
+
     def consume(self, version: int, lease_ids: tuple[int, ...]) -> tuple[QueuedGroup, ...]:
         """The batch that was trained at `version`; it is not kept any longer."""
         recorded = self.recorded.pop(version, None)

@@ -270,6 +270,7 @@ class Coordinator:
         batch = self.book.batch()
         if not batch:
             return []
+        self.book.batches.hand_out(self.version, batch)
         idle_share = self._delivery.deliver(batch, now)
         if idle_share is not None:
             self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))

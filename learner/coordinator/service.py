@@ -14,7 +14,6 @@ from functools import partial
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
 from common.messages import (
-    Batch,
     CheckpointSaved,
     CloseRun,
     CoordinatorToLearner,
@@ -30,10 +29,11 @@ from common.messages import (
 )
 from common.wire import Incoming, Peer, Router
 from learner.coordinator.background import in_thread
+from learner.coordinator.batch_sender import BatchSender
 from learner.coordinator.core import Coordinator, LearnerError
-from learner.coordinator.decisions import GrantLease
+from learner.coordinator.decisions import DeliverBatch, GrantLease
 from learner.coordinator.inbound import Inbound
-from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch
+from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.service_settings import ServiceSettings
@@ -75,6 +75,7 @@ class Service:
         self._journal = journal
         self._events = events
         self._ages = TokenAges()
+        self._batches = BatchSender(learner, learner_peer, journal, ages=self._ages, events=events)
         self._to_servers = Mailer(servers)
         self._to_learner = Mailer(learner)
         self._decoder = Decoder(
@@ -90,8 +91,11 @@ class Service:
         """Serve until the learner closes the run."""
         self._tell_learner(RunOpened(listen_address=self._servers.address))
         async with asyncio.TaskGroup() as group:
-            loops = (self._hear_servers, self._hear_learner, self._lend, self._keep_journal, self._tick, self._retry)
-            running = [group.create_task(loop()) for loop in loops]
+            loops = (
+                self._hear_servers(), self._hear_learner(), self._lend(), self._keep_journal(), self._batches.run(),
+                self._tick(), self._retry(),
+            )  # fmt: skip
+            running = [group.create_task(loop) for loop in loops]
             await self._done.wait()
             for task in running:
                 task.cancel()
@@ -166,13 +170,17 @@ class Service:
         while True:
             await self._recorded.wait()
             self._recorded.clear()
-            records, promises = self._outbound.take_records()
-            for kept in await self._journal.keep(records, promises, self._core.book.past()):
-                if isinstance(kept, LoadedBatch):
-                    self._deliver(kept)
-                else:
-                    self._outbound.acknowledge(kept)
+            await self._keep_records()
             self._post()
+
+    async def _keep_records(self) -> None:
+        records, promises = self._outbound.take_records()
+        await self._journal.keep(records, self._core.book.past())
+        for promise in promises:
+            if isinstance(promise, DeliverBatch):
+                self._batches.put(promise)
+            else:
+                self._outbound.acknowledge(promise)
 
     async def _tick(self) -> None:
         while True:
@@ -224,20 +232,6 @@ class Service:
             self._granted.set()
         if self._outbound.records or self._outbound.promises:
             self._recorded.set()
-
-    def _deliver(self, batch: LoadedBatch) -> None:
-        for header, accepted_version in zip(batch.headers, batch.accepted_versions, strict=True):
-            self._ages.add(header, accepted_version=accepted_version, trained_version=batch.version)
-        message = Batch(version=batch.version, groups=batch.headers)
-        self._to_learner.send(self._learner_peer, encode(message, batch.payload))
-        if self._events is not None:
-            self._events.emit(
-                "batch_delivered",
-                version=batch.version,
-                num_bytes=len(batch.payload),
-                leases=[header.lease_id for header in batch.headers],
-                tasks=[header.task_id for header in batch.headers],
-            )
 
     def _tell_learner(self, message: CoordinatorToLearner) -> None:
         self._to_learner.send(self._learner_peer, encode(message))

@@ -11,6 +11,7 @@ from common.keys import KeyFileError, ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
+from learner.coordinator.batch_sender import PARTS_ON_THE_WAY
 from learner.coordinator.core import Coordinator, LearnerError
 from learner.coordinator.journal_keeper import open_journal
 from learner.coordinator.ledger import FrontierError, decode_frontier
@@ -28,7 +29,11 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
     keys = _load_keys(settings)
     async with AsyncExitStack() as stack:
         learner = await stack.enter_async_context(
-            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
+            open_router(
+                settings.learner_socket,
+                max_frame_bytes=MAX_LEARNER_HEADER_BYTES,
+                send_queue_messages=PARTS_ON_THE_WAY,
+            )
         )
         learner_peer, run = await _wait_for_learner(learner)
         journal = await stack.enter_async_context(open_journal(Path(settings.journal), lineage=settings.run_id))

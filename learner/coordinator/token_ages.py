@@ -20,11 +20,13 @@ class TokenAges:
 
     def add(self, header: GroupHeader, *, accepted_version: int, trained_version: int) -> None:
         """The group is delivered for the step that updates trained_version."""
-        runs = [run for trajectory in header.trajectories for run in trajectory.version_runs]
-        versions_R = np.array([version for version, _ in runs])
+        tokens: Counter[int] = Counter()  # by the version that sampled them: few, while there may be many runs
+        for trajectory in header.trajectories:
+            for version, length in trajectory.version_runs:
+                tokens[version] += length
         waited = trained_version - accepted_version
-        staleness_R = token_staleness(versions_R, current=trained_version)
-        for staleness, (_, num_tokens) in zip(staleness_R.tolist(), runs, strict=True):
+        staleness_V = token_staleness(np.array(list(tokens)), current=trained_version)
+        for staleness, num_tokens in zip(staleness_V.tolist(), tokens.values(), strict=True):
             self.staleness[_bounded(staleness)] += num_tokens
             self.in_flight[_bounded(staleness - waited)] += num_tokens
             self.in_queue[_bounded(waited)] += num_tokens

@@ -19,6 +19,7 @@ from common.messages import (
     CloseRun,
     CoordinatorStatus,
     CoordinatorToLearner,
+    GroupHeader,
     Message,
     OpenRun,
     RunOpened,
@@ -138,12 +139,16 @@ class FakeLearner:
 
     def step(self) -> None:
         self.say(TakeBatch(version=self.version))
-        batch = self.hear(Batch)
-        self.trajectories += sum(len(group.trajectories) for group in batch.groups)
+        groups: list[GroupHeader] = []
+        is_complete = False
+        while not is_complete:
+            batch = self.hear(Batch)
+            groups += batch.groups
+            is_complete = batch.part + 1 == batch.num_parts
+        self.trajectories += sum(len(group.trajectories) for group in groups)
         self.version += 1
         self.completed_at.append(time.monotonic())
-        lease_ids = tuple(group.lease_id for group in batch.groups)
-        self.say(StepCompleted(version=self.version, lease_ids=lease_ids))
+        self.say(StepCompleted(version=self.version, lease_ids=tuple(group.lease_id for group in groups)))
         self.say(SnapshotPublished(version=self.version))
 
     def train_for(self, seconds: float, coordinator_pid: int) -> Flow:

@@ -417,8 +417,11 @@ def test_a_batch_asked_for_again_is_delivered_again_until_the_step_is_completed(
     coordinator = a_coordinator()
     for grant in join(coordinator)[:2]:
         coordinator.group_finished("a", group_for(grant), now=1.0)
-    first = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
-    assert first == of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+    charged = coordinator.book.queue.num_bytes
+    for _ in range(2):
+        [batch] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+        assert [group.lease_id for group in batch.groups] == [0, 1]
+        assert coordinator.book.queue.num_bytes == charged
     coordinator.step_completed(1, (0, 1), now=1.0)
     with pytest.raises(LearnerError, match="asks for the batch of version 0, the run is at 1"):
         coordinator.take_batch(0, now=1.0)
