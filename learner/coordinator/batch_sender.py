@@ -18,7 +18,7 @@ from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup, Queu
 from learner.coordinator.token_ages import TokenAges
 
 PART_BYTES = 1 << 18  # from here on a message costs no more per byte when it is larger
-PARTS_ON_THE_WAY = 8
+PARTS_ON_THE_WAY = 16
 FIRST_WAIT_S, MAX_WAIT_S = 0.001, 0.02
 
 

@@ -73,8 +73,8 @@ class Batches:
 
     def _earliest(self) -> tuple[QueuedGroup, ...]:
         """A batch of the groups with the earliest deadlines; empty while there are too few."""
-        batch = self.queue.oldest(self.settings.groups_per_step)
-        return batch if len(batch) == self.settings.groups_per_step else ()
+        needed = self.settings.groups_per_step
+        return self.queue.oldest(needed) if len(self.queue) >= needed else ()
 
     def _deadline(self, group: QueuedGroup) -> int:
         return group.oldest_version + self.settings.max_staleness

@@ -142,7 +142,7 @@ class CoordinatorClient:
         write_settings(settings, path)
         arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
         child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
-        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
+        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=None) as dealer:
             self.pid = process.pid
             async with asyncio.TaskGroup() as tasks:
                 conversation = tasks.create_task(self._converse(dealer))

@@ -1,6 +1,6 @@
 import pytest
 
-from learner.coordinator.core import LearnerError
+from learner.coordinator.core import Coordinator, LearnerError
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -213,12 +213,23 @@ def test_a_server_that_only_fails_gets_leases_only_when_the_others_are_full():
 
 
 def test_the_server_with_most_free_capacity_is_granted_first():
-    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
-    for server_id in ("a", "b"):
-        join(coordinator, server_id, groups=0)
+    coordinator = Coordinator(some_settings(max_staleness=0), servers_return_until=1.0)
+    coordinator.published(0, now=0.0)
     for server_id, groups in (("a", 1), ("b", 4)):
-        coordinator.members[server_id].capacity_groups = groups
+        assert join(coordinator, server_id, groups=groups) == []
     assert [grant.server_id for grant in grants(coordinator.tick(now=1.0))] == ["b", "b"]
+
+
+def test_a_server_whose_lease_ended_has_room_again_and_one_that_left_has_none():
+    coordinator = a_coordinator(groups_per_step=10)
+    [first] = join(coordinator, "a", groups=1)
+    [other] = join(coordinator, "b", groups=1)
+    assert grants(coordinator.tick(now=1.0)) == []
+    decisions = coordinator.lease_failed("a", first.lease_id, "boom", "", now=1.0)
+    assert [(grant.server_id, grant.task_id) for grant in grants(decisions)] == [("a", first.task_id)]
+    assert grants(coordinator.server_left("b", "enough", now=1.0)) == []
+    [again] = grants(coordinator.server_ready("a", capacity_groups=2, capacity_bytes=1 << 30, now=1.0))[1:]
+    assert (again.server_id, again.task_id) == ("a", other.task_id)
 
 
 def test_a_server_never_holds_more_than_its_capacity_in_groups_and_bytes():
