@@ -9,6 +9,7 @@ So a whole group is checked at once: numpy looks at 16 trajectories in the time 
 in the payload: the header has them as runs over the sampled tokens.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def read_columns(header: GroupHeader, payload: Frame) -> GroupColumns:
         np.frombuffer(payload, "<f4", count, 4 * count),
         mask_N.view(np.bool_),
     )
-    if mask_N.max() > 1:
+    if np.maximum.reduce(mask_N) > 1:
         raise ProtocolError(f"{columns.where(mask_N > 1)}.loss_mask: expected 0 or 1, got {mask_N[mask_N > 1][0]}")
     _check_token_ids(columns)
     _check_logprobs(columns)
@@ -144,14 +145,14 @@ def read_columns(header: GroupHeader, payload: Frame) -> GroupColumns:
 
 def _check_token_ids(columns: GroupColumns) -> None:
     ids_N = columns.token_ids_N
-    if ids_N.min() < 0:
+    if np.minimum.reduce(ids_N) < 0:
         raise ProtocolError(f"{columns.where(ids_N < 0)}.token_ids: expected ids >= 0, got {ids_N[ids_N < 0][0]}")
 
 
 def _check_logprobs(columns: GroupColumns) -> None:
     logprobs_N = columns.behavior_logprobs_N
-    highest = logprobs_N.max()  # NaN if there is one
-    if not (np.isfinite(highest) and np.isfinite(logprobs_N.min())):
+    highest, lowest = float(np.maximum.reduce(logprobs_N)), float(np.minimum.reduce(logprobs_N))  # NaN if there is one
+    if not (math.isfinite(highest) and math.isfinite(lowest)):
         bad_N = ~np.isfinite(logprobs_N)
         where, value = columns.where(bad_N), logprobs_N[bad_N][0]
         raise ProtocolError(f"{where}.behavior_logprobs: expected finite values, got {value}")
@@ -160,7 +161,7 @@ def _check_logprobs(columns: GroupColumns) -> None:
         where, value = columns.where(bad_N), logprobs_N[bad_N][0]
         raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {value:g}")
     bad_N = np.greater(logprobs_N != 0, columns.loss_mask_N)
-    if bad_N.any():
+    if np.logical_or.reduce(bad_N):
         raise ProtocolError(f"{columns.where(bad_N)}.behavior_logprobs: expected 0 where no token was sampled")
 
 
@@ -245,6 +246,6 @@ def check_group(
         if (newest := max(trajectory.version_runs)[0]) > newest_version:
             raise ProtocolError(f"trajectory {index}: sampled by version {newest}, the newest is {newest_version}")
     ids_N = columns.token_ids_N
-    if ids_N.max() >= vocab_size:
+    if np.maximum.reduce(ids_N) >= vocab_size:
         bad_N = ids_N >= vocab_size
         raise ProtocolError(f"{columns.where(bad_N)}.token_ids: expected ids < {vocab_size}, got {ids_N[bad_N][0]}")

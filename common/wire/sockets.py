@@ -3,8 +3,8 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import zmq
 
@@ -26,16 +26,14 @@ class SendResult(Enum):
     GONE = "gone"
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """The other end of one connection. Its identity is its key; the routing id only says where to send."""
 
     routing_id: bytes
     key: str  # public key in hexadecimal, proven; empty on a local socket without keys
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     peer: Peer
     frames: Frames
 

@@ -71,8 +71,8 @@ class BatchSender:
             headers, payload = await self._contents(groups)
             message = Batch(version=batch.version, groups=headers, part=number, num_parts=num_parts)
             await self._send_when_read(encode(message, payload))
-            for group, header in zip(groups, headers, strict=True):
-                self._ages.add(header, accepted_version=group.accepted_version, trained_version=batch.version)
+            accepted_versions = (group.accepted_version for group in groups)
+            self._ages.add(zip(headers, accepted_versions, strict=True), trained_version=batch.version)
         if self._events is not None:
             self._events.emit(
                 "batch_delivered",
