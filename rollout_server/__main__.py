@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from common import messages
@@ -41,20 +42,29 @@ The learner prints the exact command. Weights come from the learner; this node n
 """
 
 
+EngineOpener = Callable[[str, messages.Welcome, RolloutServerConfig], AbstractAsyncContextManager[InferenceEngine]]
+"""Opens the engine that samples: from the model's place on this node, what the learner said, and the configuration."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    config = parse(
+    config = parse_rollout_server(sys.argv[1:] if argv is None else argv)
+    configure_logging("rollout-server")
+    return run_until_stopped(lambda: serve(config))
+
+
+def parse_rollout_server(argv: list[str]) -> RolloutServerConfig:
+    return parse(
         RolloutServerConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         program="rollout-server",
         table="rollout_server",
         known_tables=KNOWN_TABLES,
         epilog=EXAMPLES,
     )
-    configure_logging("rollout-server")
-    return run_until_stopped(lambda: serve(config))
 
 
-async def serve(config: RolloutServerConfig) -> int:
+async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None = None) -> int:
+    """Sample until the run is finished; open_engine: what samples, in place of vLLM."""
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     key = load_client_key(config.key) if config.key is not None else None
     hello = messages.Hello(protocol=messages.PROTOCOL_VERSION, server=name, epoch=secrets.token_hex(8))
@@ -66,9 +76,9 @@ async def serve(config: RolloutServerConfig) -> int:
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
         environment = await stack.enter_async_context(environment_of(welcome, config))
-        logger.info("starting vLLM for %s", model)
-        vllm = await stack.enter_async_context(open_engine(model, welcome, config))
-        engine = MeteredEngine(vllm, events)
+        logger.info("starting the engine for %s", model)
+        opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
+        engine = MeteredEngine(opened, events)
         receiver = WeightReceiver(engine, events)
         stack.callback(receiver.close)
         server = RolloutServer(
@@ -118,7 +128,7 @@ def environment_of(welcome: messages.Welcome, config: RolloutServerConfig) -> En
         raise UserError(str(error)) from error
 
 
-def open_engine(
+def open_default_engine(
     model: str, welcome: messages.Welcome, config: RolloutServerConfig
 ) -> AbstractAsyncContextManager[InferenceEngine]:
     kv_cache_bytes = int(config.kv_cache_gib * (1 << 30)) if config.kv_cache_gib is not None else None

@@ -179,7 +179,11 @@ class RolloutServer:
         match message:
             case messages.Lease() if message.lease_id not in self._leases:
                 self._leases.begin(message, self._tasks.create_task(self._work(message)))
-            case messages.LeaseCancelled(lease_id=lease_id) | messages.GroupAccepted(lease_id=lease_id):
+            case messages.LeaseCancelled(lease_id=lease_id):
+                self._leases.drop(lease_id)
+            case messages.GroupAccepted(lease_id=lease_id):
+                task_id = self._leases.task_of(lease_id)
+                self._events.emit("group_acknowledged", run=self._run_id, lease=lease_id, task=task_id)
                 self._leases.drop(lease_id)
             case messages.GroupRefused(lease_id=lease_id, reason=reason):
                 logger.warning("the learner refused group %d: %s", lease_id, reason)

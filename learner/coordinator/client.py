@@ -28,7 +28,7 @@ SAY_IT_EVERY_S = 10.0
 FAREWELL_S = 3.0
 COORDINATOR_GRACE_S = 1.0
 LONG_LIFE_S = 30.0  # a coordinator that lived shorter is started again only after a pause, which doubles
-MAX_PAUSE_S = 8.0
+MAX_PAUSE_S = 4.0
 
 
 class CoordinatorLostError(UserError):
@@ -64,18 +64,26 @@ class CoordinatorClient:
 
         Raises CoordinatorLostError when one ended by itself: the next one would do the same.
         """
+        try:
+            await self._supervise()
+        finally:
+            self._lose(CoordinatorLostError("the coordinator was stopped; start the learner to resume"))
+            self._ended.set()
+
+    async def _supervise(self) -> None:
         pause_s = 0.0
         for life in itertools.count(1):
             born_s = time.monotonic()
             code = await self._live(life)
             if self._is_closing:
-                break
+                return
             if code >= 0:
-                raise self._give_up(code)
+                raise self._lose(
+                    CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
+                )
             pause_s = 0.0 if time.monotonic() - born_s > LONG_LIFE_S else min(MAX_PAUSE_S, max(0.25, 2 * pause_s))
             logger.error("the coordinator was killed by signal %d; starting another in %.2f s", -code, pause_s)
             await asyncio.sleep(pause_s)
-        self._ended.set()
 
     async def open_run(self, request: messages.OpenRun) -> str:
         """Returns the address rollout servers join at, as bound."""
@@ -189,8 +197,9 @@ class CoordinatorClient:
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-    def _give_up(self, code: int) -> CoordinatorLostError:
-        self._lost = CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
+    def _lose(self, error: CoordinatorLostError) -> CoordinatorLostError:
+        """There will be no coordinator any more: whoever waits for one, or will, is told the first reason why."""
+        self._lost = self._lost or error
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self._lost)

@@ -201,6 +201,22 @@ async def test_a_group_follows_the_word_that_the_version_it_was_sampled_by_is_lo
         assert (await learner.hear_group()).lease_id == 3
 
 
+async def test_a_coordinator_that_may_have_forgotten_is_told_again_what_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 60.0)
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease(3)
+        await learner.hear_group()
+        learner.say(Refused(reason="say Hello", retry=True))
+        await learner.hear(Hello)
+        learner.say(learner.welcome())
+        await learner.hear(Ready)
+        learner.heard.clear()
+        learner.lease(4)
+        await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
+
+
 @pytest.mark.parametrize("changes", [{"model_fingerprint": "other"}, {"tokenizer_fingerprint": "other"}])
 async def test_a_learner_that_comes_back_with_another_model_is_not_served(tmp_path, changes):
     async with a_learner() as learner, a_joined_server(learner, tmp_path) as serving:

@@ -292,6 +292,15 @@ async def test_another_life_of_the_run_begins_anew_with_whatever_version_it_is_a
         await assert_loaded(engine, 5)
 
 
+async def test_another_coordinator_of_the_same_life_changes_nothing(tmp_path):
+    server = SnapshotServer(newest=9)
+    async with server.serving(), following(server, tmp_path) as (receiver, _):
+        await receiver.announce(9)
+        await receiver.wait_for_version(9)
+        await receiver.follow(RUN_ID)
+        assert repr(receiver) == "<WeightReceiver at version 9, published 9>"
+
+
 class FailingEngine(TableEngine):
     """Its first `failures` loads fail half-way."""
 

@@ -112,6 +112,7 @@ async def test_what_a_checkpoint_covers_is_not_repeated_after_a_restart_of_the_l
         frontier = await client.take_frontier()
         await client.checkpoint_saved(1, frontier)
         await client.take_frontier()
+        await kill(client)  # the journal has forgotten the first batch: the next coordinator must be told of the second
     client = CoordinatorClient(settings, tmp_path)
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:
         supervising = tasks.create_task(client.supervise())
@@ -123,6 +124,13 @@ async def test_what_a_checkpoint_covers_is_not_repeated_after_a_restart_of_the_l
             await finish(server, lease, version=1)
             assert sorted(group.task_id for group in await client.take_batch(1)) == [2, 3]
         supervising.cancel()
+
+
+async def test_a_question_to_a_coordinator_that_was_stopped_is_not_waited_for(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, _):
+        pass
+    with pytest.raises(CoordinatorLostError, match="the coordinator was stopped"):
+        await client.take_frontier()
 
 
 async def test_a_coordinator_that_ends_by_itself_ends_the_learner_with_its_reason(tmp_path):

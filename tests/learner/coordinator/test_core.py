@@ -487,3 +487,54 @@ def test_repr_shows_what_an_operator_asks_for():
 def test_settings_under_which_a_batch_could_never_fill_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         some_settings(**overrides)
+
+
+def test_a_lease_asks_for_no_older_version_than_its_server_has_so_that_it_is_due_later():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
+    for grant in join(coordinator)[:2]:
+        coordinator.group_finished("a", group_for(grant), now=1.0)
+    coordinator.take_batch(0, now=1.0)
+    coordinator.step_completed(1, (0, 1), now=1.0)
+    publishes(coordinator, 1)
+    for lease_id in (2, 3):
+        coordinator.group_finished("a", a_group(lease_id), now=1.0)
+    coordinator.take_batch(1, now=1.0)
+    coordinator.step_completed(2, (2, 3), now=1.0)
+    last = list(coordinator.book.running.values())[-1]
+    assert (last.min_version, last.deadline) == (2 + 7 // 2 - 3, 5)
+    assert [lease.min_version for lease in coordinator.book.running.values()][-2:] == [2, 2]
+    [again] = grants(coordinator.lease_failed("a", 8, "environment", "boom", now=1.0))
+    assert again.min_version == 2
+
+
+def test_a_batch_is_in_task_order_whatever_the_order_of_the_leases():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
+    granted = join(coordinator)
+    [again] = grants(coordinator.lease_failed("a", 0, "environment", "boom", now=1.0))
+    assert (again.lease_id, again.task_id) == (2, 0)
+    coordinator.take_batch(0, now=1.0)
+    coordinator.group_finished("a", group_for(granted[1]), now=1.0)
+    [batch] = of_kind(coordinator.group_finished("a", group_for(again), now=1.0), DeliverBatch)
+    assert [(group.task_id, group.lease_id) for group in batch.groups] == [(0, 2), (1, 1)]
+
+
+def test_a_server_that_is_silent_for_a_moment_is_granted_nothing_more_and_keeps_what_it_has():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0, notice_timeout_s=2.5, server_timeout_s=10.0)
+    [grant] = join(coordinator, now=0.0)
+    assert grants(coordinator.lease_failed("a", grant.lease_id, "environment", "boom", now=0.0))
+    join(coordinator, "b", now=3.0)
+    coordinator.heartbeat("b", progress=1, loaded_version=0, now=3.0)
+    assert coordinator.tick(now=3.0) == []
+    [lease] = coordinator.book.running.values()
+    assert lease.server_id == "a"
+    coordinator.server_lost("a", "test", now=3.0)
+    join(coordinator, "a", now=3.0)
+    coordinator.server_lost("b", "test", now=6.0)  # "a" is silent since 3 s, and nobody else is there
+    assert coordinator.counts().running == 0
+
+
+def test_leases_are_held_back_when_those_that_are_open_keep_the_learner_busy():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
+    coordinator.book.depth.leases = 3
+    assert len(join(coordinator)) == 3
+    assert coordinator.hold() == "the learner to complete step 1: 3 open groups keep it busy"

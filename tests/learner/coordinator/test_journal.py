@@ -49,6 +49,12 @@ def test_what_was_committed_is_there_after_a_restart_byte_for_byte(path, journal
     again.close()
 
 
+def test_a_commit_waits_until_the_disk_has_it(journal):
+    """SQLite's own promise for these two: a committed transaction survives a loss of power."""
+    settings = [journal._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert settings == ["wal", 2]
+
+
 def test_a_batch_is_remembered_and_forgotten_once_a_checkpoint_covers_it(journal):
     journal.commit([a_group(lease_id) for lease_id in range(4)], PAST)
     journal.commit([BatchRecord(version=0, lease_ids=(0, 2)), BatchRecord(version=1, lease_ids=(3,))], PAST)

@@ -30,6 +30,7 @@ from common.messages import (
 )
 from common.wire import curve_keypair, open_dealer
 from learner.coordinator.core import LearnerError
+from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.rows import DataError
 from learner.coordinator.service_settings import read_settings, write_settings
 from learner.coordinator.serving import serve
@@ -94,6 +95,32 @@ async def test_a_server_that_gets_thousands_of_leases_at_once_is_given_the_time_
             pass
         await learner.expect(CoordinatorStatus)  # time for them to pile up
         assert {(await server.expect(Lease)).lease_id for _ in range(4000)} == set(range(4000))
+
+
+async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tmp_path, monkeypatch):
+    disk_is_ready = asyncio.Event()
+    keep = JournalKeeper.keep
+
+    async def slow_keep(keeper, *arguments):
+        await disk_is_ready.wait()
+        return await keep(keeper, *arguments)
+
+    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
+        for _ in range(2):
+            lease = await server.expect(Lease)
+            await finish(server, lease)
+            await finish(server, lease)  # a duplicate must not be told either that the group is safe
+        await learner.say(TakeBatch(version=0))
+        while (await learner.expect(CoordinatorStatus)).queued < 2:
+            pass
+        await learner.ask(TakeFrontier(), Frontier)  # everything decided until now would have been said before this
+        await server.say(a_heartbeat())
+        heard = await server.everything_until(Pulse)
+        assert not {type(message) for message in heard} & {GroupAccepted, GroupRefused}
+        disk_is_ready.set()
+        await server.expect(GroupAccepted)
+        assert (await learner.expect(Batch)).version == 0
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):
