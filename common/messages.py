@@ -221,10 +221,15 @@ class TakeBatch(Message, frozen=True, tag="TakeBatch"):
 
 
 class Batch(Message, frozen=True, tag="Batch"):
-    """Groups for the step that updates `version`, in lease order; the payload holds their tokens in the same order."""
+    """Groups for the step that updates `version`, in task order; the payload holds their tokens in the same order.
+
+    The batch is complete when part num_parts - 1 has come; parts come in order, part 0 begins the batch anew.
+    """
 
     version: Version
     groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=1 << 16)]
+    part: Count = 0
+    num_parts: Annotated[int, Meta(ge=1, le=1 << 24)] = 1
 
 
 class StepCompleted(Message, frozen=True, tag="StepCompleted"):

@@ -32,15 +32,23 @@ def curve_keypair() -> KeyPair:
 
 
 @asynccontextmanager
-async def open_router(address: str, *, max_frame_bytes: int, keys: ServerKeys | None = None) -> AsyncIterator[Router]:
+async def open_router(
+    address: str,
+    *,
+    max_frame_bytes: int,
+    keys: ServerKeys | None = None,
+    send_queue_messages: int = SEND_QUEUE_MESSAGES,
+) -> AsyncIterator[Router]:
     """Binds to `address`; port 0 takes a free one. With keys, only those on their allow-list can connect.
 
+    send_queue_messages: that ZeroMQ holds for each connection before Router.send says FULL.
     Raises WireError when it cannot be bound, or is reachable from other machines and has no keys.
     """
     check_address(address, has_keys=keys is not None, where_keys_are="rollout servers need a key file from keys/")
     check_path_is_free(address)
     with _open_context() as context, context.socket(zmq.ROUTER) as socket:
         _set_options(socket, max_frame_bytes, encrypted=keys is not None)
+        socket.set(zmq.SNDHWM, send_queue_messages)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             start_doorkeeper(context, keys.directory)

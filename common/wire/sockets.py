@@ -3,8 +3,8 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import zmq
 
@@ -15,6 +15,10 @@ DRAIN_BYTES = 16 << 20
 LOOK_ANYWAY_S = 1.0
 ZERO_COPY_BYTES = 1 << 16  # below this, copying is cheaper than sharing
 
+# As plain numbers: pyzmq's enumerations take longer to combine than a small frame takes to send.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
+
 
 class SendResult(Enum):
     SENT = "sent"
@@ -22,16 +26,14 @@ class SendResult(Enum):
     GONE = "gone"
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """The other end of one connection. Its identity is its key; the routing id only says where to send."""
 
     routing_id: bytes
     key: str  # public key in hexadecimal, proven; empty on a local socket without keys
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     peer: Peer
     frames: Frames
 
@@ -71,9 +73,9 @@ class _Socket:
     def _look(self) -> None:
         events = self._socket.get(zmq.EVENTS)
         assert isinstance(events, int)
-        if events & zmq.POLLIN:
+        if events & _POLLIN:
             self._readable.set()
-        if events & zmq.POLLOUT:
+        if events & _POLLOUT:
             self._writable.set()
 
     async def _wait_for_messages(self) -> list[list[zmq.Frame]]:
@@ -93,7 +95,7 @@ class _Socket:
         num_bytes = 0
         for _ in range(DRAIN_LIMIT * self._frames_per_message):
             try:
-                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+                frame = self._socket.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 break
             if len(self._parts) <= self._frames_per_message:
@@ -113,7 +115,9 @@ class _Socket:
 
     def _send_now(self, frames: Sequence[Frame]) -> SendResult:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=all(len(f) < ZERO_COPY_BYTES for f in frames))
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
+            self._socket.send(frames[-1], _NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)
         except zmq.Again:
             return SendResult.FULL
         except zmq.ZMQError as error:

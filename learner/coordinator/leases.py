@@ -7,7 +7,7 @@ from learner.coordinator.batches import Batches
 from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
 from learner.coordinator.depth import Depth
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
-from learner.coordinator.members import Member
+from learner.coordinator.members import Member, Members
 from learner.coordinator.records import ACCEPTED, Claim, Counts, Endings, OpenLease, grant_of
 from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
@@ -26,7 +26,7 @@ class LeaseBook:
         self.published_version = NO_VERSION
         self.batches = Batches(settings, recovered)
         self.tasks = TaskLedger(max_failures=settings.max_task_failures, max_losses=settings.max_task_losses)
-        self.members: dict[str, Member] = {}
+        self.members = Members(settings)
         self.running: dict[int, OpenLease] = {}  # in the order of granting
         self.next_lease_id = recovered.next_lease_id
         self.leased = recovered.past.leased
@@ -56,16 +56,6 @@ class LeaseBook:
         if num_open >= self.depth.leases:
             return f"the learner to complete step {self.version + 1}: {num_open} open groups keep it busy"
         return ""
-
-    def freest_member(self, now: float) -> Member | None:
-        """The server to grant to: with no recent failure if possible, then the one with most free capacity."""
-        best, best_key = None, (0, 0, 0)
-        for member in self.members.values():
-            free = member.free_groups(self.settings, now)
-            key = (-member.failures_in_a_row, free, -member.joined)
-            if free > 0 and (best is None or key > best_key):
-                best, best_key = member, key
-        return best
 
     def grant(self, member: Member, now: float) -> GrantLease:
         """The next task to `member`. See deadlines.py for why min_version bounds the staleness."""
@@ -269,7 +259,7 @@ class LeaseBook:
     def _close(self, lease: OpenLease) -> None:
         del self.running[lease.lease_id]
         self.batches.deadlines.remove(lease.deadline)
-        del self.members[lease.server_id].leases[lease.lease_id]
+        self.members.end_lease(lease.server_id, lease.lease_id)
 
     def _parked(self, task_id: int) -> ParkTask:
         return ParkTask(task_id=task_id, reason=self.tasks.parked[task_id])

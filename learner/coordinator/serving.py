@@ -11,6 +11,7 @@ from common.keys import KeyFileError, ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
+from learner.coordinator.batch_sender import PARTS_ON_THE_WAY
 from learner.coordinator.core import Coordinator
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import open_journal
@@ -29,7 +30,11 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
     keys = _load_keys(settings)
     async with AsyncExitStack() as stack:
         learner = await stack.enter_async_context(
-            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
+            open_router(
+                settings.learner_socket,
+                max_frame_bytes=MAX_LEARNER_HEADER_BYTES,
+                send_queue_messages=PARTS_ON_THE_WAY,
+            )
         )
         learner_peer, run = await _wait_for_learner(learner)
         journal = await stack.enter_async_context(open_journal(Path(settings.journal), lineage=settings.run_id))
@@ -47,7 +52,7 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
         except FrontierError as error:
             raise UserError(f"the run cannot be resumed: {error}") from error
         # Lease ids go on from here, also if this coordinator is killed before it has written anything else.
-        await journal.keep((), (), core.book.past())
+        await journal.keep((), core.book.past())
         frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
         servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
         events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None

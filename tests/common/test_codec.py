@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import BYTES_PER_TOKEN, Decoder, ProtocolError, check_group, encode, pack_group, unpack_groups
+from common.codec import (
+    BYTES_PER_TOKEN,
+    Decoder,
+    ProtocolError,
+    check_group,
+    encode,
+    pack_group,
+    read_columns,
+    unpack_groups,
+)
 from common.messages import GroupFinished, GroupHeader, Leaving, ServerToCoordinator, TakeFrontier
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
@@ -239,12 +248,15 @@ def test_a_log_probability_that_rounding_made_positive_is_zero():
 )
 def test_a_group_that_this_run_cannot_have_asked_for_is_refused(limits: dict[str, int], complaint: str):
     fitting = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
-    check_group(a_group(), **fitting)
+    header, payload = pack_group(a_group())
+    check_group(header, read_columns(header, payload), **fitting)
     with pytest.raises(ProtocolError, match=complaint):
-        check_group(a_group(), **(fitting | limits))
+        check_group(header, read_columns(header, payload), **(fitting | limits))
 
 
 def test_a_later_trajectory_is_checked_too():
-    longer = replace(a_trajectory(), token_ids=np.array([1, 2, 50], np.int32))
+    larger = replace(a_trajectory(), token_ids=np.array([1, 2, 50], np.int32))
+    header, payload = pack_group(a_group(a_trajectory(), larger))
+    limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
     with pytest.raises(ProtocolError, match=r"trajectory 1.token_ids: expected ids < 13, got 50"):
-        check_group(a_group(a_trajectory(), longer), vocab_size=13, max_model_len=3, group_size=2, newest_version=4)
+        check_group(header, read_columns(header, payload), **limits)

@@ -83,7 +83,7 @@ def test_a_group_that_was_damaged_on_the_disk_is_never_handed_out(path, journal)
     journal.commit([a_group(0, payload_bytes=100)], PAST)
     journal.close()
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE groups SET payload = ?", (b"\x01" + bytes(99),))
+        database.execute("UPDATE contents SET payload = ?", (b"\x01" + bytes(99),))
     database.close()
     again = Journal(path, lineage="run.2")
     with pytest.raises(JournalError, match=r"the group of lease 0 is damaged in .*move it away to go on"):
@@ -124,7 +124,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(path, damage):
 
 def test_a_journal_of_another_format_is_refused(path, journal):
     journal._set_facts(format="99")
-    with pytest.raises(JournalError, match="has format 99, this version reads 1"):
+    with pytest.raises(JournalError, match="has format 99, this version reads 2"):
         reopened(path, journal)
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 def test_a_full_disk_is_an_error_and_nothing_is_half_written(path, journal):
     journal.commit([a_group(0)], PAST)
     pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
-    journal._database.execute(f"PRAGMA max_page_count = {pages + 2}")
+    journal._database.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(JournalError, match="the disk is full; make room and start the learner again"):
         journal.commit([a_group(1, payload_bytes=100_000)], PAST)
     again = reopened(path, journal)

@@ -13,6 +13,7 @@ from common.messages import (
     Batch,
     CloseRun,
     CoordinatorStatus,
+    CoordinatorToServer,
     Finished,
     Frontier,
     GroupAccepted,
@@ -41,7 +42,7 @@ from tests.builders_coordinator import (
     an_open_run,
     some_settings,
 )
-from tests.builders_coordinator_service import a_coordinator_serving, a_learner, a_server, finish, settings_in
+from tests.builders_coordinator_service import Party, a_coordinator_serving, a_learner, a_server, finish, settings_in
 
 
 async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_path):
@@ -79,6 +80,21 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         await finish(server, lease)
         await server.expect(GroupAccepted)
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
+
+
+async def test_a_server_that_gets_thousands_of_leases_at_once_is_given_the_time_to_read_them(tmp_path):
+    rules = some_settings(groups_per_step=2000, queue_groups=4000, queue_bytes=1 << 30)
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x" * 10_000}))
+    settings = settings_in(tmp_path, rules=rules, prompts=str(prompts))
+    async with a_coordinator_serving(settings) as (learner, address), open_dealer(address) as dealer:
+        server = Party(dealer, CoordinatorToServer)
+        await server.ask(a_hello(), Welcome)
+        await server.say(a_ready(capacity_groups=4000))
+        while (await learner.expect(CoordinatorStatus)).running < 4000:
+            pass
+        await learner.expect(CoordinatorStatus)  # time for them to pile up
+        assert {(await server.expect(Lease)).lease_id for _ in range(4000)} == set(range(4000))
 
 
 async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tmp_path, monkeypatch):
