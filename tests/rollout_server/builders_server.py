@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from common.codec import Decoder, encode, unpack_groups
@@ -191,7 +192,7 @@ async def a_joined_server(
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
     serving = asyncio.create_task(serve(learner.address, tmp_path, environment or ScriptedEnvironment(), step_s=step_s))
     try:
-        assert await learner.hear(Hello) == HELLO
+        assert msgspec.structs.replace(await learner.hear(Hello), said_us=0) == HELLO
         learner.say(learner.welcome())
         assert await learner.hear(Ready) == READY
         yield serving

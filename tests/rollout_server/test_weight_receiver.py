@@ -213,6 +213,7 @@ def manifest_of(version: int, run_id: str = RUN_ID) -> Fault:
         (manifest_of(4, "run.2"), "snapshot 4 is of run run.2, not of run.1"),
         (manifest_of(2), "asked for a version after 3, was given 2"),
         (manifest_of(3), "asked for a version after 3, was given 3"),
+        (manifest_of(5), "snapshot 5 is not announced yet, 4 is"),
     ],
 )
 async def test_a_snapshot_that_must_not_be_loaded_is_not_even_pulled_and_the_next_good_one_is(
@@ -258,7 +259,7 @@ async def test_a_snapshot_that_is_gone_in_the_middle_is_given_up_for_the_newest(
 
     server.fault = moves_on
     async with server.serving(), following(server, tmp_path) as (receiver, engine):
-        await receiver.announce(1)
+        await receiver.announce(7)
         await receiver.wait_for_version(7)
         await assert_loaded(engine, 7)
     assert len(server.asked(ManifestRequest)) == 2

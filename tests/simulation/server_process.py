@@ -173,9 +173,7 @@ class ServerProcess:
         held = tuple(self.held.values())
         if self._liar is not None:
             held = self._liar.claims(held)
-        self.line.send(
-            Ready(capacity_groups=capacity_groups, capacity_bytes=CAPACITY_BYTES, held=held, **fingerprints)
-        )
+        self.line.send(Ready(capacity_groups=capacity_groups, capacity_bytes=CAPACITY_BYTES, held=held, **fingerprints))
 
     def _hear_refusal(self, refused: Refused) -> None:
         if not refused.retry:

@@ -44,7 +44,7 @@ def test_a_history_shows_what_is_missing(name, monkeypatch):
     assert any(examine(seed)[1] is not None for seed in range(MAX_SEEDS))
 
 
-# --- admission ---------------------------------------------------------------------------------------------------------
+# --- admission ------------------------------------------------------------------------------------------------------
 
 
 def with_fault(monkeypatch, change):
@@ -67,7 +67,11 @@ def groups_of_another_task_are_taken(monkeypatch):
 def tokens_from_the_future_are_taken(monkeypatch):
     def believe(book, lease, group):
         member = book.members[lease.server_id]
-        return SimpleNamespace(members={member.server_id: member}, settings=book.settings, published_version=FAR), lease, group
+        return (
+            SimpleNamespace(members={member.server_id: member}, settings=book.settings, published_version=FAR),
+            lease,
+            group,
+        )
 
     with_fault(monkeypatch, believe)
 
@@ -76,7 +80,11 @@ def tokens_from_the_future_are_taken(monkeypatch):
 def tokens_of_a_version_the_server_never_had_are_taken(monkeypatch):
     def believe(book, lease, group):
         members = {lease.server_id: replace(book.members[lease.server_id], loaded_version=FAR)}
-        return SimpleNamespace(members=members, settings=book.settings, published_version=book.published_version), lease, group
+        return (
+            SimpleNamespace(members=members, settings=book.settings, published_version=book.published_version),
+            lease,
+            group,
+        )
 
     with_fault(monkeypatch, believe)
 
@@ -85,7 +93,11 @@ def tokens_of_a_version_the_server_never_had_are_taken(monkeypatch):
 def groups_larger_than_their_lease_pays_for_are_taken(monkeypatch):
     def generous(book, lease, group):
         settings = replace(book.settings, max_group_bytes=book.settings.max_group_bytes * 2, queue_bytes=1 << 30)
-        return SimpleNamespace(members=book.members, settings=settings, published_version=book.published_version), lease, group
+        return (
+            SimpleNamespace(members=book.members, settings=settings, published_version=book.published_version),
+            lease,
+            group,
+        )
 
     with_fault(monkeypatch, generous)
 
@@ -366,9 +378,7 @@ def a_restart_leases_accepted_tasks_again(monkeypatch):
 
 @mutation
 def a_checkpoint_makes_the_journal_forget_too_much(monkeypatch):
-    monkeypatch.setattr(
-        Coordinator, "checkpointed", lambda self, version: [ForgetTrained(version=version + 1)]
-    )
+    monkeypatch.setattr(Coordinator, "checkpointed", lambda self, version: [ForgetTrained(version=version + 1)])
 
 
 @mutation

@@ -524,3 +524,16 @@ def test_leases_are_held_back_when_those_that_are_open_keep_the_learner_busy():
     coordinator.book.depth.leases = 3
     assert len(join(coordinator)) == 3
     assert coordinator.hold() == "the learner to complete step 1: 3 open groups keep it busy"
+
+
+def test_a_server_that_was_given_up_while_it_hung_gets_one_lease_at_a_time_until_it_finishes_one():
+    coordinator = a_coordinator(groups_per_step=8, max_staleness=0, server_timeout_s=1e6, hang_timeout_s=10.0)
+    join(coordinator, "hangs", groups=8)
+    coordinator.tick(now=0.0)
+    coordinator.heartbeat("hangs", progress=0, loaded_version=0, now=20.0)
+    join(coordinator, "works", groups=2, now=20.0)
+    coordinator.tick(now=20.0)
+    again = join(coordinator, "hangs", groups=8, now=20.0)
+    assert [grant.server_id for grant in again] == ["hangs"]
+    coordinator.group_finished("hangs", group_for(again[0]), now=21.0)
+    assert len(coordinator.members["hangs"].leases) == 5
