@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+SEEDS ?= 10000
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout clean
@@ -40,6 +41,12 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
+
+simulate: venv ## many histories of the coordinator under a virtual clock: make simulate SEEDS=1000000
+	$(VENV)/python -m tests.simulation --seeds $(SEEDS)
+
+simulate-scaling: venv ## learner idle, staleness and waste with 1 to 10,000 simulated servers; rewrites docs/scaling.md
+	$(VENV)/python -m tests.simulation.scaling --plot docs
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

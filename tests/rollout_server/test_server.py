@@ -183,8 +183,11 @@ async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_s
         learner.lease(3)
         first = await learner.hear_group()
         learner.say(learner.welcome(session="2", run_id=learner.run_id))
+        learner.heard.clear()
         assert [held.lease_id for held in (await learner.hear(Ready)).held] == [3]
         again = await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
         assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
         learner.say(LeaseCancelled(lease_id=3, reason="it was given up meanwhile"))
         await assert_silence(learner, GroupFinished)
@@ -210,10 +213,15 @@ async def test_a_coordinator_that_may_have_forgotten_is_told_again_what_is_loade
         await learner.hear_group()
         learner.say(Refused(reason="say Hello", retry=True))
         await learner.hear(Hello)
+        learner.heard.clear()
+        learner.lease(4)  # before it is welcome
+        await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
         learner.say(learner.welcome())
         await learner.hear(Ready)
         learner.heard.clear()
-        learner.lease(4)
+        learner.lease(5)
         await learner.hear_group()
         kinds = [type(message) for message in learner.heard]
         assert kinds.index(Heartbeat) < kinds.index(GroupFinished)

@@ -550,3 +550,16 @@ def test_a_batch_asked_for_again_is_the_same_whatever_has_arrived_since():
     coordinator.group_finished("a", a_group(0), now=1.0)  # as old, and of an older lease
     [again] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
     assert [group.lease_id for group in again.groups] == [group.lease_id for group in first.groups] == [2, 3]
+
+
+def test_a_server_that_was_given_up_while_it_hung_gets_one_lease_at_a_time_until_it_finishes_one():
+    coordinator = a_coordinator(groups_per_step=8, max_staleness=0, server_timeout_s=1e6, hang_timeout_s=10.0)
+    join(coordinator, "hangs", groups=8)
+    coordinator.tick(now=0.0)
+    coordinator.heartbeat("hangs", progress=0, loaded_version=0, now=20.0)
+    join(coordinator, "works", groups=2, now=20.0)
+    coordinator.tick(now=20.0)
+    again = join(coordinator, "hangs", groups=8, now=20.0)
+    assert [grant.server_id for grant in again] == ["hangs"]
+    coordinator.group_finished("hangs", group_for(again[0]), now=21.0)
+    assert len(coordinator.members["hangs"].leases) == 5
