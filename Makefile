@@ -3,10 +3,9 @@ PYTHON ?= python3
 VENV := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
-SEEDS ?= 10000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout storm resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -42,8 +41,14 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
+storm: venv ## real processes killed and stopped at random, and an audit of what was recorded: make storm SEEDS=20
+	$(VENV)/python -m tests.storm --seeds $(or $(SEEDS),1)
+
+resume: venv ## final weights after kills at 200 random points, bit for bit those of an undisturbed run (half an hour)
+	$(VENV)/python -m tests.storm.resume --points 200
+
 simulate: venv ## many histories of the coordinator under a virtual clock: make simulate SEEDS=1000000
-	$(VENV)/python -m tests.simulation --seeds $(SEEDS)
+	$(VENV)/python -m tests.simulation --seeds $(or $(SEEDS),10000)
 
 simulate-scaling: venv ## learner idle, staleness and waste with 1 to 10,000 simulated servers; rewrites docs/scaling.md
 	$(VENV)/python -m tests.simulation.scaling --plot docs
