@@ -18,21 +18,14 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
-from learner.coordinator.delivery import Delivery
-from learner.coordinator.leases import LeaseBook
+from learner.coordinator.delivery import Delivery, LearnerError
+from learner.coordinator.leases import LEASE_ID_LEAP, LeaseBook
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.members import MAX_OFFENDERS, Member, Offences
+from learner.coordinator.members import HungServers, Member, Offences, OwnPauses
 from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.settings import CoordinatorSettings
-
-# Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
-LEASE_ID_LEAP = 1 << 16
-
-
-class LearnerError(ValueError):
-    """The learner said something that does not fit the state of the run: a bug of ours, or a wrong resume."""
 
 
 class Coordinator:
@@ -65,9 +58,9 @@ class Coordinator:
         self._servers_return_until = servers_return_until or 0.0
         self._delivery = Delivery(self.book.batches.recorded.get(version, ()))
         self._joined = 0
-        self._last_tick_at: float | None = None
+        self._own_pauses = OwnPauses()
         self._offences = Offences(settings.max_offences)
-        self._hung: dict[str, None] = {}  # servers that were given up alive and have finished nothing since
+        self._hung = HungServers()
 
     @property
     def version(self) -> int:
@@ -152,10 +145,7 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Decision]:
         """Time has passed; call about once a second, after everything that had arrived was handled."""
-        since_s = now - self._last_tick_at if self._last_tick_at is not None else 0.0
-        self._last_tick_at = now
-        # When the coordinator itself was stopped, the silence was its own: nobody is lost because of it.
-        own_pause_s = since_s if since_s > self.settings.server_timeout_s / 2 else 0.0
+        own_pause_s = self._own_pauses.since_last_tick(self.settings, now)
         decisions: list[Decision] = []
         for member in list(self.members.values()):
             member.forgive(own_pause_s, now)
@@ -163,7 +153,7 @@ class Coordinator:
                 member.progressed_at = now
             if reason := member.loss(self.settings, now):
                 if not member.is_silent(self.settings, now):
-                    self._hung = dict.fromkeys([*self._hung, member.server_id][-MAX_OFFENDERS:])
+                    self._hung.note(member.server_id)
                 decisions += self.server_lost(member.server_id, reason, now)
         return [*decisions, *self._go_on(now)]
 
@@ -181,7 +171,7 @@ class Coordinator:
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
-        self._hung.pop(server_id, None)
+        self._hung.forgive(server_id)
         self.failures_in_a_row = 0
         return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
 

@@ -13,6 +13,9 @@ from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
 from learner.coordinator.settings import CoordinatorSettings
 
+# Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
+LEASE_ID_LEAP = 1 << 16
+
 
 class LeaseBook:
     """Running leases, finished groups and free tasks: what is in one place leaves it only for another one."""

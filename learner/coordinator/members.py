@@ -68,6 +68,35 @@ class Member:
         return ""
 
 
+class OwnPauses:
+    """Notices when the coordinator itself was stopped: the silence of others is then its own."""
+
+    def __init__(self) -> None:
+        self._last_tick_at: float | None = None
+
+    def since_last_tick(self, settings: CoordinatorSettings, now: float) -> float:
+        """Seconds that must not count as anybody's silence."""
+        since_s = now - self._last_tick_at if self._last_tick_at is not None else 0.0
+        self._last_tick_at = now
+        return since_s if since_s > settings.server_timeout_s / 2 else 0.0
+
+
+class HungServers:
+    """Servers that were given up alive, and have finished nothing since."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, server_id: str) -> bool:
+        return server_id in self._names
+
+    def note(self, server_id: str) -> None:
+        self._names = dict.fromkeys([*self._names, server_id][-MAX_OFFENDERS:])
+
+    def forgive(self, server_id: str) -> None:
+        self._names.pop(server_id, None)
+
+
 class Offences:
     """Counts what no correct server sends, by peer; a good group clears the peer's count."""
 

@@ -30,8 +30,9 @@ from common.messages import (
 )
 from common.wire import Incoming, Peer, Router
 from learner.coordinator.background import in_thread
-from learner.coordinator.core import Coordinator, LearnerError
+from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import GrantLease
+from learner.coordinator.delivery import LearnerError
 from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch
 from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer

@@ -11,7 +11,8 @@ from common.keys import KeyFileError, ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
-from learner.coordinator.core import Coordinator, LearnerError
+from learner.coordinator.core import Coordinator
+from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import open_journal
 from learner.coordinator.ledger import FrontierError, decode_frontier
 from learner.coordinator.service import MAX_HEADER_BYTES, MAX_LEARNER_HEADER_BYTES, Service

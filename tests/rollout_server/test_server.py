@@ -142,7 +142,7 @@ async def test_when_the_learner_comes_back_the_server_begins_anew_and_what_was_l
             learner.published = 4  # what its last checkpoint has
             assert (await learner.hear(Heartbeat)).running_groups >= 0
             learner.say(Refused(reason="say Hello", retry=True))
-            assert (await learner.hear(Hello)).epoch == HELLO.epoch
+            await learner.hear_hello()
             learner.say(learner.welcome())
             assert await learner.hear(Ready) == READY
             await learner.hear_heartbeat(running_groups=0, loaded_version=4)
@@ -169,7 +169,7 @@ async def test_a_server_that_must_introduce_itself_again_says_again_that_it_is_r
         learner.lease(3)
         await learner.hear_heartbeat(running_groups=1)
         learner.say(Refused(reason="say Hello", retry=True))
-        assert (await learner.hear(Hello)).epoch == HELLO.epoch
+        await learner.hear_hello()
         learner.say(learner.welcome())
         ready = await learner.hear(Ready)
         assert msgspec.structs.replace(ready, held=()) == READY
@@ -197,11 +197,13 @@ async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_s
 async def test_a_group_follows_the_word_that_the_version_it_was_sampled_by_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 60.0)
     async with a_learner() as learner, a_joined_server(learner, tmp_path):
-        learner.lease(3, min_version=2)
+        learner.lease(3)
+        assert (await learner.hear_group()).lease_id == 3  # so version 0 has been pulled
+        learner.lease(4, min_version=2)
         learner.published = 2
         learner.say(Pulse(published_version=2))
         await learner.hear_heartbeat(loaded_version=2)
-        assert (await learner.hear_group()).lease_id == 3
+        assert (await learner.hear_group()).lease_id == 4
 
 
 async def test_a_coordinator_that_may_have_forgotten_is_told_again_what_is_loaded(tmp_path, monkeypatch):

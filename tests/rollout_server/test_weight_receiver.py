@@ -259,10 +259,14 @@ async def test_a_snapshot_that_is_gone_in_the_middle_is_given_up_for_the_newest(
 
     server.fault = moves_on
     async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(1)
+        while not server.asked(ManifestRequest)[1:]:
+            await asyncio.sleep(0.01)
+        assert receiver.loaded_version < 7  # nobody would believe in tokens of a version that is not announced
         await receiver.announce(7)
         await receiver.wait_for_version(7)
         await assert_loaded(engine, 7)
-    assert len(server.asked(ManifestRequest)) == 2
+    assert len(server.asked(ManifestRequest)) >= 2
 
 
 async def test_what_is_no_reply_is_ignored(tmp_path, caplog, monkeypatch):

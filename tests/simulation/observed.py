@@ -1,4 +1,4 @@
-"""ObservedOutbound: the way out of the coordinator, with a witness who notes every decision in the history."""
+"""ObservedOutbound: the coordinator's way out, with a witness who notes decisions and promises in the history."""
 
 from typing import TYPE_CHECKING
 

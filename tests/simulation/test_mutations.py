@@ -44,7 +44,7 @@ def test_a_history_shows_what_is_missing(name, monkeypatch):
     assert any(examine(seed)[1] is not None for seed in range(MAX_SEEDS))
 
 
-# --- admission ------------------------------------------------------------------------------------------------------
+# --- admission
 
 
 def with_fault(monkeypatch, change):

@@ -27,7 +27,7 @@ async def storm(directory: Path, *, seed: int, steps: int, kills: int, servers: 
         "--total-steps", steps, "--checkpoint-every-steps", 25, "--learning-rate", 0.05, "--server-timeout-s", 3,
         "--seed", seed,
     )  # fmt: skip
-    fleet = Fleet(directory, [str(flag) for flag in flags], servers=servers)
+    fleet = Fleet(directory, flags, servers=servers)
     faults = Faults(fleet, random.Random(seed), kills, steps)
     try:
         async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:

@@ -30,15 +30,17 @@ ROLES = {
 class Fleet:
     """Keeps its processes running in one directory; whatever has it as working directory belongs to the fleet."""
 
-    def __init__(self, directory: Path, learner_flags: Sequence[str], *, servers: int) -> None:
+    def __init__(
+        self, directory: Path, learner_flags: Sequence[object], *, servers: int, reward: str = "reward"
+    ) -> None:
         self.directory = directory
         self._address = f"tcp://127.0.0.1:{a_free_port()}"
         save_table_model(directory / "model")
         common = ("--metrics-listen", "")
         self._learner_flags = (
             "--model", str(directory / "model"), "--data", "python:tests.storm.task:prompts", "--environment",
-            "python:tests.storm.task:reward", "--listen", self._address, "--run-dir", "run", "--no-tensorboard",
-            "--max-model-len", "64", "--max-new-tokens", "8", *common, *learner_flags,
+            f"python:tests.storm.task:{reward}", "--listen", self._address, "--run-dir", "run", "--no-tensorboard",
+            "--max-model-len", "64", "--max-new-tokens", "8", *common, *map(str, learner_flags),
         )  # fmt: skip
         self._server_flags = ("--learner", self._address, "--environment-timeout-s", "10", *common)
         self._num_servers = servers

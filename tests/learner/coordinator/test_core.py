@@ -1,6 +1,5 @@
 import pytest
 
-from learner.coordinator.core import LearnerError
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -10,6 +9,7 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
+from learner.coordinator.delivery import LearnerError
 from tests.builders_coordinator import (
     MAX_GROUP_BYTES,
     a_coordinator,

@@ -237,8 +237,7 @@ class CoordinatorMachine(RuleBasedStateMachine):
             world.join("good")
             for server in SERVERS:
                 world.beat(server)
-            if world.training is None:
-                world.tell(world.core.published(world.core.version, world.now))
+            world.tell(world.core.published(world.core.version, world.now))
             for server in list(world.core.members):
                 world.beat(server)
             for lease_id, grant in list(world.open.items()):

@@ -3,8 +3,9 @@
 import pytest
 
 from learner.coordinator.batches import Batches
-from learner.coordinator.core import LEASE_ID_LEAP, Coordinator
+from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, CancelLease, DeliverBatch, ForgetTrained
+from learner.coordinator.leases import LEASE_ID_LEAP
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases
 from learner.coordinator.records import Claim
 from learner.coordinator.recovery import JournalContents, recover
@@ -286,15 +287,11 @@ def test_a_lease_claimed_twice_is_gone_on_with_once():
     assert after.counts().running == 1
 
 
-@pytest.mark.parametrize("member", [True, False])
-def test_a_lease_whose_server_was_told_to_forget_the_group_is_not_gone_on_with(member):
+def test_a_lease_whose_server_was_told_to_forget_the_group_is_not_gone_on_with():
     """Its Ready may have been on the way already."""
     coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
     [first, _] = join(coordinator)
     coordinator.server_lost("a", "silent", now=1.0)
-    if member:
-        returns(coordinator, now=2.0)
-        coordinator.server_left("a", "gone again", now=2.0)
     coordinator.refuse_group("a", first.lease_id, now=2.0)
     [cancelled, *_] = returns(coordinator, claim_of(first), now=3.0)
     assert isinstance(cancelled, CancelLease)

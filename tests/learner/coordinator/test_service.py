@@ -28,7 +28,7 @@ from common.messages import (
     Welcome,
 )
 from common.wire import curve_keypair, open_dealer
-from learner.coordinator.core import LearnerError
+from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.rows import DataError
 from learner.coordinator.service_settings import read_settings, write_settings
@@ -85,10 +85,10 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
     disk_is_ready = asyncio.Event()
     keep = JournalKeeper.keep
 
-    async def slow_keep(keeper, records, promises, past):
-        if records or promises:
+    async def slow_keep(keeper, records, *arguments):
+        if records:
             await disk_is_ready.wait()
-        return await keep(keeper, records, promises, past)
+        return await keep(keeper, records, *arguments)
 
     monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
     async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
