@@ -269,9 +269,7 @@ def test_a_server_that_was_given_up_and_returns_goes_on_with_what_nobody_else_to
 
 
 def test_a_lease_is_not_gone_on_with_when_it_should_have_been_in_the_batch_that_the_learner_has():
-    batches = Batches(
-        some_settings(groups_per_step=2, max_staleness=1), recover(a_frontier(), JournalContents(), version=0)
-    )
+    batches = Batches(SETTINGS, recover(a_frontier(), JournalContents(), version=0))
     for lease_id in (0, 1):
         batches.put(a_group(lease_id, oldest=1))
     batches.deliver(1, batches.next(1))
