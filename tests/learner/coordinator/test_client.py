@@ -10,7 +10,7 @@ import pytest
 
 from common.messages import Finished, GroupAccepted, GroupRefused, HeldLease, Lease, Refused, Welcome
 from learner.coordinator.client import CoordinatorClient, CoordinatorLostError
-from learner.coordinator.core import LEASE_ID_LEAP
+from learner.coordinator.leases import LEASE_ID_LEAP
 from tests.builders_coordinator import a_heartbeat, a_hello, a_ready, an_open_run
 from tests.builders_coordinator_service import a_server, finish, settings_in
 
