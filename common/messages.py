@@ -285,6 +285,8 @@ class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     in_flight_tokens: dict[Count, Count]  # likewise, the part of the age until the group was accepted
     in_queue_tokens: dict[Count, Count]  # likewise, the part from then on
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
+    held_by: Name = ""  # the bound that keeps leases from all servers; empty when none does
+    servers_wait_for: Text = ""  # likewise, for people
 
 
 class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):

@@ -264,9 +264,9 @@ class Coordinator:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
-        if now >= self._servers_return_until and not self.hold():
+        if now >= self._servers_return_until and not self.closed and not self.book.held_by():
             free = self.members.free(now)
-            while free and not self.hold():
+            while free and not self.book.held_by():
                 member = free.take()
                 decisions.append(self.book.grant(member, now))
                 free.put_back(member)

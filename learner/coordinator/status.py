@@ -3,7 +3,7 @@
 from common.messages import CoordinatorStatus, ServerStatus
 from common.snapshot import NO_VERSION
 from learner.coordinator.core import Coordinator
-from learner.coordinator.explain import what_the_learner_waits_for
+from learner.coordinator.explain import what_all_servers_wait_for, what_the_learner_waits_for
 from learner.coordinator.sessions import Session, Sessions
 from learner.coordinator.token_ages import TokenAges
 
@@ -30,6 +30,8 @@ def status_of(
         in_flight_tokens=dict(ages.in_flight),
         in_queue_tokens=dict(ages.in_queue),
         waiting_for=what_the_learner_waits_for(core, now, listen_address=listen_address),
+        held_by=core.book.held_by() or "",
+        servers_wait_for=what_all_servers_wait_for(core),
     )
 
 
