@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout storm resume simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-stale-actions storm resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -40,6 +40,9 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
+
+bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
+	$(VENV)/python -m tests.benchmarks.bench_stale_actions
 
 storm: venv ## real processes killed and stopped at random, and an audit of what was recorded: make storm SEEDS=20
 	$(VENV)/python -m tests.storm --seeds $(or $(SEEDS),1)
