@@ -1,9 +1,13 @@
 """What bench_dataplane sends: trajectories of 256 + 1,024 tokens in groups, and who sends them.
 
-`python -m tests.benchmarks.dataplane_workload ROLE PLAN.json`, where ROLE is servers (rollout servers of a real
-coordinator), rogues (likewise, which send every group many times) or raw (senders that nobody answers).
+`python -m tests.benchmarks.dataplane_workload ROLE PLAN.json`, where ROLE is
+
+servers  rollout servers of a real coordinator; with `copies`, they send every group many times
+floods   servers that join and then send groups they have no leases for, as fast as the socket takes them
+raw      senders that nobody answers
 """
 
+import itertools
 import sys
 import time
 from collections import deque
@@ -40,7 +44,8 @@ TOKENS = PROMPT_TOKENS + SAMPLED_TOKENS
 VOCAB_SIZE = 32_000
 POLL_MS = 100
 HEARTBEAT_S = 1.0
-SEND_QUEUE = 64  # messages of a raw sender on their way: enough to keep it busy, little enough to stay in the caches
+SEND_QUEUE = 64  # messages on their way from who has no credits: enough to keep it busy, few enough for the caches
+NOT_GRANTED = 1 << 40  # a lease
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     names: tuple[str, ...]  # one server, with a connection of its own, for each
     capacity_groups: int = 1 << 20
     heartbeat_s: float = HEARTBEAT_S
-    copies: int = 1  # how often a rogue sends each group
+    copies: int = 1  # how often each group is sent: more than once is more than its lease pays for
     report: str = ""  # file for the latencies of what it said and heard
 
 
@@ -61,6 +66,7 @@ class Report(msgspec.Struct, kw_only=True):
     pulse_ms: list[float] = []
     ack_ms: list[float] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
+    waiting_for: list[str] = []  # the last words of each server's coordinator about that
 
 
 def a_group(group_size: int) -> Group:
@@ -115,6 +121,7 @@ class FakeServer:
         self._sent_at: dict[int, float] = {}
         self._asked_at: deque[float] = deque()
         self._heartbeat_at = float("inf")
+        self.waiting_for = ""
         self.finished = False
 
     def say(self, message: Message) -> None:
@@ -165,6 +172,7 @@ class FakeServer:
                 raise RuntimeError(f"{self._name}: {message.reason}")
 
     def _pulse(self, pulse: Pulse, now: float) -> None:
+        self.waiting_for = pulse.waiting_for
         if pulse.published_version > self._loaded:  # told at once, and not asked for
             self._loaded = pulse.published_version
             self._beat(now)
@@ -199,6 +207,7 @@ def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         now = time.monotonic()
         for server in servers.values():
             server.beat_if_due(now)
+    report.waiting_for = [server.waiting_for for server in servers.values()]
     if plan.report:
         Path(plan.report).write_bytes(msgspec.json.encode(report))
 
@@ -212,26 +221,39 @@ def drain(socket: "zmq.Socket[bytes]", hear: Callable[[bytes], None]) -> None:
         hear(header)
 
 
-def a_dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+def a_dealer(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, send_queue_messages: int = 0
+) -> "zmq.Socket[bytes]":
+    """Without a bound of its own by default: credits bound what is on its way."""
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
-    socket.set(zmq.SNDHWM, 0)  # credits bound what is on its way
+    socket.set(zmq.SNDHWM, send_queue_messages)
     socket.set(zmq.RCVHWM, 0)
     socket.connect(address)
     return socket
+
+
+def run_floods(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    """Until the process is stopped. What the coordinator answers is not read."""
+    maker, report = GroupMaker(plan.group_size), Report()
+    servers = [
+        FakeServer(name, plan, maker, a_dealer(context, plan.address, SEND_QUEUE), report) for name in plan.names
+    ]
+    decoder = msgspec.msgpack.Decoder(CoordinatorToServer)  # type: ignore[var-annotated]
+    for server in servers:
+        server.greet()
+        server.hear(decoder.decode(server.socket.recv_multipart()[0]), time.monotonic())
+    for number in itertools.count(NOT_GRANTED):
+        for server in servers:
+            server.socket.send(maker.header(number, number, 0), zmq.SNDMORE)
+            server.socket.send(maker.payload, copy=False)
 
 
 def run_raw(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     """The same bytes in the same frames, as fast as they are taken, until the process is stopped."""
     maker = GroupMaker(plan.group_size)
     header = maker.header(0, 0, 0)
-    sockets = []
-    for _ in plan.names:
-        socket = context.socket(zmq.DEALER)
-        socket.set(zmq.LINGER, 0)
-        socket.set(zmq.SNDHWM, SEND_QUEUE)
-        socket.connect(plan.address)
-        sockets.append(socket)
+    sockets = [a_dealer(context, plan.address, SEND_QUEUE) for _ in plan.names]
     while True:
         for socket in sockets:
             socket.send(header, zmq.SNDMORE)
@@ -242,7 +264,7 @@ def main() -> int:
     role, path = sys.argv[1:]
     plan = msgspec.json.decode(Path(path).read_bytes(), type=Plan)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    (run_raw if role == "raw" else run_servers)(plan, context)
+    {"servers": run_servers, "floods": run_floods, "raw": run_raw}[role](plan, context)
     context.destroy(linger=0)
     return 0
 
