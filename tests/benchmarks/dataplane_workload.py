@@ -1,4 +1,4 @@
-"""What bench_dataplane sends: trajectories of 256 + 1,024 tokens in groups, and who sends them.
+"""Who sends in bench_dataplane: imitations of rollout servers, good ones and others.
 
 `python -m tests.benchmarks.dataplane_workload ROLE PLAN.json`, where ROLE is
 
@@ -15,17 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import zmq
 
-from common.codec import pack_group
 from common.messages import (
     PROTOCOL_VERSION,
     CoordinatorToServer,
     Finished,
     GroupAccepted,
-    GroupFinished,
-    GroupHeader,
     GroupRefused,
     Heartbeat,
     Hello,
@@ -36,12 +32,8 @@ from common.messages import (
     Refused,
     Welcome,
 )
-from common.staleness import NOT_SAMPLED
-from common.trajectory import FinishReason, Group, Trajectory
+from tests.benchmarks.dataplane_groups import GroupMaker
 
-PROMPT_TOKENS, SAMPLED_TOKENS = 256, 1024
-TOKENS = PROMPT_TOKENS + SAMPLED_TOKENS
-VOCAB_SIZE = 32_000
 POLL_MS = 100
 HEARTBEAT_S = 1.0
 SEND_QUEUE = 64  # messages on their way from who has no credits: enough to keep it busy, few enough for the caches
@@ -67,44 +59,6 @@ class Report(msgspec.Struct, kw_only=True):
     ack_ms: list[float] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
     waiting_for: list[str] = []  # the last words of each server's coordinator about that
-
-
-def a_group(group_size: int) -> Group:
-    """All of it sampled by version 0; random, as real ids and log-probabilities are."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(TOKENS) >= PROMPT_TOKENS
-    return Group(
-        lease_id=0,
-        task_id=0,
-        trajectories=tuple(
-            Trajectory(
-                token_ids=rng.integers(0, VOCAB_SIZE, TOKENS, dtype=np.int32),
-                loss_mask=mask,
-                behavior_logprobs=np.where(mask, -rng.exponential(1.0, TOKENS), 0.0).astype(np.float32),
-                token_versions=np.where(mask, 0, NOT_SAMPLED).astype(np.int32),
-                reward=float(sample % 2),
-                finish_reason=FinishReason.TERMINATED,
-            )
-            for sample in range(group_size)
-        ),
-    )
-
-
-class GroupMaker:
-    """Messages that fulfil leases. The payload is made once: what sampling costs is not measured here."""
-
-    def __init__(self, group_size: int) -> None:
-        self._header, payload = pack_group(a_group(group_size))
-        self.payload = zmq.Frame(payload)
-        self.payload_bytes = len(payload)
-
-    def header(self, lease_id: int, task_id: int, version: int) -> bytes:
-        runs = ((version, SAMPLED_TOKENS),)
-        trajectories = tuple(
-            msgspec.structs.replace(trajectory, version_runs=runs) for trajectory in self._header.trajectories[:1]
-        ) * len(self._header.trajectories)
-        group = GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=trajectories)
-        return msgspec.msgpack.encode(GroupFinished(group=group))
 
 
 class FakeServer:
