@@ -5,12 +5,12 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-stale-actions storm resume simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions storm resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Start with make quickstart. Everything is installed into .venv first; running a target again is quick."
 
@@ -55,6 +55,9 @@ simulate: venv ## many histories of the coordinator under a virtual clock: make 
 
 simulate-scaling: venv ## learner idle, staleness and waste with 1 to 10,000 simulated servers; rewrites docs/scaling.md
 	$(VENV)/python -m tests.simulation.scaling --plot docs
+
+bench-dataplane: venv ## what trajectories cost on their way: rate, CPU, memory, latency of control messages
+	$(VENV)/python -m tests.benchmarks.bench_dataplane
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -78,7 +78,7 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
 
 
-class TrajectoryHeader(Message, frozen=True):
+class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
     """One trajectory of a group; its tokens are in the payload, see codec.py."""
 
     num_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -91,7 +91,7 @@ class TrajectoryHeader(Message, frozen=True):
     ]
 
 
-class GroupHeader(Message, frozen=True):
+class GroupHeader(Message, frozen=True, gc=False):
     """One group; the payload holds the tokens of its trajectories in the same order."""
 
     lease_id: Id

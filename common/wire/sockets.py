@@ -11,7 +11,7 @@ import zmq
 from common.codec import Frame, Frames
 
 DRAIN_LIMIT = 64  # messages per turn, so that one busy socket does not starve the event loop
-DRAIN_BYTES = 16 << 20
+DRAIN_BYTES = 4 << 20
 LOOK_ANYWAY_S = 1.0
 ZERO_COPY_BYTES = 1 << 16  # below this, copying is cheaper than sharing
 

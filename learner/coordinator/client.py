@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 
 from common import messages
-from common.codec import Decoder, encode, unpack_groups
+from common.codec import Decoder, encode
 from common.lifecycle import ChildProcess, UserError
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
+from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.service_settings import ServiceSettings, write_settings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class CoordinatorClient:
         self._untold: list[messages.Message] = []  # progress since OpenRun was said, until it is answered
         self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
         self._answers: dict[type[messages.Message], asyncio.Future[messages.Message]] = {}
-        self._batch: list[Group] = []  # as far as it has come
+        self._batch = BatchReceiver()
         self._dealer: Dealer | None = None  # while a coordinator knows the run
         self._starts = asyncio.Event()
         self._ended = asyncio.Event()
@@ -104,8 +105,7 @@ class CoordinatorClient:
         assert isinstance(batch, messages.Batch)
         if batch.version != version:
             raise RuntimeError(f"asked for a batch for version {version}, was given one for {batch.version}")
-        groups, self._batch = tuple(self._batch), []
-        return groups
+        return self._batch.take()
 
     @property
     def waited_s(self) -> float:
@@ -174,7 +174,7 @@ class CoordinatorClient:
                     await self._opened(dealer, message)
                 if isinstance(message, messages.CoordinatorStatus):
                     self.status = message
-                elif not isinstance(message, messages.Batch) or self._completes_batch(message, payload):
+                elif not isinstance(message, messages.Batch) or self._batch.add(message, payload):
                     self._answer(message)
         finally:
             self._dealer = None
@@ -190,12 +190,6 @@ class CoordinatorClient:
         for request in self._asked.values():
             if not isinstance(request, messages.OpenRun):
                 await dealer.send(encode(request))
-
-    def _completes_batch(self, part: messages.Batch, payload: memoryview) -> bool:
-        if part.part == 0:  # also when a coordinator was killed in the middle of it
-            self._batch = []
-        self._batch += unpack_groups(part.groups, payload)
-        return part.part + 1 == part.num_parts
 
     def _answer(self, message: messages.Message) -> None:
         self._asked.pop(type(message), None)

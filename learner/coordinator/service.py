@@ -106,6 +106,8 @@ class Service:
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:
+        if self._outbound.is_blocked(incoming.peer):  # before anything it sent is looked at: floods must be cheap
+            return
         now = time.monotonic()
         try:
             message, payload = self._decoder.decode(incoming.frames)

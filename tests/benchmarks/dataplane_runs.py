@@ -1,220 +1,35 @@
 """One run of the data plane, or of its control, from fresh processes to their end."""
 
-import json
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import zmq
+from msgspec.structs import replace
 
-from common.messages import (
-    Batch,
-    CloseRun,
-    CoordinatorStatus,
-    CoordinatorToLearner,
-    GroupHeader,
-    Message,
-    OpenRun,
-    RunOpened,
-    SnapshotPublished,
-    StepCompleted,
-    TakeBatch,
+from common.messages import CloseRun, CoordinatorStatus
+from common.wire.opening import RECEIVE_QUEUE_BYTES
+from learner.coordinator.service import MAX_HEADER_BYTES
+from tests.benchmarks.dataplane_groups import group_bytes
+from tests.benchmarks.dataplane_parties import (
+    END_S,
+    TIMEOUT_S,
+    Case,
+    Flow,
+    Running,
+    a_coordinator,
+    memory_bytes,
+    senders,
+    settings_for,
 )
-from learner.coordinator.service_settings import ServiceSettings, write_settings
-from learner.coordinator.settings import CoordinatorSettings
-from tests.benchmarks.dataplane_workload import TOKENS, VOCAB_SIZE, GroupMaker, Plan, Report
+from tests.benchmarks.dataplane_workload import Plan, Report
 
-M = TypeVar("M", bound=Message)
-
-TIMEOUT_S = 20.0
-END_S = 10.0
-PROMPT_CHARS = 1000
-PROMPTS = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """What flows, and through what."""
-
-    group_size: int
-    servers: int = 1
-    journal: str = "durable"
-    step_trajectories: int = 1024
-    max_staleness: int = 2
-    warm_up_s: float = 1.0
-    measured_s: float = 2.0
-
-    @property
-    def groups_per_step(self) -> int:
-        return self.step_trajectories // self.group_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flow:
-    """What came of it."""
-
-    trajectories: int
-    wall_s: float
-    cpu_s: float = 0.0  # of the coordinator, all of its threads
-
-    @property
-    def rate(self) -> float:
-        return self.trajectories / self.wall_s
-
-    @property
-    def cpu_us(self) -> float:
-        return self.cpu_s / self.trajectories * 1e6
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of a process, ended threads included."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def a_process(module: str, *arguments: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """Killed at the end of the block, if it has not ended by then."""
-    with log.open("ab") as output:
-        process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=output, stderr=output)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def senders(role: str, plan: Plan, directory: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    path = directory / f"{plan.names[0]}.json"
-    path.write_bytes(msgspec.json.encode(plan))
-    log = directory / f"{plan.names[0]}.log"
-    with a_process("tests.benchmarks.dataplane_workload", role, str(path), log=log) as process:
-        yield process
-
-
-class FakeLearner:
-    """Trains a batch in no time, and publishes a snapshot of no bytes after it."""
-
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
-        self._socket = socket
-        self._decoder = msgspec.msgpack.Decoder(CoordinatorToLearner)  # type: ignore[var-annotated]
-        self.version = 0
-        self.trajectories = 0
-        self.completed_at: list[float] = []  # when each step was said to be completed
-        self.status: CoordinatorStatus | None = None
-
-    def say(self, message: Message) -> None:
-        self._socket.send_multipart([msgspec.msgpack.encode(message), b""])
-
-    def hear(self, kind: type[M]) -> M:
-        deadline = time.monotonic() + TIMEOUT_S
-        while True:
-            if not self._socket.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-                waiting_for = self.status.waiting_for if self.status is not None else "nothing was heard"
-                raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_S:.0f} s: {waiting_for}")
-            header, _ = self._socket.recv_multipart(copy=False)
-            message = self._decoder.decode(header.buffer)
-            if isinstance(message, CoordinatorStatus):
-                self.status = message
-            if isinstance(message, kind):
-                return message
-
-    def open(self) -> str:
-        run = OpenRun(
-            version=0, model_fingerprint="model", tokenizer_fingerprint="tokenizer", max_model_len=TOKENS,
-            vocab_size=VOCAB_SIZE, dtype="float32", weights_address="tcp://127.0.0.1:1", frontier=b"",
-        )  # fmt: skip
-        self.say(run)
-        address = self.hear(RunOpened).listen_address
-        self.say(SnapshotPublished(version=0))
-        return address
-
-    def step(self) -> None:
-        self.say(TakeBatch(version=self.version))
-        groups: list[GroupHeader] = []
-        is_complete = False
-        while not is_complete:
-            batch = self.hear(Batch)
-            groups += batch.groups
-            is_complete = batch.part + 1 == batch.num_parts
-        self.trajectories += sum(len(group.trajectories) for group in groups)
-        self.version += 1
-        self.completed_at.append(time.monotonic())
-        self.say(StepCompleted(version=self.version, lease_ids=tuple(group.lease_id for group in groups)))
-        self.say(SnapshotPublished(version=self.version))
-
-    def train_for(self, seconds: float, coordinator_pid: int) -> Flow:
-        """From one completed batch to another."""
-        began, cpu_before, before = time.monotonic(), cpu_s(coordinator_pid), self.trajectories
-        while (now := time.monotonic()) < began + seconds:
-            self.step()
-        now = time.monotonic()
-        return Flow(
-            trajectories=self.trajectories - before, wall_s=now - began, cpu_s=cpu_s(coordinator_pid) - cpu_before
-        )
-
-
-def settings_for(case: Case, directory: Path, **rules: int) -> ServiceSettings:
-    prompts = directory / "prompts.jsonl"
-    prompts.write_text((json.dumps({"prompt": "x" * PROMPT_CHARS}) + "\n") * PROMPTS)
-    bytes_per_group = GroupMaker(case.group_size).payload_bytes + 1024 * case.group_size
-    open_groups = (case.max_staleness + 2) * case.groups_per_step
-    values = {
-        "groups_per_step": case.groups_per_step,
-        "max_staleness": case.max_staleness,
-        "queue_groups": open_groups,
-        "queue_bytes": open_groups * bytes_per_group,
-        "max_group_bytes": bytes_per_group,
-    }
-    return ServiceSettings(
-        run_id="benchmark",
-        learner_socket=f"ipc://{directory}/learner",
-        listen="tcp://127.0.0.1:0",
-        rules=CoordinatorSettings(**(values | rules)),
-        model="model",
-        environment="python:none:none",
-        prompts=str(prompts),
-        group_size=case.group_size,
-        max_new_tokens=TOKENS,
-        lease_secret="0" * 32,
-        journal=str(directory / "journal.sqlite"),
-    )
-
-
-@dataclass(frozen=True)
-class Running:
-    learner: FakeLearner
-    address: str
-    pid: int  # of the coordinator
-
-
-@contextmanager
-def a_coordinator(journal: str, settings: ServiceSettings, directory: Path) -> Iterator[Running]:
-    """A coordinator process whose run is open, and its learner."""
-    path, log = directory / "settings.json", directory / "coordinator.log"
-    write_settings(settings, path)
-    with ExitStack() as stack:
-        process = stack.enter_context(a_process("tests.benchmarks.dataplane_coordinator", journal, str(path), log=log))
-        context = zmq.Context()
-        stack.callback(context.destroy, linger=0)
-        socket = context.socket(zmq.DEALER)
-        socket.connect(settings.learner_socket)
-        learner = FakeLearner(socket)
-        try:
-            yield Running(learner, learner.open(), process.pid)
-            learner.say(CloseRun(reason="measured"))
-            process.wait(END_S)
-        except Exception as error:
-            error.add_note(f"the coordinator said: {log.read_text()[-2000:]}")
-            raise
+PROBES = 2
+NUM_SERVERS = 6  # of run_memory
+PROBE_HEARTBEAT_S = 0.02
 
 
 def names(prefix: str, count: int) -> tuple[str, ...]:
@@ -266,5 +81,111 @@ def receive_for(socket: "zmq.Socket[bytes]", seconds: float) -> int:
     return messages
 
 
-def read_report(path: Path) -> Report:
-    return msgspec.json.decode(path.read_bytes(), type=Report)
+@dataclass(frozen=True, kw_only=True)
+class Latencies:
+    """Milliseconds from what was said to its answer, of servers that do their share like all others."""
+
+    flow: Flow
+    pulse_ms: list[float]
+    ack_ms: list[float]
+    lease_ms: list[float]
+
+
+def run_latency(case: Case, directory: Path) -> Latencies:
+    settings = settings_for(case, directory)
+    with ExitStack() as stack:
+        running = stack.enter_context(a_coordinator(case.journal, settings, directory))
+        plan = Plan(
+            address=running.address,
+            group_size=case.group_size,
+            names=names("server", case.servers - PROBES),
+            capacity_groups=capacity(case),
+        )
+        stack.enter_context(senders("servers", plan, directory))
+        probes = replace(
+            plan, names=names("probe", PROBES), heartbeat_s=PROBE_HEARTBEAT_S, report=str(directory / "report.json")
+        )
+        probing = stack.enter_context(senders("servers", probes, directory))
+        running.learner.train_for(case.warm_up_s, running.pid)
+        flow = running.learner.train_for(case.measured_s, running.pid)
+        report = end_and_read(running, probing, Path(probes.report))
+        return Latencies(
+            flow=flow, pulse_ms=report.pulse_ms, ack_ms=report.ack_ms, lease_ms=lease_ms(case, running, report)
+        )
+
+
+def lease_ms(case: Case, running: Running, report: Report) -> list[float]:
+    """From the completed step that made room for it. The first leases were granted without one."""
+    per_step, completed_at = case.groups_per_step, running.learner.completed_at
+    first = (case.max_staleness + 1) * per_step
+    steps = [((lease_id - first) // per_step, at) for lease_id, at in report.leases if lease_id >= first]
+    return [(at - completed_at[step]) * 1e3 for step, at in steps if step < len(completed_at)]
+
+
+def end_and_read(running: Running, process: "subprocess.Popen[bytes]", report: Path) -> Report:
+    """Of servers that must have ended well."""
+    running.learner.say(CloseRun(reason="measured"))
+    if process.wait(END_S) != 0:
+        raise RuntimeError(f"servers ended with exit code {process.returncode}")
+    return msgspec.json.decode(report.read_bytes(), type=Report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Of a coordinator whose learner has stopped."""
+
+    queue_bytes: int  # the bound
+    ingress_bytes: int  # likewise, of what has arrived and was not received yet, over all connections
+    sent_bytes: int  # in groups for leases
+    rss_before: int
+    peak_rss: int
+    status: CoordinatorStatus  # when all had arrived
+    good: Report  # of the good servers
+
+    @property
+    def growth(self) -> int:
+        return self.peak_rss - self.rss_before
+
+
+def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: int = 4) -> Memory:
+    """Two servers send every group many times, two what they have no lease for, and two are good.
+
+    The first have two thirds of the leases, so that (1 + 2 * copies) / 3 times the bound is sent. All would do more
+    than there is room for. The good ones end with an error when anything of theirs is refused.
+    """
+    num_groups = queue_bytes // group_bytes(group_size)
+
+    def sent(status: CoordinatorStatus) -> int:
+        return (status.queued + status.refused.get("duplicate", 0)) * group_bytes(group_size)
+
+    settings = settings_for(Case(group_size=group_size, max_staleness=num_groups), directory, queue_bytes=queue_bytes)
+    with ExitStack() as stack:
+        running = stack.enter_context(a_coordinator("durable", settings, directory))
+        learner, rss_before = running.learner, memory_bytes(running.pid, "VmRSS")
+        good = Plan(
+            address=running.address,
+            group_size=group_size,
+            names=names("good", 2),
+            capacity_groups=num_groups,
+            heartbeat_s=PROBE_HEARTBEAT_S,
+            report=str(directory / "report.json"),
+        )
+        again = replace(good, names=names("again", 2), copies=copies, capacity_groups=num_groups // 3, report="")
+        stack.enter_context(senders("servers", again, directory))
+        again_groups = 2 * again.capacity_groups
+        learner.hear_status(lambda status: status.leased >= again_groups)
+        floods = replace(good, names=names("flood", 2), capacity_groups=1)
+        stack.enter_context(senders("floods", floods, directory))
+        being_good = stack.enter_context(senders("servers", good, directory))
+        status = learner.hear_status(
+            lambda status: not status.running and sent(status) > (1 + copies) / 2 * queue_bytes
+        )
+        return Memory(
+            queue_bytes=queue_bytes,
+            ingress_bytes=NUM_SERVERS * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size),
+            sent_bytes=sent(status),
+            rss_before=rss_before,
+            peak_rss=memory_bytes(running.pid, "VmHWM"),
+            status=status,
+            good=end_and_read(running, being_good, Path(good.report)),
+        )

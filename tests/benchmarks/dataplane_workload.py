@@ -1,9 +1,13 @@
-"""What bench_dataplane sends: trajectories of 256 + 1,024 tokens in groups, and who sends them.
+"""Who sends in bench_dataplane: imitations of rollout servers, good ones and others.
 
-`python -m tests.benchmarks.dataplane_workload ROLE PLAN.json`, where ROLE is servers (rollout servers of a real
-coordinator), rogues (likewise, which send every group many times) or raw (senders that nobody answers).
+`python -m tests.benchmarks.dataplane_workload ROLE PLAN.json`, where ROLE is
+
+servers  rollout servers of a real coordinator; with `copies`, they send every group many times
+floods   servers that join and then send groups they have no leases for, as fast as the socket takes them
+raw      senders that nobody answers
 """
 
+import itertools
 import sys
 import time
 from collections import deque
@@ -11,17 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import zmq
 
-from common.codec import pack_group
 from common.messages import (
     PROTOCOL_VERSION,
     CoordinatorToServer,
     Finished,
     GroupAccepted,
-    GroupFinished,
-    GroupHeader,
     GroupRefused,
     Heartbeat,
     Hello,
@@ -32,15 +32,12 @@ from common.messages import (
     Refused,
     Welcome,
 )
-from common.staleness import NOT_SAMPLED
-from common.trajectory import FinishReason, Group, Trajectory
+from tests.benchmarks.dataplane_groups import GroupMaker
 
-PROMPT_TOKENS, SAMPLED_TOKENS = 256, 1024
-TOKENS = PROMPT_TOKENS + SAMPLED_TOKENS
-VOCAB_SIZE = 32_000
 POLL_MS = 100
 HEARTBEAT_S = 1.0
-SEND_QUEUE = 64  # messages of a raw sender on their way: enough to keep it busy, little enough to stay in the caches
+SEND_QUEUE = 64  # messages on their way from who has no credits: enough to keep it busy, few enough for the caches
+NOT_GRANTED = 1 << 40  # a lease
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +48,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     names: tuple[str, ...]  # one server, with a connection of its own, for each
     capacity_groups: int = 1 << 20
     heartbeat_s: float = HEARTBEAT_S
-    copies: int = 1  # how often a rogue sends each group
+    copies: int = 1  # how often each group is sent: more than once is more than its lease pays for
     report: str = ""  # file for the latencies of what it said and heard
 
 
@@ -61,44 +58,7 @@ class Report(msgspec.Struct, kw_only=True):
     pulse_ms: list[float] = []
     ack_ms: list[float] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
-
-
-def a_group(group_size: int) -> Group:
-    """All of it sampled by version 0; random, as real ids and log-probabilities are."""
-    rng = np.random.default_rng(0)
-    mask = np.arange(TOKENS) >= PROMPT_TOKENS
-    return Group(
-        lease_id=0,
-        task_id=0,
-        trajectories=tuple(
-            Trajectory(
-                token_ids=rng.integers(0, VOCAB_SIZE, TOKENS, dtype=np.int32),
-                loss_mask=mask,
-                behavior_logprobs=np.where(mask, -rng.exponential(1.0, TOKENS), 0.0).astype(np.float32),
-                token_versions=np.where(mask, 0, NOT_SAMPLED).astype(np.int32),
-                reward=float(sample % 2),
-                finish_reason=FinishReason.TERMINATED,
-            )
-            for sample in range(group_size)
-        ),
-    )
-
-
-class GroupMaker:
-    """Messages that fulfil leases. The payload is made once: what sampling costs is not measured here."""
-
-    def __init__(self, group_size: int) -> None:
-        self._header, payload = pack_group(a_group(group_size))
-        self.payload = zmq.Frame(payload)
-        self.payload_bytes = len(payload)
-
-    def header(self, lease_id: int, task_id: int, version: int) -> bytes:
-        runs = ((version, SAMPLED_TOKENS),)
-        trajectories = tuple(
-            msgspec.structs.replace(trajectory, version_runs=runs) for trajectory in self._header.trajectories[:1]
-        ) * len(self._header.trajectories)
-        group = GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=trajectories)
-        return msgspec.msgpack.encode(GroupFinished(group=group))
+    waiting_for: list[str] = []  # the last words of each server's coordinator about that
 
 
 class FakeServer:
@@ -115,6 +75,7 @@ class FakeServer:
         self._sent_at: dict[int, float] = {}
         self._asked_at: deque[float] = deque()
         self._heartbeat_at = float("inf")
+        self.waiting_for = ""
         self.finished = False
 
     def say(self, message: Message) -> None:
@@ -165,6 +126,7 @@ class FakeServer:
                 raise RuntimeError(f"{self._name}: {message.reason}")
 
     def _pulse(self, pulse: Pulse, now: float) -> None:
+        self.waiting_for = pulse.waiting_for
         if pulse.published_version > self._loaded:  # told at once, and not asked for
             self._loaded = pulse.published_version
             self._beat(now)
@@ -199,6 +161,7 @@ def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         now = time.monotonic()
         for server in servers.values():
             server.beat_if_due(now)
+    report.waiting_for = [server.waiting_for for server in servers.values()]
     if plan.report:
         Path(plan.report).write_bytes(msgspec.json.encode(report))
 
@@ -212,26 +175,39 @@ def drain(socket: "zmq.Socket[bytes]", hear: Callable[[bytes], None]) -> None:
         hear(header)
 
 
-def a_dealer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+def a_dealer(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, send_queue_messages: int = 0
+) -> "zmq.Socket[bytes]":
+    """Without a bound of its own by default: credits bound what is on its way."""
     socket = context.socket(zmq.DEALER)
     socket.set(zmq.LINGER, 0)
-    socket.set(zmq.SNDHWM, 0)  # credits bound what is on its way
+    socket.set(zmq.SNDHWM, send_queue_messages)
     socket.set(zmq.RCVHWM, 0)
     socket.connect(address)
     return socket
+
+
+def run_floods(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    """Until the process is stopped. What the coordinator answers is not read."""
+    maker, report = GroupMaker(plan.group_size), Report()
+    servers = [
+        FakeServer(name, plan, maker, a_dealer(context, plan.address, SEND_QUEUE), report) for name in plan.names
+    ]
+    decoder = msgspec.msgpack.Decoder(CoordinatorToServer)  # type: ignore[var-annotated]
+    for server in servers:
+        server.greet()
+        server.hear(decoder.decode(server.socket.recv_multipart()[0]), time.monotonic())
+    for number in itertools.count(NOT_GRANTED):
+        for server in servers:
+            server.socket.send(maker.header(number, number, 0), zmq.SNDMORE)
+            server.socket.send(maker.payload, copy=False)
 
 
 def run_raw(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     """The same bytes in the same frames, as fast as they are taken, until the process is stopped."""
     maker = GroupMaker(plan.group_size)
     header = maker.header(0, 0, 0)
-    sockets = []
-    for _ in plan.names:
-        socket = context.socket(zmq.DEALER)
-        socket.set(zmq.LINGER, 0)
-        socket.set(zmq.SNDHWM, SEND_QUEUE)
-        socket.connect(plan.address)
-        sockets.append(socket)
+    sockets = [a_dealer(context, plan.address, SEND_QUEUE) for _ in plan.names]
     while True:
         for socket in sockets:
             socket.send(header, zmq.SNDMORE)
@@ -242,7 +218,7 @@ def main() -> int:
     role, path = sys.argv[1:]
     plan = msgspec.json.decode(Path(path).read_bytes(), type=Plan)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    (run_raw if role == "raw" else run_servers)(plan, context)
+    {"servers": run_servers, "floods": run_floods, "raw": run_raw}[role](plan, context)
     context.destroy(linger=0)
     return 0
 

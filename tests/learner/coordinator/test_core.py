@@ -11,6 +11,7 @@ from learner.coordinator.decisions import (
     RefuseGroup,
 )
 from learner.coordinator.delivery import LearnerError
+from learner.coordinator.replay_queue import JournaledGroup
 from tests.builders_coordinator import (
     MAX_GROUP_BYTES,
     a_coordinator,
@@ -434,6 +435,7 @@ def test_a_batch_asked_for_again_is_delivered_again_until_the_step_is_completed(
         [batch] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
         assert [group.lease_id for group in batch.groups] == [0, 1]
         assert coordinator.book.queue.num_bytes == charged
+        assert all(isinstance(group, JournaledGroup) for group in coordinator.book.queue.oldest(2))  # bytes are gone
     coordinator.step_completed(1, (0, 1), now=1.0)
     with pytest.raises(LearnerError, match="asks for the batch of version 0, the run is at 1"):
         coordinator.take_batch(0, now=1.0)
