@@ -10,7 +10,7 @@ from learner.coordinator.mailer import Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.tasks import Task, TaskSource
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 
 
 class Lender:

@@ -125,17 +125,25 @@ class FakeLearner:
         self._socket.send_multipart([msgspec.msgpack.encode(message), b""])
 
     def hear(self, kind: type[M]) -> M:
+        """The next message of this kind."""
+        return self._hear(kind)[0]
+
+    def hear_part(self) -> tuple[Batch, memoryview]:
+        """Of a batch."""
+        return self._hear(Batch)
+
+    def _hear(self, kind: type[M]) -> tuple[M, memoryview]:
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             if not self._socket.poll(max(0.0, deadline - time.monotonic()) * 1e3):
                 waiting_for = self.status.waiting_for if self.status is not None else "nothing was heard"
                 raise TimeoutError(f"no {kind.__name__} within {TIMEOUT_S:.0f} s: {waiting_for}")
-            header, _ = self._socket.recv_multipart(copy=False)
+            header, payload = self._socket.recv_multipart(copy=False)
             message = self._decoder.decode(header.buffer)
             if isinstance(message, CoordinatorStatus):
                 self.status = message
             if isinstance(message, kind):
-                return message
+                return message, payload.buffer
 
     def hear_status(self, until: Callable[[CoordinatorStatus], bool]) -> CoordinatorStatus:
         """The first status of which that is true."""
@@ -182,7 +190,7 @@ class FakeLearner:
         )
 
 
-def settings_for(case: Case, directory: Path, **rules: int) -> ServiceSettings:
+def settings_for(case: Case, directory: Path, *, event_log: str = "", **rules: int) -> ServiceSettings:
     prompts = directory / "prompts.jsonl"
     prompts.write_text((json.dumps({"prompt": "x" * PROMPT_CHARS}) + "\n") * PROMPTS)
     open_groups = (case.max_staleness + 2) * case.groups_per_step
@@ -205,6 +213,7 @@ def settings_for(case: Case, directory: Path, **rules: int) -> ServiceSettings:
         max_new_tokens=TOKENS,
         lease_secret="0" * 32,
         journal=str(directory / "journal.sqlite"),
+        event_log=event_log,
     )
 
 
