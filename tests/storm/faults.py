@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from tests.storm.fleet import Fleet
 
 WEIGHTS = {
-    "learner": 15, "coordinator": 30, "snapshot server": 5, "rollout server": 30, "environment worker": 10, "all": 4,
+    "learner": 15, "coordinator": 30, "snapshot server": 5, "rollout server": 30, "environment worker": 10,
+    "engine": 10, "all": 4,
 }  # fmt: skip
 STOP_SHARE = 0.25  # of the faults are SIGSTOP, and SIGCONT after a while
 LONGEST_STOP_S = 4.0
-PATIENCE_S = 8.0  # without a step: strike all the same, while processes start
 LOOK_EVERY_S = 0.05
 
 
@@ -41,10 +41,10 @@ class Faults:
                 await self._hit(self.rng.choice(pids), role)
 
     async def _pause(self) -> None:
-        """Some steps, or a while of none, and a part of a step."""
+        """Some steps, or a while of none: then it strikes all the same, while processes start."""
         goal = self.fleet.last_step() + self.rng.randint(0, self.steps // self.number)
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self.fleet.stack.patience_s):
                 while self.fleet.last_step() < goal:
                     await asyncio.sleep(LOOK_EVERY_S)
         await asyncio.sleep(self.rng.uniform(0.0, 0.2))
