@@ -1,4 +1,4 @@
-"""A storm: real processes, sockets and journal; random SIGKILLs and SIGSTOPs; and an audit of what was recorded.
+"""A storm: real processes, sockets and journal; SIGKILL, SIGSTOP and SIGTERM at random; and an audit of the records.
 
 The learner and the rollout servers run with a table policy in place of DeepSpeed and vLLM, so that a step takes
 milliseconds; everything else is what users run. With --real these two are real as well. Whatever dies is started again.
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tests.storm.audit import Verdict, audit, read_records
-from tests.storm.faults import Faults
+from tests.storm.faults import LONGEST_END_S, Faults
 from tests.storm.fleet import REAL, TABLE, Fleet, Stack
 
 GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 4, 2, 2
@@ -43,6 +43,9 @@ async def storm(
         read_records(directory), total_steps=steps, groups_per_step=GROUPS_PER_STEP, max_staleness=MAX_STALENESS
     )
     verdict.check(not left, f"processes were left behind: {left}")
+    verdict.check(
+        not faults.overdue, f"still there {LONGEST_END_S} s after SIGTERM, or their children: {faults.overdue}"
+    )
     return verdict, faults
 
 

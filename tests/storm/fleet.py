@@ -134,6 +134,26 @@ class Fleet:
         with suppress(ProcessLookupError):
             os.kill(pid, which)
 
+    def family(self, pid: int) -> set[int]:
+        """The process and all that it started, and they in turn, as far as they run here."""
+        parents = {}
+        for one in self.processes():
+            with suppress(OSError):
+                parents[one] = int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[1])
+        found = {pid}
+        while more := {one for one, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
+    async def has_ended(self, pids: set[int], timeout_s: float) -> bool:
+        """Whether all of them are gone within the time."""
+        deadline_s = time.monotonic() + timeout_s
+        while pids & self.processes().keys():
+            if time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(LOOK_EVERY_S)
+        return True
+
     def kill_all(self) -> None:
         for pid in self.processes():
             self.signal(pid, signal.SIGKILL)
