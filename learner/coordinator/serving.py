@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.codec import Decoder
 from common.events import EventLog
-from common.keys import KeyFileError, ServerKeys, load_server_keys
+from common.key_files import KeyFileError
+from common.keys import ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
