@@ -43,6 +43,7 @@ class FaultProxy:
         self.accepts = True  # False: a connection is ended as soon as it is made
         self.passed = {"up": 0, "down": 0}  # bytes, over all connections
         self.flipped = 0  # bits
+        self.num_ended = 0  # connections
         self.address = ""
 
     def __repr__(self) -> str:
@@ -109,6 +110,7 @@ class FaultProxy:
                 one.close()
         finally:
             self._links.discard(link)
+            self.num_ended += 1
             for one in writers:
                 _reset(one)
 

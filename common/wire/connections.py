@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from common.wire.refusals import Reason, Refusals
 
@@ -64,6 +65,14 @@ class Connection:
         return f"{f'key {self.key[:8]}' if self.key else 'no key known'}, {self.held_bytes} bytes held"
 
 
+class Ending(Enum):
+    """What a connection was when it ended."""
+
+    HEARD = "a message was received from it"
+    UNHEARD = "nothing was received from it"
+    CUT = "we cut it"
+
+
 class Connections:
     """All connections of one router.
 
@@ -78,6 +87,7 @@ class Connections:
         self._limits = limits
         self._now = now
         self._open: dict[int, Connection] = {}  # by descriptor
+        self.num_ended = 0  # for whatever reason: a server was stopped, a cable pulled, bytes damaged
         self._silent: dict[int, Connection] = {}  # those that were silent at the last look, or came later
 
     def __repr__(self) -> str:
@@ -113,10 +123,13 @@ class Connections:
         if len(self._open) > self._limits.connections:
             self._cut(self._newest_of_the_most_numerous(), Reason.CROWDING)
 
-    def ended(self, descriptor: int) -> bool | None:
-        """The connection is gone. Returns whether a message was received from it; None: it was cut."""
+    def ended(self, descriptor: int) -> Ending:
+        """The connection is gone."""
+        self.num_ended += 1
         connection = self._open.pop(descriptor, None)
-        return None if connection is None else not connection.is_silent
+        if connection is None:
+            return Ending.CUT
+        return Ending.UNHEARD if connection.is_silent else Ending.HEARD
 
     def look(self, revoked: frozenset[str]) -> None:
         """Find out what each connection holds; cut those that hold too much, or have a key that is revoked."""

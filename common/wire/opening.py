@@ -1,7 +1,7 @@
 """Opening sockets, and closing them again."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 
 import zmq
 
@@ -9,6 +9,7 @@ from common.keys import ClientKey, ServerKeys
 from common.memory import MemoryBound
 from common.wire import options
 from common.wire.addresses import WireError, check_address, check_path_is_free, is_local
+from common.wire.lifeline import Lifeline
 from common.wire.sockets import Dealer, Router
 from common.wire.watch import Watch, watching
 
@@ -35,7 +36,7 @@ async def open_router(
     )
     options.hide_routing_ids()
     with _open_context() as context, context.socket(zmq.ROUTER) as socket:
-        options.set_options(socket, max_frame_bytes, encrypted=encrypted)
+        options.set_options(socket, address, max_frame_bytes, encrypted=encrypted)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             options.set_key_pair(socket, keys)
@@ -73,8 +74,12 @@ async def open_dealer(
     check_address(address, has_keys=key is not None, where_keys_are="give the key file the learner wrote, with --key")
     if max_frame_bytes is None:
         max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
-    with _open_context() as context, context.socket(zmq.DEALER) as socket:
-        options.set_options(socket, max_frame_bytes, encrypted=key is not None)
+    with (
+        _open_context() as context,
+        context.socket(zmq.DEALER) as socket,
+        closing(Lifeline(context, socket, address)) as lifeline,
+    ):
+        options.set_options(socket, address, max_frame_bytes, encrypted=key is not None)
         # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
         socket.set(zmq.RECONNECT_IVL, options.RECONNECT_MS)
         socket.set(zmq.RECONNECT_IVL_MAX, options.RECONNECT_MAX_MS)
@@ -87,7 +92,7 @@ async def open_dealer(
             raise WireError(
                 f"cannot connect to {address}: {error.strerror}; it must be like tcp://HOST:PORT"
             ) from error
-        dealer = Dealer(socket, address)
+        dealer = Dealer(socket, address, lifeline)
         dealer.attach()
         try:
             yield dealer

@@ -20,10 +20,11 @@ RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 LINGER_MS = 500
 SEND_QUEUE_MESSAGES = 1_000  # per connection
-RECEIVE_QUEUE_MESSAGES = 1_000  # per connection, and fewer if they are large:
-RECEIVE_QUEUE_BYTES = 64 << 20
+LOCAL_RECEIVE_QUEUE_MESSAGES = 1_000  # likewise
 
-HELD_BYTES_OF_ALL = 1 << 30  # of messages on their way to a router, over all connections
+HELD_BYTES = 128 << 20  # of messages on their way to a router, for one connection
+HELD_MESSAGES = 3  # and if they are large, at least so many
+HELD_BYTES_OF_ALL = 1 << 30
 MAX_SILENT_CONNECTIONS = 1_000  # that have not sent a message yet
 MAX_CONNECTIONS = 1 << 16
 SPARE_DESCRIPTORS = 200  # for everything else the process does
@@ -49,19 +50,12 @@ def check_library() -> None:
         )
 
 
-def queue_messages(max_frame_bytes: int) -> int:
-    """How many messages may wait to be received, per connection; -1: frames of any size."""
-    if max_frame_bytes < 0:
-        return RECEIVE_QUEUE_MESSAGES
-    return min(RECEIVE_QUEUE_MESSAGES, max(2, RECEIVE_QUEUE_BYTES // max(FRAMES_PER_MESSAGE * max_frame_bytes, 1)))
-
-
 def connection_limits(max_frame_bytes: int, *, encrypted: bool) -> Limits:
-    """What the connections of a router may hold. Honest ones are stopped by the receive queue before they get there."""
+    """What the connections of a router may hold. Credit keeps honest peers below it, unless we receive nothing."""
     message_bytes = FRAMES_PER_MESSAGE * wire_bytes(max_frame_bytes, encrypted=encrypted)
     descriptors = _raise_descriptor_limit()
     return Limits(
-        held_bytes=(queue_messages(max_frame_bytes) + 1) * message_bytes,
+        held_bytes=max(HELD_BYTES, HELD_MESSAGES * message_bytes),
         held_bytes_of_all=HELD_BYTES_OF_ALL,
         connections=min(MAX_CONNECTIONS, descriptors - SPARE_DESCRIPTORS),
         silent_connections=min(MAX_SILENT_CONNECTIONS, descriptors // 4),
@@ -84,17 +78,26 @@ def hide_routing_ids() -> None:
     ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
 
 
-def set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int, *, encrypted: bool) -> None:
-    """What all our sockets have in common. max_frame_bytes: of one frame, -1 for any size."""
+def set_options(socket: "zmq.Socket[bytes]", address: str, max_frame_bytes: int, *, encrypted: bool) -> None:
+    """What all our sockets have in common. max_frame_bytes: of one frame, -1 for any size.
+
+    A full receive queue and heartbeats must not meet: when a peer hangs up while its queue is full, ZeroMQ aborts the
+    process at the next heartbeat (stream_engine_base.cpp, out_event). So over TCP the queue has no end: credit bounds
+    what honest peers send, and the watch of a router what others do. A path needs no heartbeats, the kernel knows who
+    is there.
+    """
     if max_frame_bytes >= 0:
         socket.set(zmq.MAXMSGSIZE, max_frame_bytes + (CURVE_OVERHEAD_BYTES if encrypted else 0))
     socket.set(zmq.LINGER, LINGER_MS)
     socket.set(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
-    socket.set(zmq.RCVHWM, queue_messages(max_frame_bytes))
     socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    if address.startswith("tcp://"):
+        socket.set(zmq.RCVHWM, 0)
+        socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    else:
+        socket.set(zmq.RCVHWM, LOCAL_RECEIVE_QUEUE_MESSAGES)
 
 
 def ask_for_keys(socket: "zmq.Socket[bytes]") -> None:

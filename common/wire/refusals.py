@@ -15,8 +15,7 @@ class Reason(Enum):
     """Why something was refused: a word for metrics, and what happened, for people."""
 
     STRANGER = "stranger", "a connection whose key is not on the allow-list"
-    UNHEARD = "unheard", "a connection that ended before a message came: no handshake, or not in our protocol"
-    CORRUPT = "corrupt", "a connection whose bytes were damaged"
+    UNHEARD = "unheard", "a connection that ended before it said anything in our protocol"
     OLD_PROTOCOL = "old_protocol", "a message in an outdated protocol"
     MALFORMED = "malformed", "a message of a wrong number of frames"
     REVOKED_MESSAGE = "revoked_message", "a message under a key that was revoked"

@@ -10,6 +10,7 @@ import zmq
 
 from common.codec import Frame, Frames
 from common.wire.connections import wire_bytes
+from common.wire.lifeline import Lifeline
 from common.wire.refusals import Reason
 from common.wire.watch import Watch
 
@@ -170,6 +171,11 @@ class Router(_Socket):
         """How often strangers and liars were refused since the router was opened, by reason, for metrics."""
         return self._watch.refusals.counts()
 
+    @property
+    def connections_ended(self) -> int:
+        """TCP connections that are no more, for whatever reason: a stopped server, a pulled cable, damaged bytes."""
+        return self._watch.connections_ended
+
     def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
         routing_id, *body = frames
         return Incoming(Peer(routing_id.bytes, self._key_of(routing_id)), _body(body))
@@ -210,9 +216,14 @@ class Dealer(_Socket):
 
     _frames_per_message = 2  # header, payload
 
-    def __init__(self, socket: "zmq.Socket[bytes]", address: str) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, lifeline: Lifeline) -> None:
         super().__init__(socket, address)
+        self._lifeline = lifeline
         self._received: deque[list[zmq.Frame]] = deque()
+
+    def _look_anyway(self) -> None:
+        self._lifeline.look()
+        super()._look_anyway()
 
     async def receive(self) -> Frames:
         """The next message."""

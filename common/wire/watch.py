@@ -18,7 +18,7 @@ from pathlib import Path
 import zmq
 
 from common.memory import MemoryBound, give_back_memory
-from common.wire.connections import Connections, Limits
+from common.wire.connections import Connections, Ending, Limits
 from common.wire.doorkeeper import Doorkeeper
 from common.wire.refusals import Reason, Refusals
 
@@ -31,9 +31,8 @@ RELIEF_S = 2.0  # for memory to come back after connections were cut
 
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _MONITOR_ADDRESS = "inproc://monitor"
-_EVENTS = (
-    zmq.Event.ACCEPTED | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH | zmq.Event.DISCONNECTED
-)
+# No event of an error while ZeroMQ decodes: telling it overwrites errno, and ZeroMQ takes the error for "not now".
+_EVENTS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
 
 
 class Watch:
@@ -55,7 +54,7 @@ class Watch:
         self._memory = memory
         self._now = now
         self._over_since_s: float | None = None
-        self._last_event = 0
+        self._strangers_gone = 0
         self._has_cut = False  # at the last look
 
     def __repr__(self) -> str:
@@ -69,6 +68,10 @@ class Watch:
     def revoked(self) -> frozenset[str]:
         """Keys that were let in and are not on the allow-list any more."""
         return self._doorkeeper.revoked if self._doorkeeper is not None else frozenset()
+
+    @property
+    def connections_ended(self) -> int:
+        return self._connections.num_ended if self._connections is not None else 0
 
     def bound(self, router: "zmq.Socket[bytes]") -> None:
         """The router's socket has its address now. Only TCP connections are counted."""
@@ -87,17 +90,17 @@ class Watch:
         assert self._doorkeeper is not None
         return self._doorkeeper.answer(request)
 
-    def hear(self, event: int, value: int) -> None:
-        """What ZeroMQ says about one connection; why it ended comes just before that it ended."""
-        if self._connections is not None and event == zmq.Event.ACCEPTED:
-            self._connections.accept(value)
-        if self._connections is not None and event == zmq.Event.DISCONNECTED:
-            was_heard = self._connections.ended(value)
-            if was_heard is False and self._last_event != zmq.Event.HANDSHAKE_FAILED_AUTH:
-                self.refusals.note(Reason.UNHEARD, "among them port scans and wrong addresses")
-            elif was_heard and self._last_event == zmq.Event.HANDSHAKE_FAILED_PROTOCOL:
-                self.refusals.note(Reason.CORRUPT, "it may connect again")
-        self._last_event = event
+    def hear(self, event: int, descriptor: int) -> None:
+        """What ZeroMQ says about one connection."""
+        if self._connections is None:
+            return
+        if event == zmq.Event.ACCEPTED:
+            self._connections.accept(descriptor)
+        elif event == zmq.Event.DISCONNECTED and self._connections.ended(descriptor) is Ending.UNHEARD:
+            if self._strangers_gone < self.refusals.of(Reason.STRANGER):  # each of them ends unheard, and is counted
+                self._strangers_gone += 1
+            else:
+                self.refusals.note(Reason.UNHEARD, "port scans and wrong addresses do that too")
 
     def look_at_keys(self) -> None:
         if self._doorkeeper is not None:
