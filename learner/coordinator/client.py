@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 
 from common import messages
-from common.codec import Decoder, encode, unpack_groups
+from common.codec import Decoder, encode
 from common.lifecycle import ChildProcess, UserError
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
+from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.service_settings import ServiceSettings, write_settings
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class CoordinatorClient:
         self._published: messages.SnapshotPublished | None = None
         self._untold: list[messages.Message] = []  # progress since OpenRun was said, until it is answered
         self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
-        self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
+        self._answers: dict[type[messages.Message], asyncio.Future[messages.Message]] = {}
+        self._batch = BatchReceiver()
         self._dealer: Dealer | None = None  # while a coordinator knows the run
         self._starts = asyncio.Event()
         self._ended = asyncio.Event()
@@ -89,7 +91,7 @@ class CoordinatorClient:
         """Returns the address rollout servers join at, as bound."""
         self._run = request
         self._starts.set()
-        opened, _ = await self._ask(request, messages.RunOpened)
+        opened = await self._ask(request, messages.RunOpened)
         assert isinstance(opened, messages.RunOpened)
         return opened.listen_address
 
@@ -97,13 +99,13 @@ class CoordinatorClient:
         """Groups for the step that updates `version`; waits as long as it takes, and says for what."""
         self._waiting_since_s = time.monotonic()
         try:
-            batch, payload = await self._ask(messages.TakeBatch(version=version), messages.Batch)
+            batch = await self._ask(messages.TakeBatch(version=version), messages.Batch)
         finally:
             self._waited_s, self._waiting_since_s = self.waited_s, None
         assert isinstance(batch, messages.Batch)
         if batch.version != version:
             raise RuntimeError(f"asked for a batch for version {version}, was given one for {batch.version}")
-        return unpack_groups(batch.groups, payload)
+        return self._batch.take()
 
     @property
     def waited_s(self) -> float:
@@ -124,7 +126,7 @@ class CoordinatorClient:
 
     async def take_frontier(self) -> bytes:
         """What a checkpoint must hold of the coordinator."""
-        frontier, _ = await self._ask(messages.TakeFrontier(), messages.Frontier)
+        frontier = await self._ask(messages.TakeFrontier(), messages.Frontier)
         assert isinstance(frontier, messages.Frontier)
         return frontier.frontier
 
@@ -151,7 +153,7 @@ class CoordinatorClient:
         write_settings(settings, path)
         arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
         child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
-        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
+        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=None) as dealer:
             self.pid = process.pid
             async with asyncio.TaskGroup() as tasks:
                 conversation = tasks.create_task(self._converse(dealer))
@@ -172,8 +174,8 @@ class CoordinatorClient:
                     await self._opened(dealer, message)
                 if isinstance(message, messages.CoordinatorStatus):
                     self.status = message
-                else:
-                    self._answer(message, payload)
+                elif not isinstance(message, messages.Batch) or self._batch.add(message, payload):
+                    self._answer(message)
         finally:
             self._dealer = None
 
@@ -189,11 +191,11 @@ class CoordinatorClient:
             if not isinstance(request, messages.OpenRun):
                 await dealer.send(encode(request))
 
-    def _answer(self, message: messages.Message, payload: memoryview) -> None:
+    def _answer(self, message: messages.Message) -> None:
         self._asked.pop(type(message), None)
         answer = self._answers.pop(type(message), None)
         if answer is not None and not answer.done():
-            answer.set_result((message, payload))
+            answer.set_result(message)
 
     def _lose(self, error: CoordinatorLostError) -> CoordinatorLostError:
         """There will be no coordinator any more: whoever waits for one, or will, is told the first reason why."""
@@ -211,12 +213,10 @@ class CoordinatorClient:
         elif isinstance(message, messages.StepCompleted | messages.CheckpointSaved):
             self._untold.append(message)
 
-    async def _ask(
-        self, request: messages.Message, answer_type: type[messages.Message]
-    ) -> tuple[messages.Message, memoryview]:
+    async def _ask(self, request: messages.Message, answer_type: type[messages.Message]) -> messages.Message:
         if self._lost is not None:
             raise self._lost
-        answer: asyncio.Future[tuple[messages.Message, memoryview]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
         self._asked[answer_type], self._answers[answer_type] = request, answer
         await self._tell(request)
         asked_s = time.monotonic()

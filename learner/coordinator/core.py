@@ -21,7 +21,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.delivery import Delivery, LearnerError
 from learner.coordinator.leases import LEASE_ID_LEAP, LeaseBook
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.members import HungServers, Member, Offences, OwnPauses
+from learner.coordinator.members import HungServers, Member, Members, Offences, OwnPauses
 from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
@@ -68,7 +68,7 @@ class Coordinator:
         return self.book.version
 
     @property
-    def members(self) -> dict[str, Member]:
+    def members(self) -> Members:
         return self.book.members
 
     # --- servers ---------------------------------------------------------------------------------------------------
@@ -86,10 +86,11 @@ class Coordinator:
                 f"{self.settings.max_group_bytes}; raise the server's capacity, or lower max_new_tokens or group_size"
             )
             return [DropServer(server_id=server_id, reason=reason, may_return=False)]
-        is_new = server_id not in self.members
-        if is_new:
+        member = self.members.get(server_id)
+        is_new = member is None
+        if member is None:
             self._joined += 1
-            self.members[server_id] = Member(
+            member = Member(
                 server_id=server_id,
                 joined=self._joined,
                 capacity_groups=capacity_groups,
@@ -97,7 +98,7 @@ class Coordinator:
                 heard_at=now,
                 progressed_at=now,
             )
-        member = self.members[server_id]
+        self.members.add(member)
         member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
         if is_new:
             if server_id in self._hung:  # others first, and one lease at a time, until it has finished one
@@ -127,7 +128,7 @@ class Coordinator:
         if member is None:
             return []
         expired = self.book.expire_all(member, reason)
-        del self.members[server_id]
+        self.members.remove(member)
         return [*expired, DropServer(server_id=server_id, reason=reason), *self._go_on(now)]
 
     def garbage(self, server_id: str, what: str, now: float) -> list[Decision]:
@@ -263,9 +264,12 @@ class Coordinator:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
-        may_grant = now >= self._servers_return_until
-        while may_grant and not self.hold() and (member := self.book.freest_member(now)) is not None:
-            decisions.append(self.book.grant(member, now))
+        if now >= self._servers_return_until and not self.closed and not self.book.held_by():
+            free = self.members.free(now)
+            while free and not self.book.held_by():
+                member = free.take()
+                decisions.append(self.book.grant(member, now))
+                free.put_back(member)
         return decisions
 
     def _deliver(self, now: float) -> list[Decision]:
@@ -288,7 +292,7 @@ class Coordinator:
         if member is None:
             return []
         cancelled = self.book.cancel_all(member, kind, reason)
-        del self.members[server_id]
+        self.members.remove(member)
         return [*cancelled, DropServer(server_id=server_id, reason=reason)]
 
     def counts(self) -> Counts:

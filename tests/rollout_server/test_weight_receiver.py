@@ -213,6 +213,7 @@ def manifest_of(version: int, run_id: str = RUN_ID) -> Fault:
         (manifest_of(4, "run.2"), "snapshot 4 is of run run.2, not of run.1"),
         (manifest_of(2), "asked for a version after 3, was given 2"),
         (manifest_of(3), "asked for a version after 3, was given 3"),
+        (manifest_of(5), "snapshot 5 is not announced yet, 4 is"),
     ],
 )
 async def test_a_snapshot_that_must_not_be_loaded_is_not_even_pulled_and_the_next_good_one_is(

@@ -23,12 +23,13 @@ from common.messages import (
 )
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
-from learner.coordinator.decisions import AcceptGroup, RefuseGroup
+from learner.coordinator.decisions import DeliverBatch
 from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal import BatchRecord, Record
-from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch, Promise
+from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.ledger import PastLeases, decode_frontier
-from learner.coordinator.replay_queue import FinishedGroup
+from learner.coordinator.outbound import Promise
+from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 from learner.coordinator.tasks import Task
 from tests.simulation import history as seen
 from tests.simulation.groups import nonce_of
@@ -74,7 +75,7 @@ class SimulatedCoordinator:
             published_version=run.published_version,
             servers_return_until=world.clock.now + SERVERS_RETURN_S if self._keeper.is_of_this_life else None,
         )
-        result_of(self._keeper.keep((), (), self.core.book.past()))
+        result_of(self._keeper.keep((), self.core.book.past()))
         self.outbound = ObservedOutbound(self)
         session = f"session-{life}"
         self._inbound = Inbound(world.service_settings, self.core, run, self.outbound, session=session)
@@ -202,23 +203,31 @@ class SimulatedCoordinator:
             return
         assert self._writing is not None
         (records, past), self._writing = self._writing, None
-        kept = result_of(self._keeper.keep(records, promises, past))
+        result_of(self._keeper.keep(records, past))
         self._note_committed(records)
-        self._keep_promises(kept)
+        self._keep_promises(promises)
 
-    def _keep_promises(self, kept: list[AcceptGroup | RefuseGroup | LoadedBatch]) -> None:
-        if not self._when_awake(self._keep_promises, kept):
+    def _keep_promises(self, promises: list[Promise]) -> None:
+        if not self._when_awake(self._keep_promises, promises):
             return
-        for promise in kept:
-            if isinstance(promise, LoadedBatch):
+        for promise in promises:
+            if isinstance(promise, DeliverBatch):
                 self._deliver(promise)
             else:
                 self.outbound.acknowledge(promise)
         self._post()
 
-    def _deliver(self, batch: LoadedBatch) -> None:
-        self.outbound.note_delivered(batch)
-        self._tell_learner(Batch(version=batch.version, groups=batch.headers), batch.payload)
+    def _deliver(self, batch: DeliverBatch) -> None:
+        """In one part, and at once."""
+        on_disk = [group.lease_id for group in batch.groups if isinstance(group, JournaledGroup)]
+        stored = result_of(self._keeper.read(on_disk))
+        contents = [
+            (group.header, group.payload) if isinstance(group, FinishedGroup) else stored[group.lease_id]
+            for group in batch.groups
+        ]
+        headers, payload = tuple(header for header, _ in contents), b"".join(payload for _, payload in contents)
+        self.outbound.note_delivered(batch.version, headers, payload)
+        self._tell_learner(Batch(version=batch.version, groups=headers), payload)
 
     def _tell_learner(self, message: object, payload: bytes = b"") -> None:
         self.world.learner.hear_later(self, message, payload)

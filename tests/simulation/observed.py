@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from common.messages import CoordinatorToServer, GroupAccepted, GroupRefused, HeldLease
+from common.messages import CoordinatorToServer, GroupAccepted, GroupHeader, GroupRefused, HeldLease
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -13,7 +13,6 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
-from learner.coordinator.journal_keeper import LoadedBatch
 from learner.coordinator.outbound import Outbound
 from tests.simulation import history as seen
 from tests.simulation.account import NO_FAULT
@@ -60,11 +59,11 @@ class ObservedOutbound(Outbound):
         new = tuple(one for one in held if self.core.book.lease_of(server, one.lease_id) is None)
         self._claimed = (server, new)
 
-    def note_delivered(self, batch: LoadedBatch) -> None:
-        leases = tuple(header.lease_id for header in batch.headers)
-        tasks = tuple(header.task_id for header in batch.headers)
-        nonces = nonces_of(batch.headers, batch.payload)
-        self._note(seen.Delivered(self._clock.now, self._life, batch.version, leases, tasks, nonces))
+    def note_delivered(self, version: int, headers: tuple[GroupHeader, ...], payload: bytes) -> None:
+        leases = tuple(header.lease_id for header in headers)
+        tasks = tuple(header.task_id for header in headers)
+        nonces = nonces_of(headers, payload)
+        self._note(seen.Delivered(self._clock.now, self._life, version, leases, tasks, nonces))
 
     def observe(self) -> None:
         """What an operator sees."""

@@ -181,16 +181,16 @@ def new_tasks_come_before_those_given_back(monkeypatch):
 
 def without_bound(monkeypatch, **changes):
     """Granting goes by other settings than the rest."""
-    hold = LeaseBook.hold
+    held_by = LeaseBook.held_by
 
     def generous(self):
         true, self.settings = self.settings, replace(self.settings, **changes)
         try:
-            return hold(self)
+            return held_by(self)
         finally:
             self.settings = true
 
-    monkeypatch.setattr(LeaseBook, "hold", generous)
+    monkeypatch.setattr(LeaseBook, "held_by", generous)
 
 
 @mutation

@@ -25,8 +25,6 @@ MIN_CALM_STEPS = 3
 
 BREAKAGES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 
-logging.getLogger("learner.coordinator").setLevel(logging.CRITICAL)  # liars would fill the screen
-
 
 class World:
     """Everything that happens in one history, from its plan."""
@@ -163,4 +161,10 @@ class World:
 
 def simulate(plan: Plan) -> History:
     """The history of a plan: the same one every time."""
-    return World(plan).run()
+    log = logging.getLogger("learner.coordinator")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # liars would fill the screen
+    try:
+        return World(plan).run()
+    finally:
+        log.setLevel(level)

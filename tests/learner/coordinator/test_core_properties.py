@@ -241,7 +241,8 @@ class CoordinatorMachine(RuleBasedStateMachine):
             for server in list(world.core.members):
                 world.beat(server)
             for lease_id, grant in list(world.open.items()):
-                world.finish(lease_id, grant.min_version)
+                if grant.min_version <= world.core.book.published_version:
+                    world.finish(lease_id, grant.min_version)
             if world.training is None:
                 world.ask()
             if world.training is not None:

@@ -26,7 +26,7 @@ async def path(tmp_path):
     path = tmp_path / "journal.sqlite"
     async with open_journal(path, lineage="run.1") as journal:
         groups = [a_group(lease_id) for lease_id in range(4)]
-        await journal.keep([*groups, BatchRecord(version=0, lease_ids=(0, 1))], [], PastLeases())
+        await journal.keep([*groups, BatchRecord(version=0, lease_ids=(0, 1))], PastLeases())
     return path
 
 
@@ -45,12 +45,12 @@ async def test_a_run_without_a_checkpoint_begins_anew_whatever_another_life_left
 
 async def test_a_checkpoint_older_than_what_the_journal_still_knows_stands_alone(path, caplog):
     async with open_journal(path, lineage="run.1") as journal:
-        await journal.keep([ForgetRecord(version=1)], [], PastLeases())
+        await journal.keep([ForgetRecord(version=1)], PastLeases())
     assert await leases_gone_on_from(path, "run.2", frontier_version=0) == []
     assert "2 groups in the journal are of a later checkpoint than the one to go on from" in caplog.text
 
 
 async def test_the_checkpoint_that_the_journal_is_forgotten_up_to_is_gone_on_from(path):
     async with open_journal(path, lineage="run.1") as journal:
-        await journal.keep([ForgetRecord(version=1)], [], PastLeases())
+        await journal.keep([ForgetRecord(version=1)], PastLeases())
     assert await leases_gone_on_from(path, "run.2", frontier_version=1) == [2, 3]
