@@ -105,8 +105,13 @@ def test_in_the_reward_a_token_costs_its_log_ratio_by_the_policy_of_the_step(mod
         [reference_BT] = engine._reference.logprobs([micro])
     costs = [0.5 * float(policy_BT[0, t] - reference_BT[0, t]) for t in (1, 2, 4)]
     caught: list[torch.Tensor] = []
-    loss = engine._loss
-    engine._loss = lambda *arguments, **keywords: caught.append(arguments[3]) or loss(*arguments, **keywords)
+    objective = engine._objective.loss
+
+    def catching(logprobs_BT, entropy_BT, micro, target, *others):
+        caught.append(target.advantages_BT)
+        return objective(logprobs_BT, entropy_BT, micro, target, *others)
+
+    engine._objective.loss = catching
     engine.step(batch)
     expected = [0.0, -sum(costs), -sum(costs[1:]), 0.0, -costs[2]]
     assert caught[0][0].tolist() == pytest.approx(expected, abs=1e-5)
