@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import option
+from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
@@ -31,9 +32,11 @@ class LearnerConfig:
         "python:learner.demo.task:training_prompts",
         help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt",
     )
-    environment: str = option(
-        "python:learner.demo.task:reward",
-        help="what answers and rewards the policy: python:MODULE:FUNCTION(prompt, completion, row) -> float",
+    environment: Environments = option(
+        Environments.at("python:learner.demo.task:reward"),
+        short="env",
+        help="what answers and rewards the policy, by URL: python:MODULE:NAME or reward+http://HOST:PORT/PATH; in the "
+        "file also a table for each of several, with url, weight and limits: see docs/environments.md",
     )
     critic_model: str | None = option(None, help="network the critic starts from, for --advantage gae; default: model")
 

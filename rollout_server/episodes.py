@@ -1,10 +1,11 @@
 """Episodes: from a lease to a group of trajectories, token-in and token-out."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
+from common.environments import ENVIRONMENT_UNAVAILABLE, EnvironmentSettings
 from common.messages import Lease
 from common.snapshot import NO_VERSION
 from common.trajectory import FinishReason, Group, Trajectory
@@ -16,6 +17,7 @@ from rollout_server.environments.environment import (
     Episode,
     Observation,
     Row,
+    Said,
     check_reward,
     parse_row,
 )
@@ -42,7 +44,9 @@ FAILURE_KINDS = {
     "group_too_large": "the group has more bytes than the lease pays for",
     "wrong_environment": "the lease is of another environment than this server runs",
     "environment_error": "the environment raised or died",
-    "environment_timeout": "the environment took too long",
+    "environment_timeout": "the environment, or the whole episode, took too long",
+    ENVIRONMENT_UNAVAILABLE: "the environment could not be reached",
+    "masked": "the environment said that the episode must not be trained on",
     "bad_reward": "the environment gave something that is not a plausible number",
     "engine_error": "the engine died or refused the request",
     "bad_sample": "the engine's tokens cannot be trained on: no tokens, no finite log-probability, too old",
@@ -62,12 +66,12 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 class EpisodeRunner:
-    """Runs leases on one engine, environment and tokenizer. Any number of `run` calls may be under way at once."""
+    """Runs leases on one engine and tokenizer. Any number of `run` calls may be under way at once."""
 
     def __init__(
         self,
         engine: InferenceEngine,
-        environment: Environment,
+        environments: Mapping[str, Environment],  # by the names that leases give them
         tokenizer: Tokenizer,
         *,
         temperature: float,
@@ -76,7 +80,7 @@ class EpisodeRunner:
         wait_for_version: Callable[[int], Awaitable[None]],  # returns once engine.loaded_version is at least that
     ) -> None:
         self._engine = engine
-        self._environment = environment
+        self._environments = environments
         self._tokenizer = tokenizer
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
@@ -87,12 +91,13 @@ class EpisodeRunner:
 
     def __repr__(self) -> str:
         progress = f"{self.num_running} groups running, {self.num_sampled_tokens} tokens sampled"
-        return f"<EpisodeRunner {self._environment.url}, {progress}>"
+        return f"<EpisodeRunner {', '.join(self._environments)}, {progress}>"
 
     async def run(self, lease: Lease) -> Group:
         """The group of the lease; raises LeaseFailure. If one sample fails, the others are cancelled."""
-        if lease.environment != self._environment.url:
-            raise LeaseFailure("wrong_environment", f"{lease.environment}; this server runs {self._environment.url}")
+        if lease.environment not in self._environments:
+            known = ", ".join(self._environments)
+            raise LeaseFailure("wrong_environment", f"{lease.environment}; this server runs {known}")
         self.num_running += 1
         try:
             row = _parsed(lease.row)
@@ -124,10 +129,14 @@ class EpisodeRunner:
         )
 
     async def _run_sample(self, row: Row, lease: Lease, index: int, prompts: "_PromptMemo") -> Trajectory:
+        environment = self._environments[lease.environment]
+        timeout_s = environment.settings.episode_timeout_s
         try:
-            async with self._environment.episode(row, seed=lease.seed) as episode:
+            async with asyncio.timeout(timeout_s), environment.episode(row, seed=lease.seed) as episode:
                 log = TokenLog(prompts.ids(await episode.reset()))
-                return await self._run_turns(log, episode, lease, index)
+                return await self._run_turns(log, episode, lease, index, environment.settings)
+        except TimeoutError as error:
+            raise LeaseFailure("environment_timeout", f"the episode was not done within {timeout_s:g} s") from error
         except EnvironmentFailure as failure:
             raise LeaseFailure(failure.kind, failure.reason) from failure
         except BadRow as error:
@@ -135,22 +144,33 @@ class EpisodeRunner:
         except EngineError as error:
             raise LeaseFailure("engine_error", str(error)) from error
 
-    async def _run_turns(self, log: TokenLog, episode: Episode, lease: Lease, index: int) -> Trajectory:
+    async def _run_turns(
+        self, log: TokenLog, episode: Episode, lease: Lease, index: int, settings: EnvironmentSettings
+    ) -> Trajectory:
         total_reward = 0.0
         while True:
             completion = await self._sample_turn(log, lease, index)
             log.append_sampled(completion)
-            text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-            step = await episode.step(text)
+            step = await episode.step(self._said(log, completion))
             total_reward = check_reward(total_reward + check_reward(step.reward))
-            if step.done or not completion.terminated:
-                cut = step.truncated or not completion.terminated
+            if step.done or not completion.terminated or log.turns >= settings.max_turns:
+                cut = step.truncated or not (step.done and completion.terminated)
                 finish_reason = FinishReason.TRUNCATED if cut else FinishReason.TERMINATED
                 return log.trajectory(reward=total_reward, finish_reason=finish_reason)
             observed_ids = continuation_ids(step.observation, self._tokenizer)
             if self._max_model_len - len(log) - observed_ids.size < 1:
                 return log.trajectory(reward=total_reward, finish_reason=FinishReason.TRUNCATED)
             log.append_given(observed_ids)
+
+    def _said(self, log: TokenLog, completion: Completion) -> Said:
+        def read(num_tokens: int) -> str:
+            return self._tokenizer.decode(log.token_ids[:num_tokens].tolist(), skip_special_tokens=False)
+
+        return Said(
+            text=self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+            read_prompt=lambda: read(log.num_prompt_tokens),
+            read_all=lambda: read(len(log)),
+        )
 
     async def _sample_turn(self, log: TokenLog, lease: Lease, index: int) -> Completion:
         room = self._max_model_len - len(log)

@@ -19,6 +19,7 @@ class TokenLog:
         self._logprobs: list[np.ndarray] = []
         self._versions: list[np.ndarray] = []
         self.turns = 0
+        self.num_prompt_tokens = int(prompt_ids_T.size)
         self.append_given(prompt_ids_T)
 
     def __len__(self) -> int:

@@ -5,7 +5,8 @@ Importing this package must stay cheap: reward workers do it at each start.
 
 from collections.abc import Callable
 
-from rollout_server.environments.environment import Environment, EnvironmentSettings
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import Environment
 from rollout_server.environments.python_function import PythonFunction
 
 ENVIRONMENTS: dict[str, Callable[[str, EnvironmentSettings], Environment]] = {

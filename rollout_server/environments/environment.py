@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
+from common.environments import EnvironmentSettings
 from common.lifecycle import UserError
 from common.messages import MAX_REWARD
 
@@ -19,7 +20,9 @@ Message = Mapping[str, Any]
 Observation = str | Sequence[Message]
 """What the policy reads first: a text, taken as it is, or chat messages, rendered by the tokenizer's template."""
 
-FailureKind = Literal["environment_error", "environment_timeout", "bad_reward"]
+FailureKind = Literal["environment_error", "environment_timeout", "environment_unavailable", "bad_reward", "masked"]
+"""environment_unavailable: it could not be reached, which says nothing about the task, so the task waits for it.
+masked: the environment itself says that this episode must not be trained on."""
 
 MAX_REASON_CHARS = 1000
 
@@ -51,8 +54,17 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the policy said in one turn."""
+
+    text: str  # without special tokens
+    read_prompt: Callable[[], str] = str  # the first observation as the policy read it, special tokens included
+    read_all: Callable[[], str] = str  # everything up to the end of this turn, special tokens included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """The environment's answer to one text of the policy."""
+    """The environment's answer to one turn of the policy."""
 
     reward: float  # of this step alone; finite, at most MAX_REWARD in size
     done: bool
@@ -67,25 +79,19 @@ class Episode(Protocol):
         """The first thing the policy reads."""
         ...
 
-    async def step(self, completion: str) -> StepResult:
-        """Act with the text of the policy; must not be called once done."""
+    async def step(self, said: Said) -> StepResult:
+        """Act with what the policy said; must not be called once done."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvironmentSettings:
-    """Limits that every kind of environment keeps to."""
-
-    step_timeout_s: float = 30.0
-    start_timeout_s: float = 60.0
-    max_concurrent_steps: int = 4096
-    workers: int = 2  # processes of a kind that runs its own
-
-
 class Environment(Protocol):
-    """Where episodes happen. An async context manager: entering raises EnvironmentStartError, leaving frees all."""
+    """Where episodes happen. An async context manager: entering raises EnvironmentStartError, leaving frees all.
+
+    A server that cannot be reached is no reason for EnvironmentStartError: it may come later.
+    """
 
     url: str
+    settings: EnvironmentSettings
 
     async def __aenter__(self) -> Self: ...
 

@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
 
-from rollout_server.environments.environment import EnvironmentSettings, Episode, Observation, Row, StepResult
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import Episode, Observation, Row, Said, StepResult
 from rollout_server.environments.worker_pool import WorkerPool
 
 
@@ -24,6 +25,7 @@ class PythonFunction:
         if scheme != "python" or not module or not function.isidentifier():
             raise ValueError(f"{url!r} does not name a reward function; write python:module:function")
         self.url = url
+        self.settings = settings
         self._pool = WorkerPool(module, function, settings)
 
     def __repr__(self) -> str:
@@ -52,7 +54,7 @@ class _OneTurn:
     async def reset(self) -> Observation:
         return self._row.prompt
 
-    async def step(self, completion: str) -> StepResult:
+    async def step(self, said: Said) -> StepResult:
         prompt = self._row.prompt
         text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-        return StepResult(reward=await self._pool.reward(text, completion, self._row.json), done=True)
+        return StepResult(reward=await self._pool.reward(text, said.text, self._row.json), done=True)

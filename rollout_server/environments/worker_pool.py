@@ -9,7 +9,8 @@ from typing import Self
 
 import msgspec
 
-from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, EnvironmentStartError
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import EnvironmentFailure, EnvironmentStartError
 from rollout_server.environments.frames import Call
 from rollout_server.environments.worker_process import PendingCall, WorkerProcess
 
@@ -25,7 +26,7 @@ class WorkerPool:
         self._module = module
         self._function = function
         self._settings = settings
-        self._places = asyncio.Semaphore(settings.max_concurrent_steps)
+        self._places = asyncio.Semaphore(settings.max_concurrent)
         self._ids = itertools.count()
         self._queue: OrderedDict[int, PendingCall] = OrderedDict()
         self._workers: list[WorkerProcess] = []
@@ -64,7 +65,7 @@ class WorkerPool:
             self._fail_queued("the environment was closed")
 
     async def reward(self, prompt: str, completion: str, row_json: bytes) -> float:
-        """Raises EnvironmentFailure. Waits for its turn when max_concurrent_steps calls are under way."""
+        """Raises EnvironmentFailure. Waits for its turn when max_concurrent calls are under way."""
         async with self._places:
             call = Call(next(self._ids), prompt, completion, msgspec.Raw(row_json))
             pending = PendingCall(call, asyncio.get_running_loop().create_future())

@@ -14,7 +14,8 @@ from typing import Self, cast
 
 import msgspec
 
-from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, EnvironmentStartError
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import EnvironmentFailure, EnvironmentStartError
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Hello, Outcome, pack
 
 MAX_REPLY_BYTES = 1 << 16

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from common.codec import Decoder, encode, unpack_groups
+from common.environments import Environments
 from common.events import EventLog
 from common.messages import (
     PROTOCOL_VERSION,
@@ -71,7 +72,7 @@ class FakeLearner:
             "model_fingerprint": "m",
             "tokenizer_fingerprint": "t",
             "dtype": "float32",
-            "environment": ScriptedEnvironment.url,
+            "environments": Environments.at(ScriptedEnvironment.url).specs,
             "max_model_len": 64,
             "max_new_tokens": 8,
             "temperature": 1.0,
@@ -176,7 +177,7 @@ async def serve(address: str, tmp_path: Path, environment: ScriptedEnvironment, 
         def runner(welcome: Welcome) -> EpisodeRunner:
             return EpisodeRunner(
                 engine,
-                environment,
+                {environment.url: environment},
                 TOKENIZER,
                 temperature=welcome.temperature,
                 max_new_tokens=welcome.max_new_tokens,

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from common.environments import EnvironmentSettings
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import Environment, EnvironmentFailure, EnvironmentSettings, parse_row
+from rollout_server.environments.environment import Environment, EnvironmentFailure, Said, parse_row
 
 KINDS = {
     "python function": "python:tests.rollout_server.reward_functions:obeys",
@@ -31,7 +32,7 @@ async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environme
 async def reward_for(environment: Environment, completion: str) -> float:
     async with environment.episode(ROW, seed=0) as episode:
         await episode.reset()
-        return (await episode.step(completion)).reward
+        return (await episode.step(Said(text=completion))).reward
 
 
 async def failure_for(environment: Environment, completion: str) -> EnvironmentFailure:
@@ -43,7 +44,7 @@ async def failure_for(environment: Environment, completion: str) -> EnvironmentF
 async def test_an_episode_starts_with_the_prompt_and_ends_with_a_reward(environment):
     async with environment.episode(ROW, seed=0) as episode:
         assert await episode.reset() == "do"
-        step = await episode.step("reward 0.25")
+        step = await episode.step(Said(text="reward 0.25"))
     assert (step.reward, step.done, step.truncated) == (0.25, True, False)
 
 

@@ -9,12 +9,13 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
+from common.environments import EnvironmentSettings
 from common.messages import Lease
 from common.snapshot import TensorSpec, build_manifest
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, Row, StepResult
+from rollout_server.environments.environment import EnvironmentFailure, Row, Said, StepResult
 from rollout_server.episodes import FAILURE_KINDS, EpisodeRunner, LeaseFailure, sample_seed
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
 from rollout_server.table_engine import TABLE_TENSOR, TableEngine
@@ -29,7 +30,13 @@ class ScriptedEnvironment:
 
     url = URL
 
-    def __init__(self, *results: StepResult | Exception, step: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        *results: StepResult | Exception,
+        step: Callable[[], Awaitable[None]] | None = None,
+        settings: EnvironmentSettings | None = None,
+    ) -> None:
+        self.settings = settings or EnvironmentSettings()
         self.results = results or (StepResult(reward=1.0, done=True),)
         self.texts: list[str] = []
         self.num_open = 0
@@ -58,8 +65,8 @@ class ScriptedEpisode:
     async def reset(self) -> Any:
         return self._row.prompt
 
-    async def step(self, completion: str) -> StepResult:
-        self._environment.texts.append(completion)
+    async def step(self, said: Said) -> StepResult:
+        self._environment.texts.append(said.text)
         if self._environment._step is not None:
             await self._environment._step()
         result = next(self._results)
@@ -104,7 +111,8 @@ async def at_once(version: int) -> None:
 
 def a_runner(engine: Any, environment: Any = None, **changes: Any) -> EpisodeRunner:
     settings = {"temperature": 1.0, "max_new_tokens": 8, "max_model_len": 64, "wait_for_version": at_once}
-    return EpisodeRunner(engine, environment or ScriptedEnvironment(), TOKENIZER, **settings | changes)
+    environment = environment or ScriptedEnvironment()
+    return EpisodeRunner(engine, {environment.url: environment}, TOKENIZER, **settings | changes)
 
 
 async def failure_of(runner: EpisodeRunner, lease: Lease) -> LeaseFailure:
