@@ -3,15 +3,18 @@
 Importing this package must stay cheap: reward workers do it at each start.
 """
 
-from collections.abc import Callable
+import importlib
+from typing import cast
 
 from common.environments import EnvironmentSettings
 from rollout_server.environments.environment import Environment
-from rollout_server.environments.python_function import PythonFunction
 
-ENVIRONMENTS: dict[str, Callable[[str, EnvironmentSettings], Environment]] = {
-    "python": PythonFunction,
+ENVIRONMENTS = {
+    "python": "python_function:PythonFunction",
+    "reward+http": "reward_http:RewardHttp",
+    "reward+https": "reward_http:RewardHttp",
 }
+"""Scheme -> module of this package and class, imported only when a run has such an environment."""
 
 
 def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Environment:
@@ -22,4 +25,6 @@ def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Env
             f"environment {url!r} has an unknown scheme; known: {', '.join(f'{known}:' for known in ENVIRONMENTS)} "
             f"(for example python:my_rewards:score)"
         )
-    return ENVIRONMENTS[scheme](url, settings or EnvironmentSettings())
+    module, _, name = ENVIRONMENTS[scheme].partition(":")
+    kind = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return cast(Environment, kind(url, settings or EnvironmentSettings()))
