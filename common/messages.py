@@ -91,6 +91,7 @@ class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and t
         tuple[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], Annotated[int, Meta(ge=1, le=MAX_TOKENS)]], ...],
         Meta(max_length=MAX_VERSION_RUNS),
     ]
+    continues: bool = False  # the episode of the trajectory before it, see Trajectory
 
 
 class GroupHeader(Message, frozen=True, gc=False):

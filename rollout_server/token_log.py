@@ -49,7 +49,7 @@ class TokenLog:
         self._versions.append(completion.token_versions.astype(np.int32))
         self.turns += 1
 
-    def trajectory(self, *, reward: float, finish_reason: FinishReason) -> Trajectory:
+    def trajectory(self, *, reward: float, finish_reason: FinishReason, continues: bool = False) -> Trajectory:
         return Trajectory(
             token_ids=self.token_ids,
             loss_mask=np.concatenate(self._masks),
@@ -58,4 +58,5 @@ class TokenLog:
             reward=reward,
             finish_reason=finish_reason,
             turns=self.turns,
+            continues=continues,
         )

@@ -69,7 +69,7 @@ class StepResult:
     reward: float  # of this step alone; finite, at most MAX_REWARD in size
     done: bool
     truncated: bool = False  # done because a limit was reached, not because the task came to its end
-    observation: str = ""  # what the policy reads next, appended as it is; empty when done
+    observation: Observation = ""  # what the policy reads next; a text after a chat is the user's next message
 
 
 class Episode(Protocol):
