@@ -10,7 +10,7 @@ from common.environments import EnvironmentSettings
 from rollout_server.environments.environment import Environment
 
 ENVIRONMENTS = {
-    "python": "python_function:PythonFunction",
+    "python": "python_code:PythonCode",
     "reward+http": "reward_http:RewardHttp",
     "reward+https": "reward_http:RewardHttp",
 }

@@ -116,12 +116,13 @@ def parse_row(row_json: bytes) -> Row:
     if isinstance(prompt, str):
         if not prompt:
             raise BadRow('"prompt" is empty')
-    elif not _are_messages(prompt):
+    elif not are_messages(prompt):
         raise BadRow('"prompt" must be a text or a list of {"role": ..., "content": ...}')
     return Row(json=row_json, fields=fields, prompt=prompt)
 
 
-def _are_messages(prompt: object) -> bool:
+def are_messages(prompt: object) -> bool:
+    """Whether it is a list of chat messages."""
     return (
         isinstance(prompt, list)
         and bool(prompt)
@@ -142,6 +143,11 @@ def check_reward(value: object) -> float:
     if abs(reward) > MAX_REWARD:
         raise EnvironmentFailure("bad_reward", f"a reward must lie within ±{MAX_REWARD:g}, got {reward:g}")
     return reward
+
+
+def step_reward(value: object, *, done: bool) -> float:
+    """As check_reward. None is 0 in the middle of an episode, and nothing at its end: it may stand for a NaN."""
+    return 0.0 if value is None and not done else check_reward(value)
 
 
 def _shown(value: object) -> str:

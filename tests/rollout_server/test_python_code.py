@@ -80,14 +80,14 @@ async def test_the_function_gets_prompt_completion_and_the_whole_row(function, p
 )
 async def test_a_function_that_cannot_be_called_is_an_error_at_the_start_that_names_it(target, reason):
     error = await start_error_of(f"python:{target}")
-    assert error.startswith(f"reward function python:{target} cannot be used: ")
+    assert error.startswith(f"environment python:{target} cannot be used: ")
     assert reason in error
     assert os.getcwd() in error
 
 
 @pytest.mark.parametrize("target", ["", "module", "module:", ":f", "m:f:g", "m:f()"])
 def test_a_malformed_url_is_an_error_that_shows_the_form(target):
-    with pytest.raises(ValueError, match="write python:module:function"):
+    with pytest.raises(ValueError, match="write python:module:name"):
         environment_at(f"python:{target}")
 
 
@@ -291,7 +291,7 @@ async def test_leaving_ends_the_workers_and_keeps_the_error_of_the_body():
 
 SERVER_THAT_HANGS = """
 import asyncio
-from tests.rollout_server.test_python_function import ROW_JSON, a_pool
+from tests.rollout_server.test_python_code import ROW_JSON, a_pool
 async def main():
     async with a_pool() as pool:
         print(int(await pool.reward("do", "process", ROW_JSON)), flush=True)

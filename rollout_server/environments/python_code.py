@@ -1,4 +1,4 @@
-"""python:module:function: a single-turn environment whose reward is computed by a function of the user."""
+"""python:module:name: a function or a class of the user, run in worker processes."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,12 +10,20 @@ from rollout_server.environments.environment import Episode, Observation, Row, S
 from rollout_server.environments.worker_pool import WorkerPool
 
 
-class PythonFunction:
-    """Calls `function(prompt: str, completion: str, row: Mapping) -> float`, sync or async, in worker processes.
+class PythonCode:
+    """A function makes a single-turn environment: `function(prompt: str, completion: str, row: Mapping) -> float`.
 
-    `prompt` is the row's prompt; of chat messages, the content of the last one. `row` is the whole row. A sync
-    function runs one call at a time in each worker, an async one many. A call that takes longer than
-    settings.step_timeout_s fails, and so does one that raises, kills its process or returns no plausible number.
+    `prompt` is the row's prompt; of chat messages, the content of the last one. `row` is the whole row.
+
+    A class makes one of several turns, with an instance for each episode, made without arguments:
+
+        reset(row, seed) -> observation          a text or chat messages; it may leave out row, seed or both
+        step(text) -> (observation, reward, done)    or (observation, reward, terminated, truncated, info)
+        close()                                  if there is something to free
+
+    All may be sync or async. A worker runs sync code one call at a time, async code concurrently. A call that takes
+    longer than settings.step_timeout_s fails, and so does one that raises, kills its process or returns no plausible
+    number. A worker that is killed takes the episodes with it that it runs.
     """
 
     def __init__(self, url: str, settings: EnvironmentSettings) -> None:
@@ -23,13 +31,13 @@ class PythonFunction:
         scheme, _, target = url.partition(":")
         module, _, function = target.partition(":")
         if scheme != "python" or not module or not function.isidentifier():
-            raise ValueError(f"{url!r} does not name a reward function; write python:module:function")
+            raise ValueError(f"{url!r} does not name a reward function or a class; write python:module:name")
         self.url = url
         self.settings = settings
         self._pool = WorkerPool(module, function, settings)
 
     def __repr__(self) -> str:
-        return f"<PythonFunction {self.url} {self._pool!r}>"
+        return f"<PythonCode {self.url} {self._pool!r}>"
 
     async def __aenter__(self) -> Self:
         await self._pool.__aenter__()
@@ -42,11 +50,16 @@ class PythonFunction:
 
     @asynccontextmanager
     async def episode(self, row: Row, *, seed: int) -> AsyncIterator[Episode]:
-        del seed  # a function of its arguments alone
-        yield _OneTurn(row, self._pool)
+        if not self._pool.has_episodes:
+            yield _OneTurn(row, self._pool)  # a function of its arguments alone: the seed is nothing to it
+            return
+        async with self._pool.episode(row.json, seed=seed) as episode:
+            yield episode
 
 
 class _OneTurn:
+    """Asks the function once."""
+
     def __init__(self, row: Row, pool: WorkerPool) -> None:
         self._row = row
         self._pool = pool
