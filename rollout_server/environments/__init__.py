@@ -13,6 +13,8 @@ ENVIRONMENTS = {
     "python": "python_code:PythonCode",
     "reward+http": "reward_http:RewardHttp",
     "reward+https": "reward_http:RewardHttp",
+    "openenv+ws": "openenv:OpenEnv",
+    "openenv+wss": "openenv:OpenEnv",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 

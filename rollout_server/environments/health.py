@@ -14,7 +14,8 @@ class Health:
     """A circuit breaker. Calls go to the server until it has failed FAILURES_TO_OPEN times in a row; then none do for
     a pause, and after it a single one tries: its success lets all through again, its failure begins a longer pause.
 
-    Times are seconds of the caller's clock. Every admitted call must end in note_success or note_failure.
+    Times are seconds of the caller's clock. Every admitted call must end in one of note_success, note_failure and
+    note_nothing.
     """
 
     def __init__(self) -> None:
@@ -66,6 +67,10 @@ class Health:
         excess = self.failures_in_a_row - FAILURES_TO_OPEN
         if excess >= 0:
             self._paused_until = now + min(MAX_PAUSE_S, PAUSE_S * 2.0 ** min(excess, 10))
+
+    def note_nothing(self) -> None:
+        """The call was given up for reasons of ours."""
+        self._is_being_tried = False
 
 
 def retry_delay_s(tries: int, random_source: random.Random) -> float:

@@ -1,4 +1,4 @@
-"""HttpServer: POST to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
+"""HttpServer: requests to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
 
 import asyncio
 from types import TracebackType
@@ -43,7 +43,7 @@ class HttpServer:
         self._allowed = f"at most {max_reply_bytes} bytes are allowed: max_reply_bytes"
         # How many requests run at once is decided by those who make them.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
-        self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, limits=limits)
+        self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, limits=limits, timeout=None)
 
     def __repr__(self) -> str:
         return f"<HttpServer {self.url}>"
@@ -60,7 +60,15 @@ class HttpServer:
     async def post_json(self, body: bytes, *, timeout_s: float) -> bytes:
         """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        request = self._client.build_request("POST", self._url, content=body, headers=headers, timeout=None)
+        return await self._send(self._client.build_request("POST", self._url, content=body, headers=headers), timeout_s)
+
+    async def get(self, *, timeout_s: float) -> bytes:
+        """As post_json."""
+        return await self._send(
+            self._client.build_request("GET", self._url, headers={"Accept-Encoding": "identity"}), timeout_s
+        )
+
+    async def _send(self, request: httpx.Request, timeout_s: float) -> bytes:
         try:
             async with asyncio.timeout(timeout_s):  # httpx's own time-outs begin anew with every byte that comes
                 response = await self._client.send(request, stream=True)

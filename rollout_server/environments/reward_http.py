@@ -210,6 +210,9 @@ class RewardHttp:
             else:
                 replica.health.note_success(loop.time())  # it is up, and does not want this
             self._again(batch, _KINDS.get(failure.kind, "environment_error"), failure.reason)
+        except asyncio.CancelledError:
+            replica.health.note_nothing()
+            raise
         except EnvironmentFailure as failure:
             replica.health.note_success(loop.time())
             self._again(batch, failure.kind, f"{replica.server.url}: {failure.reason}")

@@ -61,6 +61,13 @@ def test_a_failure_of_a_call_sent_before_a_later_success_says_nothing():
     assert not health.is_open
 
 
+def test_a_trial_that_was_given_up_is_no_verdict_and_another_may_follow():
+    health = a_failed(3)
+    assert health.admit(1.0)
+    health.note_nothing()
+    assert health.admit(1.0)
+
+
 @pytest.mark.parametrize(("tries", "bound"), [(1, 0.25), (2, 0.5), (3, 1.0), (9, MAX_RETRY_S), (10_000, MAX_RETRY_S)])
 def test_retries_are_spread_over_a_time_that_doubles(tries, bound):
     delays = [retry_delay_s(tries, random.Random(seed)) for seed in range(300)]
