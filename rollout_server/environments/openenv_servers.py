@@ -149,10 +149,7 @@ class OpenEnvServers:
         loop = asyncio.get_running_loop()
         try:
             session = await stack.enter_async_context(self._session(replica))
-            if self._is_closed:
-                raise SessionFailure("bad_reply", "the environment was closed")
-            self._sessions.add(session)
-            stack.callback(self._sessions.discard, session)
+            self._keep(session, stack)
             timeout_s = self.settings.step_timeout_s
             reply = await session.request("reset", data, answer="observation", timeout_s=timeout_s)
         except SessionFailure as failure:
@@ -161,6 +158,13 @@ class OpenEnvServers:
             raise
         replica.capacity.note_opened(loop.time())
         return session, reply
+
+    def _keep(self, session: Session, stack: AsyncExitStack) -> None:
+        """So that it ends with the environment."""
+        if self._is_closed:
+            raise SessionFailure("bad_reply", "the environment was closed")
+        self._sessions.add(session)
+        stack.callback(self._sessions.discard, session)
 
     def _session(self, replica: Replica) -> AbstractAsyncContextManager[Session]:
         return open_session(
