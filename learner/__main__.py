@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from common.config import parse, write_resolved
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
-from common.lifecycle import DedicatedThread, UserError, configure_logging, run_until_stopped
+from common.lifecycle import DedicatedThread, UserError, configure_logging, leave, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
@@ -48,10 +49,10 @@ A run directory that holds a checkpoint is resumed from it.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> NoReturn:
     config = parse_learner(sys.argv[1:] if argv is None else argv)
     configure_logging("learner")
-    return run_until_stopped(lambda: learn(config))
+    leave(run_until_stopped(lambda: learn(config)))
 
 
 def parse_learner(argv: list[str]) -> LearnerConfig:
@@ -244,4 +245,4 @@ async def refresh(display: ProgressDisplay) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import NoReturn
 
 import msgspec
 
@@ -15,7 +16,7 @@ from common.config import parse
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import load_client_key
-from common.lifecycle import UserError, configure_logging, run_until_stopped
+from common.lifecycle import UserError, configure_logging, leave, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import open_dealer
 from rollout_server.busy import MeteredEngine
@@ -24,7 +25,7 @@ from rollout_server.environments import environment_at
 from rollout_server.environments.environment import Environment
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.inference import InferenceEngine
-from rollout_server.server import RolloutServer, join
+from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
@@ -48,10 +49,10 @@ EngineOpener = Callable[[str, messages.Welcome, RolloutServerConfig], AbstractAs
 """Opens the engine that samples: from the model's place on this node, what the learner said, and the configuration."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> NoReturn:
     config = parse_rollout_server(sys.argv[1:] if argv is None else argv)
     configure_logging("rollout-server")
-    return run_until_stopped(lambda: serve(config))
+    leave(run_until_stopped(lambda: serve(config)))
 
 
 def parse_rollout_server(argv: list[str]) -> RolloutServerConfig:
@@ -74,7 +75,11 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
         events = EventLog(config.run_dir / f"events-{name}.jsonl", "rollout_server")
         stack.callback(events.close)
         dealer = await stack.enter_async_context(open_dealer(config.learner, key=key, max_frame_bytes=MAX_FRAME_BYTES))
-        welcome = await join(dealer, hello)
+        try:
+            welcome = await join(dealer, hello)
+        except RunFinishedError as finished:
+            logger.info("%s", finished)
+            return 0
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
         environments = {
@@ -174,4 +179,4 @@ def episode_runner(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

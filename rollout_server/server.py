@@ -39,7 +39,10 @@ class RunFinishedError(Exception):
 
 
 async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
-    """Introduce this server until the learner answers. Raises UserError when it does not want us."""
+    """Introduce this server until the learner answers.
+
+    Raises UserError when it does not want us, RunFinishedError when it needs nobody any more.
+    """
     said_s = time.monotonic()
     while True:
         dealer.try_send(encode(said_now(hello)))
@@ -50,6 +53,8 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
                     return message
                 if isinstance(message, messages.Refused) and not message.retry:
                     raise UserError(f"the learner refuses this rollout server: {message.reason}")
+                if isinstance(message, messages.Finished):
+                    raise RunFinishedError(f"the run is finished: {message.reason}")
         if time.monotonic() - said_s > SAY_IT_EVERY_S:
             said_s = time.monotonic()
             logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)

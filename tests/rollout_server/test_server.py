@@ -25,7 +25,7 @@ from common.messages import (
 from common.wire import open_dealer
 from rollout_server import server as server_module
 from rollout_server.environments.environment import EnvironmentFailure
-from rollout_server.server import join, with_host_of
+from rollout_server.server import RunFinishedError, join, with_host_of
 from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner
 from tests.rollout_server.test_episodes import ScriptedEnvironment
 
@@ -288,6 +288,19 @@ async def test_a_refusal_for_good_ends_the_joining_with_its_reason():
 
 async def refused(dealer) -> None:
     with pytest.raises(UserError, match="the learner refuses this rollout server: install the same version"):
+        await join(dealer, HELLO)
+
+
+async def test_a_server_that_comes_when_the_run_is_over_is_told_so():
+    async with a_learner() as learner, open_dealer(learner.address) as dealer, asyncio.TaskGroup() as tasks:
+        joining = tasks.create_task(too_late(dealer))
+        await learner.hear(Hello)
+        learner.say(Finished(reason="60 steps are trained"))
+        await joining
+
+
+async def too_late(dealer) -> None:
+    with pytest.raises(RunFinishedError, match="the run is finished: 60 steps are trained"):
         await join(dealer, HELLO)
 
 

@@ -6,11 +6,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.up import a_free_port
+from learner.demo.model import build_demo_model
 from tests.storm.table_policy import save_table_model
 
 ROOT = Path(__file__).parents[2]
@@ -22,20 +24,54 @@ ROLES = {
     "coordinator": "learner.coordinator",
     "snapshot server": "learner.snapshot_server",
     "environment worker": "environments.worker",
-    "learner": "tests.storm.learner_process",
-    "rollout server": "tests.storm.server_process",
+    "engine": "VLLM::EngineCore",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What learner and rollout servers are made of."""
+
+    learner: str  # modules
+    rollout_server: str
+    make_model: Callable[[Path], None]
+    learning_rate: float
+    patience_s: float  # for a process to start: importing vLLM and DeepSpeed takes a while
+
+
+TABLE = Stack(
+    learner="tests.storm.learner_process",
+    rollout_server="tests.storm.server_process",
+    make_model=save_table_model,
+    learning_rate=0.05,
+    patience_s=8.0,
+)
+REAL = Stack(
+    learner="learner",
+    rollout_server="rollout_server",
+    make_model=build_demo_model,
+    learning_rate=1e-3,
+    patience_s=40.0,
+)
 
 
 class Fleet:
     """Keeps its processes running in one directory; whatever has it as working directory belongs to the fleet."""
 
     def __init__(
-        self, directory: Path, learner_flags: Sequence[object], *, servers: int, reward: str = "reward"
+        self,
+        directory: Path,
+        learner_flags: Sequence[object],
+        *,
+        servers: int,
+        reward: str = "reward",
+        stack: Stack = TABLE,
     ) -> None:
         self.directory = directory
+        self.stack = stack
+        self._roles = ROLES | {"learner": f"-m {stack.learner} ", "rollout server": f"-m {stack.rollout_server} "}
         self._address = f"tcp://127.0.0.1:{a_free_port()}"
-        save_table_model(directory / "model")
+        stack.make_model(directory / "model")
         common = ("--metrics-listen", "")
         self._learner_flags = (
             "--model", str(directory / "model"), "--data", "python:tests.storm.task:prompts", "--environment",
@@ -51,7 +87,7 @@ class Fleet:
         """Returns when the learner has finished, and the servers were told so."""
         async with asyncio.TaskGroup() as tasks:
             servers = [tasks.create_task(self._keep_server(number)) for number in range(self._num_servers)]
-            while await self._once("tests.storm.learner_process", self._learner_flags, "learner.log") != 0:
+            while await self._once(self.stack.learner, self._learner_flags, "learner.log") != 0:
                 await asyncio.sleep(RESTART_PAUSE_S)
             self.is_done.set()
             with suppress(TimeoutError):
@@ -63,7 +99,7 @@ class Fleet:
     async def _keep_server(self, number: int) -> None:
         flags = (*self._server_flags, "--name", f"server-{number}", "--run-dir", f"server-{number}")
         while not self.is_done.is_set():
-            await self._once("tests.storm.server_process", flags, f"server-{number}.log")
+            await self._once(self.stack.rollout_server, flags, f"server-{number}.log")
             await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _once(self, module: str, flags: Sequence[str], log: str) -> int:
@@ -90,13 +126,33 @@ class Fleet:
             with suppress(OSError):
                 if entry.name.isdecimal() and (entry / "cwd").readlink().is_relative_to(self.directory):
                     words = (entry / "cmdline").read_text().replace("\0", " ")
-                    if role := next((role for role, mark in ROLES.items() if mark in words), ""):
+                    if role := next((role for role, mark in self._roles.items() if mark in words), ""):
                         found[int(entry.name)] = role
         return found
 
     def signal(self, pid: int, which: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, which)
+
+    def family(self, pid: int) -> set[int]:
+        """The process and all that it started, and they in turn, as far as they run here."""
+        parents = {}
+        for one in self.processes():
+            with suppress(OSError):
+                parents[one] = int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[1])
+        found = {pid}
+        while more := {one for one, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
+    async def has_ended(self, pids: set[int], timeout_s: float) -> bool:
+        """Whether all of them are gone within the time."""
+        deadline_s = time.monotonic() + timeout_s
+        while pids & self.processes().keys():
+            if time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(LOOK_EVERY_S)
+        return True
 
     def kill_all(self) -> None:
         for pid in self.processes():

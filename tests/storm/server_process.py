@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
-from common.lifecycle import configure_logging, run_until_stopped
+from common.lifecycle import configure_logging, leave, run_until_stopped
 from common.messages import Welcome
 from rollout_server.__main__ import parse_rollout_server, serve
 from rollout_server.config import RolloutServerConfig
@@ -31,11 +32,11 @@ async def open_table_engine(model: str, welcome: Welcome, config: RolloutServerC
         await engine.close()
 
 
-def main() -> int:
+def main() -> NoReturn:
     config = parse_rollout_server(sys.argv[1:])
     configure_logging("rollout-server")
-    return run_until_stopped(lambda: serve(config, open_engine=open_table_engine))
+    leave(run_until_stopped(lambda: serve(config, open_engine=open_table_engine)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
