@@ -30,13 +30,14 @@ class LearnerConfig:
     model: str | None = option(None, help="policy to train: a Hugging Face name or directory; default: the demo model")
     data: str = option(
         "python:learner.demo.task:training_prompts",
-        help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt",
+        help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt. "
+        "system:TEXT for an environment that makes its tasks itself",
     )
     environment: Environments = option(
         Environments.at("python:learner.demo.task:reward"),
         short="env",
-        help="what answers and rewards the policy, by URL: python:MODULE:NAME or reward+http://HOST:PORT/PATH; in the "
-        "file also a table for each of several, with url, weight and limits: see docs/environments.md",
+        help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH or "
+        "openenv+ws://HOST:PORT; in the file also a table for each of several: see docs/environments.md",
     )
     critic_model: str | None = option(None, help="network the critic starts from, for --advantage gae; default: model")
 

@@ -180,6 +180,9 @@ def _joined(prompt: Observation, instructions: str, first: Observation) -> Obser
     if isinstance(prompt, str):
         prompt = [{"role": "system", "content": prompt}]
     if isinstance(first, str):
+        *before, last = prompt
+        if last["role"] == "user" and isinstance(last["content"], str):  # many templates want roles to alternate
+            return [*before, {**last, "content": f"{last['content']}\n\n{instructions}{first}"}]
         first = [{"role": "user", "content": instructions + first}]
     elif instructions:
         first = [{"role": "system", "content": instructions}, *first]

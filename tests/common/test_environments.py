@@ -82,3 +82,21 @@ def test_only_what_is_not_the_default_travels():
     spec = Environments.at("python:a:b").specs[0]
     assert msgspec.json.encode(spec) == b'{"name":"python:a:b","url":"python:a:b"}'
     assert msgspec.json.decode(msgspec.json.encode(spec), type=EnvironmentSpec) == spec
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_documentation_lists_every_key_with_its_default():
+    text = (DOCS / "environments.md").read_text()
+    for field in msgspec.structs.fields(EnvironmentSpec):
+        if field.name != "name":
+            assert f"`{field.name}`" in text
+        if isinstance(field.default, int | float) and field.name != "weight":
+            assert f"`{field.name}` | {field.default:g} |" in text.replace("4194304", f"{4 << 20:g}")
+
+
+def test_the_server_in_the_documentation_is_the_one_that_is_tested():
+    server = (DOCS / "openenv_server.py").read_text()
+    assert f"```python\n{server}```" in (DOCS / "environments.md").read_text()
+    assert len(server.splitlines()) < 60

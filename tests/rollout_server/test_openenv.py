@@ -1,6 +1,7 @@
 """openenv+ws: sessions over WebSocket, and a server that does everything wrong."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 
 from common.environments import EnvironmentSettings
+from common.trajectory import FinishReason
 from rollout_server.environments import environment_at
 from rollout_server.environments.capacity import QUIET_S, Capacity
 from rollout_server.environments.environment import Environment, EnvironmentFailure, Said, StepResult, parse_row
 from rollout_server.environments.openenv import OpenEnv
 from tests.rollout_server.openenv_twin import OpenEnvTwin, an_openenv_server
+from tests.rollout_server.test_episodes import TOKENIZER, a_lease, a_runner, an_engine
 
 ROW = parse_row(b'{"prompt": "first "}')
 CHAT = parse_row(b'{"prompt": [{"role": "system", "content": "be brief"}], "reset": {"task": 3}}')
@@ -110,6 +113,25 @@ async def test_tools_are_told_to_the_policy_called_and_their_results_shown():
         assert 'Tools:\n{"name": "echo", "inputSchema": {}}' in str(await episode.reset())
         result = await episode.step(Said(text='<tool_call>{"name": "echo", "arguments": {"a": 1}}</tool_call>'))
     assert result.observation == '{"a": 1}'
+
+
+def always_hot(text: str, schema: Any) -> Any:
+    return {"text": "say hot"}
+
+
+async def test_a_group_of_episodes_of_several_turns_is_sampled_on_its_server(tmp_path):
+    hooks = {"parse_action": f"{__name__}:always_hot", "max_turns": 3}
+    async with an_openenv_server() as server, playing(server, **hooks) as environment:
+        runner = a_runner(await an_engine(tmp_path, eos_logit=99.0), environment)
+        row = json.dumps({"prompt": [{"role": "user", "content": "play"}]}).encode()
+        group = await runner.run(a_lease(environment=environment.url, row=row, seed=5))
+        await none_open(server)
+    for trajectory in group.trajectories:
+        text = TOKENIZER.decode(trajectory.token_ids.tolist(), skip_special_tokens=False)
+        again = "<policy><eos>\n<user>hot"
+        assert text == f"<bos><user>play\n\ndo{again * 2}<policy><eos>"
+        assert (trajectory.turns, trajectory.finish_reason) == (3, FinishReason.TRUNCATED)
+    assert server.resets == [{"seed": 5}] * 4
 
 
 def parse_guess(text: str, schema: Any) -> Any:

@@ -7,11 +7,12 @@ import pytest
 
 from common.environments import ENVIRONMENT_UNAVAILABLE, Environments
 from learner.coordinator.core import Coordinator
+from learner.coordinator.decisions import DeliverBatch
 from learner.coordinator.explain import what_a_server_waits_for, what_the_learner_waits_for
 from learner.coordinator.ledger import MAX_WAITING_TASKS, TaskLedger
 from learner.coordinator.mix import CYCLE, Mix
 from learner.coordinator.tasks import open_tasks
-from tests.builders_coordinator import a_coordinator, grants, group_for, join
+from tests.builders_coordinator import a_coordinator, grants, group_for, join, of_kind
 
 NAMES = ("a", "b")
 
@@ -132,6 +133,37 @@ def test_pauses_grow_while_the_environment_stays_down_and_each_trial_is_one_leas
     gaps = [round(later - earlier) for earlier, later in zip([0.0, *trials], trials, strict=False)]
     assert gaps == [1, 2, 4, 8, 16, 30, 30, 30, 30, 30]
     assert sorted(coordinator.book.tasks.given_back()) == list(range(coordinator.book.tasks.next_task_id))
+
+
+def trained_in(seconds: int, *, down: frozenset[int]) -> Counter[int]:
+    """Groups trained by environment, with one server for 8 groups at once, each of which takes a second."""
+    coordinator = two_environments(max_staleness=2)
+    join(coordinator, "s", groups=8)
+    trained = Counter[int]()
+    ends: dict[int, float] = {}
+    for now in (tenth / 10 for tenth in range(10 * seconds)):
+        coordinator.heartbeat("s", progress=0, loaded_version=coordinator.version, now=now)
+        for lease in list(coordinator.book.running.values()):
+            environment = coordinator.book.mix.environment_of(lease.task_id)
+            if environment in down:
+                coordinator.lease_failed("s", lease.lease_id, ENVIRONMENT_UNAVAILABLE, "connection refused", now)
+            elif ends.setdefault(lease.lease_id, now + 1.0) <= now:
+                coordinator.group_finished("s", group_for(lease), now)
+        batch = of_kind(coordinator.take_batch(coordinator.version, now), DeliverBatch)
+        for groups in [delivered.groups for delivered in batch]:
+            trained.update(coordinator.book.mix.environment_of(group.task_id) for group in groups)
+            coordinator.step_completed(coordinator.version + 1, tuple(group.lease_id for group in groups), now)
+            coordinator.published(coordinator.version, now)
+    assert coordinator.counts().balanced
+    return trained
+
+
+def test_others_lose_nothing_while_an_environment_is_down():
+    both = trained_in(200, down=frozenset())
+    alone = trained_in(200, down=frozenset({0}))
+    assert both[0] == pytest.approx(both[1], abs=8)
+    assert alone[0] == 0
+    assert alone[1] >= 0.95 * both.total()  # the server's whole time is theirs now
 
 
 def test_an_environment_that_only_one_server_cannot_reach_is_run_by_the_others():
