@@ -17,7 +17,7 @@ PositiveSeconds = Annotated[float, Meta(gt=0.0, le=1e6)]
 AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 20)]
 
 
-class EnvironmentSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class EnvironmentSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Limits that every kind of environment keeps to; the keys of an environment's TOML table."""
 
     step_timeout_s: PositiveSeconds = 30.0  # of one call

@@ -8,6 +8,7 @@ from learner.coordinator.settings import CoordinatorSettings
 
 PAUSE_S = 1.0  # after too many failures in a row, doubled with each further one
 MAX_PAUSE_S = 30.0
+MAX_DOWN_S = 10.0  # likewise, between two trials of an environment that is down
 MAX_OFFENDERS = 1 << 12
 
 
@@ -22,7 +23,7 @@ class EnvironmentDown:
     def note_failure(self, reason: str, now: float) -> None:
         self.reason = reason
         if now >= self.paused_until:  # what fails during a pause was granted before it
-            self.paused_until = now + min(MAX_PAUSE_S, PAUSE_S * 2.0 ** min(self.failures_in_a_row, 10))
+            self.paused_until = now + min(MAX_DOWN_S, PAUSE_S * 2.0 ** min(self.failures_in_a_row, 10))
             self.failures_in_a_row += 1
 
 

@@ -5,7 +5,7 @@ import random
 
 FAILURES_TO_OPEN = 3
 PAUSE_S = 1.0  # after so many failures in a row, doubled with each further one
-MAX_PAUSE_S = 30.0
+MAX_PAUSE_S = 4.0  # trying is cheap; how often tasks try is the coordinator's to say
 RETRY_S = 0.25  # longest wait before the second try, doubled for each further one
 MAX_RETRY_S = 5.0
 
@@ -33,6 +33,11 @@ class Health:
     @property
     def is_open(self) -> bool:
         return self.failures_in_a_row >= FAILURES_TO_OPEN
+
+    @property
+    def is_being_tried(self) -> bool:
+        """A single call finds out whether it is up again: others had better wait for what that finds."""
+        return self._is_being_tried
 
     def pause_s(self, now: float) -> float:
         """Until a call may try the server; 0 when one may now."""

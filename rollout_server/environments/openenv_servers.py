@@ -16,6 +16,7 @@ from rollout_server.environments.openenv_session import Session, SessionFailure,
 
 PREFIX = "openenv+"
 CONNECT_TIMEOUT_S = 10.0
+LOOK_EVERY_S = 0.02
 
 _KINDS: Mapping[str, FailureKind] = {
     "unreachable": "environment_unavailable",
@@ -77,7 +78,8 @@ class OpenEnvServers:
 
     async def schemas(self) -> bytes:
         """What GET /schema says. Raises EnvironmentFailure."""
-        replica, loop = self._replica(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        replica = await self._replica(loop.time() + self.settings.step_timeout_s)
         sent_at = loop.time()
         try:
             content = await replica.schema_server.get(timeout_s=self.settings.step_timeout_s)
@@ -95,7 +97,7 @@ class OpenEnvServers:
         deadline = asyncio.get_running_loop().time() + self.settings.capacity_timeout_s
         tries = 0
         while True:
-            replica = self._replica()
+            replica = await self._replica(deadline)
             try:
                 return await self._try(replica, data, deadline)
             except SessionFailure as failure:
@@ -106,14 +108,18 @@ class OpenEnvServers:
                     raise EnvironmentFailure(kind, failure.reason) from failure
             await asyncio.sleep(retry_delay_s(max(1, tries), self._random))
 
-    def _replica(self) -> Replica:
-        """The least busy server that may be tried now."""
-        now = asyncio.get_running_loop().time()
-        for replica in sorted(self._replicas, key=lambda one: one.capacity.load):
-            if replica.health.admit(now):
-                return replica
-        reasons = "; ".join(replica.health.last_failure for replica in self._replicas)
-        raise EnvironmentFailure("environment_unavailable", reasons)
+    async def _replica(self, deadline: float) -> Replica:
+        """The least busy server that may be tried now. While one is being tried again, its answer is waited for: the
+        samples of a group come together, and if one of them failed it would take the others with it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for replica in sorted(self._replicas, key=lambda one: one.capacity.load):
+                if replica.health.admit(loop.time()):
+                    return replica
+            if loop.time() >= deadline or not any(replica.health.is_being_tried for replica in self._replicas):
+                reasons = "; ".join(replica.health.last_failure for replica in self._replicas)
+                raise EnvironmentFailure("environment_unavailable", reasons)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def _try(self, replica: Replica, data: Mapping[str, Any], deadline: float) -> Begun:
         loop = asyncio.get_running_loop()

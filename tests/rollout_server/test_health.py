@@ -42,7 +42,7 @@ def test_each_failed_trial_doubles_the_pause_up_to_a_bound():
         now += health.pause_s(now)
         assert health.admit(now)
         health.note_failure("refused", now, sent_at=now)
-    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert pauses == [1, 2, 4, 4, 4, 4, 4, 4]
 
 
 def test_calls_that_were_under_way_when_the_pause_began_do_not_prolong_it():

@@ -389,6 +389,29 @@ async def test_a_server_that_is_down_fails_episodes_at_once_and_runs_them_when_i
     await server.stop()
 
 
+async def test_all_samples_of_a_group_are_run_when_a_server_is_tried_again_or_none_is():
+    server = OpenEnvTwin()
+    await server.start()
+    async with playing(server) as environment:
+        await server.stop()
+        with suppress(ExceptionGroup):
+            await a_group(environment)
+        await server.start(server.port)
+        while not (server.num_begun and not server.num_sessions):
+            with suppress(ExceptionGroup):
+                await a_group(environment)
+            await asyncio.sleep(0.05)
+    assert server.num_begun == 8
+    await server.stop()
+
+
+async def a_group(environment: Environment) -> None:
+    """Eight episodes at once; if one fails, the others are cancelled."""
+    async with asyncio.TaskGroup() as samples:
+        for _ in range(8):
+            samples.create_task(play(environment, "reward 1"))
+
+
 async def test_episodes_begin_at_the_other_server_while_one_is_down():
     async with an_openenv_server() as gone:
         pass
