@@ -114,8 +114,6 @@ class Session:
 
     async def request(self, kind: str, data: Mapping[str, Any], *, answer: str, timeout_s: float) -> dict[str, Any]:
         """The data of the reply, whose type must be `answer`; raises SessionFailure, after which nothing can follow."""
-        if self.is_broken:
-            raise SessionFailure("lost", f"{self._url}: an earlier answer is missing, so the session is over")
         try:
             return await self._request({"type": kind, "data": data}, answer, timeout_s)
         except SessionFailure as failure:

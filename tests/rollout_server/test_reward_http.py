@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -81,6 +81,12 @@ async def test_completions_that_come_together_go_together_and_each_gets_its_own_
     assert server.num_connections <= 9
 
 
+async def test_a_server_that_is_not_known_to_be_up_is_not_sent_a_batch_first():
+    async with an_http_server(obeys) as server, asking(server) as environment:
+        await asyncio.gather(*(reward_of(environment) for _ in range(50)))
+    assert {len(request.json["query"]) for request in server.requests[:8]} == {1}
+
+
 async def test_several_servers_share_the_work():
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(an_http_server(obeys)) for _ in range(3)]
@@ -136,6 +142,28 @@ async def test_a_completion_outlives_a_server_that_is_restarted():
                     await asyncio.sleep(0.1)  # it fails at least once meanwhile; nothing depends on it
                     async with an_http_server(obeys, port=port):
                         assert (await step).reward == 7.0
+
+
+async def test_all_samples_of_a_group_are_rewarded_when_a_server_is_tried_again_or_none_is():
+    async with an_http_server(obeys) as server:
+        port = server.port
+    async with asking(server) as environment:
+        for _ in range(4):
+            with pytest.raises(ExceptionGroup):
+                await a_group(environment)
+        async with an_http_server(obeys, port=port) as server:
+            while not server.requests:
+                with suppress(ExceptionGroup):
+                    await a_group(environment)
+                await asyncio.sleep(0.05)
+            assert sum(len(request.json["query"]) for request in server.requests) == 8
+
+
+async def a_group(environment: Environment) -> None:
+    """Eight completions at once; if one fails, the others are cancelled."""
+    async with asyncio.TaskGroup() as samples:
+        for _ in range(8):
+            samples.create_task(reward_of(environment))
 
 
 async def test_one_server_of_several_that_is_down_costs_nothing_but_a_repetition():
