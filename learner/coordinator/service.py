@@ -185,7 +185,7 @@ class Service:
             self._ages,
             now,
             listen_address=self._servers.address,
-            malformed=self._servers.malformed,
+            strangers=self._servers.refusals(),
         )
         if not self._to_learner.is_behind(self._learner_peer):
             self._tell_learner(status)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.codec import Decoder
 from common.events import EventLog
-from common.keys import KeyFileError, ServerKeys, load_server_keys
+from common.key_files import KeyFileError
+from common.keys import ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
@@ -22,6 +23,7 @@ from learner.coordinator.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
+BESIDE_QUEUE_BYTES = 512 << 20  # of memory: nobody but liars can make the process need more
 SERVERS_RETURN_S = 2.0  # after a coordinator was replaced: until then servers may claim what they hold
 
 
@@ -54,7 +56,14 @@ async def serve(settings: ServiceSettings, tasks: Tasks) -> int:
         # Lease ids go on from here, also if this coordinator is killed before it has written anything else.
         await journal.keep((), core.book.past())
         frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
-        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
+        servers = await stack.enter_async_context(
+            open_router(
+                settings.listen,
+                max_frame_bytes=frame_bytes,
+                keys=keys,
+                max_growth_bytes=settings.rules.queue_bytes + BESIDE_QUEUE_BYTES,
+            )
+        )
         events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
         if events is not None:
             stack.callback(events.close)

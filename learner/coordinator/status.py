@@ -1,5 +1,7 @@
 """The coordinator's status as a message: what the learner shows and logs once a second."""
 
+from collections.abc import Mapping
+
 from common.messages import CoordinatorStatus, ServerStatus
 from common.snapshot import NO_VERSION
 from learner.coordinator.core import Coordinator
@@ -9,11 +11,17 @@ from learner.coordinator.token_ages import TokenAges
 
 
 def status_of(
-    core: Coordinator, sessions: Sessions, ages: TokenAges, now: float, *, listen_address: str, malformed: int = 0
+    core: Coordinator,
+    sessions: Sessions,
+    ages: TokenAges,
+    now: float,
+    *,
+    listen_address: str,
+    strangers: Mapping[str, int],
 ) -> CoordinatorStatus:
-    """`malformed`: messages that the socket dropped for their number of frames."""
+    """`strangers`: connections and messages that the socket did not take, by reason."""
     counts = core.counts()
-    refused = counts.refused | ({"malformed": malformed} if malformed else {})
+    refused = {**counts.refused, **strangers}
     return CoordinatorStatus(
         servers=tuple(_server_status(core, session, now) for session in sessions),
         leased=counts.leased,

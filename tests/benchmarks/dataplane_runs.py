@@ -11,7 +11,7 @@ import zmq
 from msgspec.structs import replace
 
 from common.messages import CloseRun, CoordinatorStatus
-from common.wire.opening import RECEIVE_QUEUE_BYTES
+from common.wire.options import RECEIVE_QUEUE_BYTES
 from learner.coordinator.service import MAX_HEADER_BYTES
 from tests.benchmarks.dataplane_groups import group_bytes
 from tests.benchmarks.dataplane_parties import (

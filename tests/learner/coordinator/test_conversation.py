@@ -319,7 +319,9 @@ def test_the_status_shows_every_server_and_what_the_learner_waits_for():
     desk.join(A, now=1.0)
     desk.say(A, a_heartbeat(generated_tokens=77), now=2.0)
     desk.say(B, a_hello("b\n", epoch="2"), now=3.0)
-    status = status_of(desk.core, desk.outbound.sessions, TokenAges(), 4.0, listen_address="tcp://x", malformed=2)
+    status = status_of(
+        desk.core, desk.outbound.sessions, TokenAges(), 4.0, listen_address="tcp://x", strangers={"malformed": 2}
+    )
     assert [
         (one.server, one.running_groups, one.generated_tokens, one.silent_s, one.doing) for one in status.servers
     ] == [
