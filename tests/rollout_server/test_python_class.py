@@ -195,6 +195,7 @@ async def test_steps_that_wait_behind_one_that_kills_the_process_fail_and_are_no
     ):
         outcomes = [tasks.create_task(failure_of(doomed, "die")), tasks.create_task(failure_of(beside, "say a"))]
     assert [outcome.result().kind for outcome in outcomes] == ["environment_error"] * 2
+    assert outcomes[1].result().reason == "the worker process that ran the episode died"
 
 
 async def failure_of(episode: Episode, text: str) -> EnvironmentFailure:
