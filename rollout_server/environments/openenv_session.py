@@ -49,12 +49,9 @@ async def open_session(url: str, *, timeout_s: float, max_message_bytes: int) ->
     """url: ws(s)://...; raises SessionFailure when there is no connection within timeout_s."""
     connection = await _connected(url, timeout_s=timeout_s, max_message_bytes=max_message_bytes)
     session = Session(connection, url, max_message_bytes)
-    reading = asyncio.create_task(session.read())
     try:
         yield session
     finally:
-        reading.cancel()
-        await asyncio.wait({reading})
         # Without the close message some servers keep the instance until they next write to it.
         with suppress(ConnectionClosed, TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -95,7 +92,6 @@ class Session:
         self._connection = connection
         self._url = url
         self._max_message_bytes = max_message_bytes
-        self._inbox: asyncio.Queue[str | bytes | None] = asyncio.Queue(2)  # None: the connection has ended
         self.is_broken = False
         self._ending: ConnectionClosed | None = None
 
@@ -103,14 +99,13 @@ class Session:
         """Whoever waits for a reply is told that the connection was lost."""
         self._connection.transport.abort()
 
-    async def read(self) -> None:
-        """Moves what the server says to where request() looks for it, no more than two messages ahead."""
+    async def _next(self) -> str | bytes | None:
+        """The next message; None when the connection has ended, and all that came before was read."""
         try:
-            while True:
-                await self._inbox.put(await self._connection.recv())
+            return await self._connection.recv()
         except ConnectionClosed as error:
             self._ending = error
-        await self._inbox.put(None)
+            return None
 
     async def request(self, kind: str, data: Mapping[str, Any], *, answer: str, timeout_s: float) -> dict[str, Any]:
         """The data of the reply, whose type must be `answer`; raises SessionFailure, after which nothing can follow."""
@@ -132,16 +127,21 @@ class Session:
     async def _request(self, message: Mapping[str, Any], answer: str, timeout_s: float) -> dict[str, Any]:
         try:
             async with asyncio.timeout(timeout_s):
-                if not self._inbox.empty():
-                    self._refuse_unasked(await self._inbox.get())
-                with suppress(ConnectionClosed):  # what the server said before it closed is in the inbox
+                await self._refuse_unasked()
+                with suppress(ConnectionClosed):  # what the server said before it closed can still be read
                     await self._connection.send(json.dumps(message))
-                reply = await self._inbox.get()
+                reply = await self._next()
         except TimeoutError as error:
             raise SessionFailure("timeout", f"{self._url} gave no reply within {timeout_s:g} s") from error
         return self._data(reply, answer)
 
-    def _refuse_unasked(self, reply: str | bytes | None) -> None:
+    async def _refuse_unasked(self) -> None:
+        """Raises SessionFailure if the server has said something since its last answer."""
+        try:
+            async with asyncio.timeout(0):
+                reply = await self._next()
+        except TimeoutError:
+            return
         try:
             self._data(reply, "error")  # a full server says so unasked, and so does one that ends
         except SessionFailure as failure:
