@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions test-environments storm storm-real resume simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions test-environments storm storm-real resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -55,6 +55,9 @@ storm-real: venv ## the same on vLLM and DeepSpeed, with fewer faults: these tak
 
 resume: venv ## final weights after kills at 200 random points, bit for bit those of an undisturbed run (half an hour)
 	$(VENV)/python -m tests.storm.resume --points 200
+
+fuzz: venv ## damaged frames for every decoder of bytes from outside: make fuzz FRAMES=100000000
+	$(VENV)/python -m tests.fuzz --frames $(or $(FRAMES),10000000)
 
 simulate: venv ## many histories of the coordinator under a virtual clock: make simulate SEEDS=1000000
 	$(VENV)/python -m tests.simulation --seeds $(or $(SEEDS),10000)

@@ -1,0 +1,1 @@
+"""Damaged bytes for every decoder: a declared error comes out, or something that keeps every promise."""
