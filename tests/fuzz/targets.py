@@ -177,7 +177,11 @@ class WorkerFrames:
     name = "worker frames"
 
     def __init__(self) -> None:
-        outcomes = (Outcome(1, 0.5), Outcome(2, None, "environment_error", "it failed"))
+        outcomes = (
+            Outcome(1, 0.5),
+            Outcome(2, None, "environment_error", "it failed"),
+            Outcome(3, 0.0, observation=[{"role": "user", "content": "hi"}], done=False),
+        )
         calls = [Call(1, "prompt", "completion", msgspec.Raw(b'{"a":1}'))]
         self._stream = b"".join((*map(pack, outcomes), pack(calls)))
         self._decode = msgspec.json.Decoder(Outcome).decode
@@ -185,9 +189,8 @@ class WorkerFrames:
     def refuses(self, rng: random.Random) -> bool:
         stream = damaged(self._stream, OF_BYTES, rng)
         if rng.random() < 0.05:
-            stream += bytes(
-                2 * REPLY_SLACK_BYTES
-            )  # frames of no bytes, unless a length that was damaged waits for them
+            # Frames of no bytes, unless a length that was damaged waits for them.
+            stream += bytes(2 * REPLY_SLACK_BYTES)
         frames = FrameBuffer(REPLY_SLACK_BYTES)
         try:
             while stream:
