@@ -5,12 +5,12 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions storm storm-real resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions test-environments storm storm-real resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Start with make quickstart. Everything is installed into .venv first; running a target again is quick."
 
@@ -25,6 +25,9 @@ test: venv ## all tests that need neither a GPU nor patience (at most 15 minutes
 
 test-slow: venv ## the tests that take minutes each: learning against a control
 	$(VENV)/python -m pytest -m "slow and not gpu" --timeout 1200
+
+test-environments: venv ## the clients of environment servers against the real ones, each in an installation of its own
+	$(VENV)/python -m tests.environments
 
 lint: venv ## style
 	$(VENV)/ruff check . && $(VENV)/ruff format --check .
@@ -66,4 +69,4 @@ bench-dataplane: venv ## what trajectories cost on their way: rate, CPU, memory,
 	$(VENV)/python -m tests.benchmarks.bench_dataplane
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-environments .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

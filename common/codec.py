@@ -97,6 +97,7 @@ def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
             terminated=trajectory.finish_reason is FinishReason.TERMINATED,
             turns=trajectory.turns,
             version_runs=tuple(trajectory.version_runs()),
+            continues=trajectory.continues,
         )
         for trajectory in trajectories
     )
@@ -207,6 +208,7 @@ def _unpack_group(header: GroupHeader, payload: memoryview) -> Group:
             reward=trajectory.reward,
             finish_reason=FinishReason.TERMINATED if trajectory.terminated else FinishReason.TRUNCATED,
             turns=trajectory.turns,
+            continues=trajectory.continues,
         )
         for trajectory, (start, end) in zip(header.trajectories, pairwise(columns.bounds), strict=True)
     )
@@ -236,8 +238,9 @@ def check_group(
     newest_version: int,
 ) -> None:
     """Raises ProtocolError unless the group is one this run can have asked for."""
-    if len(header.trajectories) != group_size:
-        raise ProtocolError(f"group: expected {group_size} trajectories, got {len(header.trajectories)}")
+    num_episodes = sum(not trajectory.continues for trajectory in header.trajectories)
+    if num_episodes != group_size or header.trajectories[0].continues:
+        raise ProtocolError(f"group: expected {group_size} trajectories, got {num_episodes}")
     for index, trajectory in enumerate(header.trajectories):
         if trajectory.num_tokens > max_model_len:
             raise ProtocolError(

@@ -99,10 +99,10 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Setting) -> None:
         text += f" (default: {_shown(setting.default)})"
     text = text.replace("%", "%%")
     if setting.kind is bool:
-        parser.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(*setting.flags, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
     action = "append" if setting.kind in (dict, tuple) else "store"
-    parser.add_argument(setting.flag, action=action, default=None, metavar=_metavar(setting), help=text)
+    parser.add_argument(*setting.flags, action=action, default=None, metavar=_metavar(setting), help=text)
 
 
 def _metavar(setting: Setting) -> str:
@@ -117,6 +117,8 @@ def _shown(default: Any) -> str:
         return "on" if default else "off"
     if isinstance(default, tuple):
         return " ".join(default)
+    if hasattr(default, "to_toml"):
+        return str(default.to_toml())
     return str(default)
 
 
@@ -124,7 +126,7 @@ def _read_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting], ar
     values, unknown = parser.parse_known_args(list(argv))
     if unknown:
         word = unknown[0].partition("=")[0]
-        known = ["--config", *(setting.flag for setting in settings)]
+        known = ["--config", *(flag for setting in settings for flag in setting.flags)]
         raise ConfigError(f"unknown flag {word}{_hint(word, known, f'{parser.prog} --help lists the flags')}")
     return vars(values)
 

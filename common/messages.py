@@ -11,7 +11,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 1
+from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
+
+PROTOCOL_VERSION = 2
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
@@ -89,6 +91,7 @@ class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and t
         tuple[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], Annotated[int, Meta(ge=1, le=MAX_TOKENS)]], ...],
         Meta(max_length=MAX_VERSION_RUNS),
     ]
+    continues: bool = False  # the episode of the trajectory before it, see Trajectory
 
 
 class GroupHeader(Message, frozen=True, gc=False):
@@ -131,7 +134,7 @@ class Welcome(Message, frozen=True, tag="Welcome"):
     model_fingerprint: Name
     tokenizer_fingerprint: Name
     dtype: Name  # of the weights the learner publishes
-    environment: Address  # as in Lease: one per run
+    environments: Annotated[tuple[EnvironmentSpec, ...], Meta(min_length=1, max_length=MAX_ENVIRONMENTS)]
     max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)]
@@ -151,7 +154,7 @@ class Lease(Message, frozen=True, tag="Lease"):
 
     lease_id: Id
     task_id: Id
-    environment: Address  # "python:module:function"
+    environment: Address  # name of one of those in Welcome
     row: JsonBytes  # the dataset row, a JSON object with at least "prompt"
     group_size: Annotated[int, Meta(ge=1, le=MAX_GROUP_SIZE)]
     seed: Id  # sample i of the group uses sample_seed(seed, i)

@@ -14,14 +14,15 @@ class ConfigError(ValueError):
     """A setting that cannot be used, and what to write instead."""
 
 
-def option(default: Any = MISSING, *, help: str) -> Any:
+def option(default: Any = MISSING, *, help: str, short: str = "") -> Any:
     """A setting: a dataclass field with its help. Without a default it must be given.
 
-    A mutable default is made by a function: option(dict, help=...) is an empty dict.
+    A mutable default is made by a function: option(dict, help=...) is an empty dict. short: another name of the flag.
     """
+    metadata = {"help": help, "short": short}
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def settings_of(cls: type[Any]) -> "list[Setting]":
@@ -31,10 +32,13 @@ def settings_of(cls: type[Any]) -> "list[Setting]":
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What may be written for one field: text, numbers, true or false, paths, lists of texts, tables of numbers."""
+    """What may be written for one field: text, numbers, true or false, paths, lists of texts, tables of numbers.
+
+    Or what a class of its own reads, with from_toml(value) that raises ValueError, and writes, with to_toml().
+    """
 
     field: Field[Any]
-    kind: Any  # str, int, float, bool, Path, tuple or dict
+    kind: Any  # str, int, float, bool, Path, tuple, dict, or such a class
     choices: tuple[Any, ...] = ()
     is_optional: bool = False
 
@@ -45,6 +49,12 @@ class Setting:
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def flags(self) -> list[str]:
+        """All names of the flag, its own first."""
+        short = self.field.metadata["short"]
+        return [self.flag, f"--{short}"] if short else [self.flag]
 
     @property
     def help(self) -> str:
@@ -73,6 +83,8 @@ class Setting:
         """The value as its type; raises ConfigError naming `where` it came from. Empty text is no value."""
         if self.is_optional and value == "":
             return None
+        if _reads_itself(self.kind):
+            return _read_by(self.kind, value, where)
         converted = _convert(value, self.kind)
         if converted is _WRONG:
             raise ConfigError(f"{where} must be {_NOUNS[self.kind]}, got {value!r}")
@@ -86,6 +98,17 @@ class Setting:
         if not name or value is _WRONG:
             raise ConfigError(f"{self.flag} takes NAME=NUMBER, got {text!r}")
         return name.replace("-", "_"), value
+
+
+def _reads_itself(kind: Any) -> bool:
+    return hasattr(kind, "from_toml")
+
+
+def _read_by(kind: Any, value: Any, where: str) -> Any:
+    try:
+        return kind.from_toml(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 _WRONG = object()
@@ -141,15 +164,17 @@ def _setting(field: Field[Any], hint: Any) -> Setting:
         choices = typing.get_args(hint)
         [hint] = {type(choice) for choice in choices}
     kind = typing.get_origin(hint) or hint
-    assert kind in _NOUNS, f"{field.name}: settings cannot be of type {hint}"
+    assert kind in _NOUNS or _reads_itself(kind), f"{field.name}: settings cannot be of type {hint}"
     return Setting(field=field, kind=kind, choices=choices, is_optional=is_optional)
 
 
 def to_toml(value: Any) -> str:
     """A value of a setting as TOML; None is written as the empty text that is read as None."""
+    if hasattr(value, "to_toml"):
+        return to_toml(value.to_toml())
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_quoted(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"

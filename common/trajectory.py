@@ -28,6 +28,7 @@ class Trajectory:
     reward: float
     finish_reason: FinishReason
     turns: int = 1
+    continues: bool = False  # the episode of the trajectory before it in its group, after a fork; same reward
 
     def __len__(self) -> int:
         return int(self.token_ids.size)

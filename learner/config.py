@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import option
+from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.loss_settings import Proximal, check_proximal, check_strengths
@@ -30,11 +31,14 @@ class LearnerConfig:
     model: str | None = option(None, help="policy to train: a Hugging Face name or directory; default: the demo model")
     data: str = option(
         "python:learner.demo.task:training_prompts",
-        help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt",
+        help="prompts: FILE.jsonl, hf:NAME[:SPLIT], or python:MODULE:GENERATOR; a row needs the key prompt. "
+        "system:TEXT for an environment that makes its tasks itself",
     )
-    environment: str = option(
-        "python:learner.demo.task:reward",
-        help="what answers and rewards the policy: python:MODULE:FUNCTION(prompt, completion, row) -> float",
+    environment: Environments = option(
+        Environments.at("python:learner.demo.task:reward"),
+        short="env",
+        help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH or "
+        "openenv+ws://HOST:PORT; in the file also a table for each of several: see docs/environments.md",
     )
     critic_model: str | None = option(
         None, help="network the critic starts from, for --advantage gae or vtrace; default: model"

@@ -83,6 +83,8 @@ def coordinator_settings(
         max_group_bytes=config.max_group_bytes,
         max_task_failures=config.max_attempts,
         server_timeout_s=config.server_timeout_s,
+        environments=tuple(spec.name for spec in config.environment.specs),
+        environment_weights=tuple(spec.weight for spec in config.environment.specs),
     )
     return ServiceSettings(
         run_id=run.lineage_id,
@@ -90,7 +92,7 @@ def coordinator_settings(
         listen=joining.listen_address(config, run),
         rules=rules,
         model=settings.model,
-        environment=config.environment,
+        environments=config.environment.specs,
         prompts=config.data,
         seed=config.seed,
         group_size=config.group_size,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import NoReturn
 
+import msgspec
+
 from common import messages
 from common.config import parse
 from common.events import EventLog
@@ -20,7 +22,7 @@ from common.wire import open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.config import RolloutServerConfig
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import Environment, EnvironmentSettings
+from rollout_server.environments.environment import Environment
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.inference import InferenceEngine
 from rollout_server.server import RolloutServer, RunFinishedError, join
@@ -80,7 +82,10 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
             return 0
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
-        environment = await stack.enter_async_context(environment_of(welcome, config))
+        environments = {
+            name: await stack.enter_async_context(environment)
+            for name, environment in environments_of(welcome, config).items()
+        }
         logger.info("starting the engine for %s", model)
         opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
         engine = MeteredEngine(opened, events)
@@ -91,7 +96,7 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
             key=key,
             engine=engine,
             receiver=receiver,
-            runner=lambda welcome: episode_runner(welcome, engine, environment, tokenizer, receiver),
+            runner=lambda welcome: episode_runner(welcome, engine, environments, tokenizer, receiver),
             hello=hello,
             ready=ready,
             events=events,
@@ -124,11 +129,14 @@ def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) 
     return tokenizer, ready
 
 
-def environment_of(welcome: messages.Welcome, config: RolloutServerConfig) -> Environment:
-    """Not entered yet; UserError when this server has no environment of that kind."""
-    settings = EnvironmentSettings(step_timeout_s=config.environment_timeout_s, workers=config.environment_workers)
+def environments_of(welcome: messages.Welcome, config: RolloutServerConfig) -> dict[str, Environment]:
+    """By name, not entered yet; UserError when this server has no environment of such a kind."""
+    here = {"step_timeout_s": config.environment_timeout_s, "workers": config.environment_workers}
+    given = {name: value for name, value in here.items() if value is not None}
     try:
-        return environment_at(welcome.environment, settings)
+        return {
+            spec.name: environment_at(spec.url, msgspec.structs.replace(spec, **given)) for spec in welcome.environments
+        }
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -155,13 +163,13 @@ def open_default_engine(
 def episode_runner(
     welcome: messages.Welcome,
     engine: InferenceEngine,
-    environment: Environment,
+    environments: dict[str, Environment],
     tokenizer: Tokenizer,
     receiver: WeightReceiver,
 ) -> EpisodeRunner:
     return EpisodeRunner(
         engine,
-        environment,
+        environments,
         tokenizer,
         temperature=welcome.temperature,
         max_new_tokens=welcome.max_new_tokens,

@@ -29,19 +29,23 @@ class RolloutServerConfig:
         False, help="keep the KV cache over weight updates: shorter pauses, tokens not exactly of one policy"
     )
 
-    environment_workers: int = option(1, help="processes that run python: environments")
-    environment_timeout_s: float = option(30.0, help="a call of an environment that takes longer fails its task")
+    environment_workers: int | None = option(
+        None, help="processes that run a python: environment on this node; default: as the run says, 1 if it does not"
+    )
+    environment_timeout_s: float | None = option(
+        None, help="a call of an environment that takes longer fails its task; default: as the run says, or 30"
+    )
 
     run_dir: Path = option(Path("runs/rollout-server"), help="where this server's event log goes")
     metrics_listen: str | None = option("127.0.0.1:0", help="address of the Prometheus endpoint; empty for none")
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_groups", "tensor_parallel_size", "cpu_threads", "environment_workers"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learner.startswith(("tcp://", "ipc://")):
             raise ValueError(f"learner must look like tcp://HOST:PORT, got {self.learner!r}; the learner prints it")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-        if self.environment_timeout_s <= 0:
+        if self.environment_timeout_s is not None and self.environment_timeout_s <= 0:
             raise ValueError(f"environment_timeout_s must be > 0, got {self.environment_timeout_s}")

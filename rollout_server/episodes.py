@@ -1,13 +1,15 @@
 """Episodes: from a lease to a group of trajectories, token-in and token-out."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
+from common.environments import ENVIRONMENT_UNAVAILABLE, EnvironmentSettings
 from common.messages import Lease
 from common.snapshot import NO_VERSION
 from common.trajectory import FinishReason, Group, Trajectory
+from rollout_server.conversation import Conversation
 from rollout_server.environments.environment import (
     MAX_REASON_CHARS,
     BadRow,
@@ -20,10 +22,11 @@ from rollout_server.environments.environment import (
     parse_row,
 )
 from rollout_server.inference import Completion, EngineError, InferenceEngine, Sampling
-from rollout_server.prompts import continuation_ids, prompt_ids
-from rollout_server.token_log import TokenLog
+from rollout_server.prompts import prompt_ids
 from rollout_server.tokenizer import Tokenizer
+from rollout_server.turns import Bounds, PromptTooLong, Turns, fitted_prompt
 
+MIN_REPLY_TOKENS = 16  # what the environment says is cut to leave room for so many
 _MASK_64 = (1 << 64) - 1
 
 
@@ -42,7 +45,9 @@ FAILURE_KINDS = {
     "group_too_large": "the group has more bytes than the lease pays for",
     "wrong_environment": "the lease is of another environment than this server runs",
     "environment_error": "the environment raised or died",
-    "environment_timeout": "the environment took too long",
+    "environment_timeout": "the environment, or the whole episode, took too long",
+    ENVIRONMENT_UNAVAILABLE: "the environment could not be reached",
+    "masked": "the environment said that the episode must not be trained on",
     "bad_reward": "the environment gave something that is not a plausible number",
     "engine_error": "the engine died or refused the request",
     "bad_sample": "the engine's tokens cannot be trained on: no tokens, no finite log-probability, too old",
@@ -62,12 +67,12 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 class EpisodeRunner:
-    """Runs leases on one engine, environment and tokenizer. Any number of `run` calls may be under way at once."""
+    """Runs leases on one engine and tokenizer. Any number of `run` calls may be under way at once."""
 
     def __init__(
         self,
         engine: InferenceEngine,
-        environment: Environment,
+        environments: Mapping[str, Environment],  # by the names that leases give them
         tokenizer: Tokenizer,
         *,
         temperature: float,
@@ -76,7 +81,7 @@ class EpisodeRunner:
         wait_for_version: Callable[[int], Awaitable[None]],  # returns once engine.loaded_version is at least that
     ) -> None:
         self._engine = engine
-        self._environment = environment
+        self._environments = environments
         self._tokenizer = tokenizer
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
@@ -87,12 +92,13 @@ class EpisodeRunner:
 
     def __repr__(self) -> str:
         progress = f"{self.num_running} groups running, {self.num_sampled_tokens} tokens sampled"
-        return f"<EpisodeRunner {self._environment.url}, {progress}>"
+        return f"<EpisodeRunner {', '.join(self._environments)}, {progress}>"
 
     async def run(self, lease: Lease) -> Group:
         """The group of the lease; raises LeaseFailure. If one sample fails, the others are cancelled."""
-        if lease.environment != self._environment.url:
-            raise LeaseFailure("wrong_environment", f"{lease.environment}; this server runs {self._environment.url}")
+        if lease.environment not in self._environments:
+            known = ", ".join(self._environments)
+            raise LeaseFailure("wrong_environment", f"{lease.environment}; this server runs {known}")
         self.num_running += 1
         try:
             row = _parsed(lease.row)
@@ -108,7 +114,7 @@ class EpisodeRunner:
         prompts = _PromptMemo(self._tokenizer)
         try:
             async with asyncio.TaskGroup() as samples:
-                trajectories = [
+                episodes = [
                     samples.create_task(self._run_sample(row, lease, index, prompts))
                     for index in range(lease.group_size)
                 ]
@@ -117,42 +123,54 @@ class EpisodeRunner:
             if all(isinstance(error, LeaseFailure) for error in failures.exceptions):
                 raise first from first.__cause__
             raise  # a bug, not a failure of the lease
-        return Group(
-            lease_id=lease.lease_id,
-            task_id=lease.task_id,
-            trajectories=tuple(trajectory.result() for trajectory in trajectories),
-        )
+        trajectories = tuple(trajectory for episode in episodes for trajectory in episode.result())
+        return Group(lease_id=lease.lease_id, task_id=lease.task_id, trajectories=trajectories)
 
-    async def _run_sample(self, row: Row, lease: Lease, index: int, prompts: "_PromptMemo") -> Trajectory:
+    async def _run_sample(self, row: Row, lease: Lease, index: int, prompts: "_PromptMemo") -> list[Trajectory]:
+        environment = self._environments[lease.environment]
+        timeout_s = environment.settings.episode_timeout_s
         try:
-            async with self._environment.episode(row, seed=lease.seed) as episode:
-                log = TokenLog(prompts.ids(await episode.reset()))
-                return await self._run_turns(log, episode, lease, index)
+            async with asyncio.timeout(timeout_s), environment.episode(row, seed=lease.seed) as episode:
+                first = await episode.reset()
+                bounds = self._bounds(environment.settings)
+                if first != row.prompt:  # a prompt of the dataset is never cut
+                    first = fitted_prompt(first, self._tokenizer, bounds)
+                turns = Turns(Conversation(first, self._tokenizer), prompts.ids(first), bounds)
+                return await self._run_turns(turns, episode, lease, index)
+        except TimeoutError as error:
+            raise LeaseFailure("environment_timeout", f"the episode was not done within {timeout_s:g} s") from error
         except EnvironmentFailure as failure:
             raise LeaseFailure(failure.kind, failure.reason) from failure
         except BadRow as error:
             raise LeaseFailure("bad_row", str(error)) from error
+        except PromptTooLong as error:
+            raise LeaseFailure("prompt_too_long", str(error)) from error
         except EngineError as error:
             raise LeaseFailure("engine_error", str(error)) from error
 
-    async def _run_turns(self, log: TokenLog, episode: Episode, lease: Lease, index: int) -> Trajectory:
+    def _bounds(self, settings: EnvironmentSettings) -> Bounds:
+        return Bounds(
+            max_model_len=self._max_model_len,
+            reply_room=min(self._max_new_tokens, MIN_REPLY_TOKENS),
+            max_observation_tokens=settings.max_observation_tokens,
+            max_turns=settings.max_turns,
+        )
+
+    async def _run_turns(self, turns: Turns, episode: Episode, lease: Lease, index: int) -> list[Trajectory]:
         total_reward = 0.0
         while True:
-            completion = await self._sample_turn(log, lease, index)
-            log.append_sampled(completion)
-            text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-            step = await episode.step(text)
+            completion = await self._sample_turn(turns, lease, index)
+            said = turns.say(completion, self._tokenizer)
+            step = await episode.step(said)
             total_reward = check_reward(total_reward + check_reward(step.reward))
             if step.done or not completion.terminated:
-                cut = step.truncated or not completion.terminated
-                finish_reason = FinishReason.TRUNCATED if cut else FinishReason.TERMINATED
-                return log.trajectory(reward=total_reward, finish_reason=finish_reason)
-            observed_ids = continuation_ids(step.observation, self._tokenizer)
-            if self._max_model_len - len(log) - observed_ids.size < 1:
-                return log.trajectory(reward=total_reward, finish_reason=FinishReason.TRUNCATED)
-            log.append_given(observed_ids)
+                is_cut = step.truncated or not completion.terminated
+                return turns.trajectories(total_reward, FinishReason.TRUNCATED if is_cut else FinishReason.TERMINATED)
+            if not turns.go_on(said, step.observation):
+                return turns.trajectories(total_reward, FinishReason.TRUNCATED)
 
-    async def _sample_turn(self, log: TokenLog, lease: Lease, index: int) -> Completion:
+    async def _sample_turn(self, turns: Turns, lease: Lease, index: int) -> Completion:
+        log, turn = turns.log, turns.num_taken
         room = self._max_model_len - len(log)
         if room < 1:
             raise LeaseFailure("prompt_too_long", f"{len(log)} tokens; the model takes {self._max_model_len} in all")
@@ -160,10 +178,10 @@ class EpisodeRunner:
         sampling = Sampling(
             temperature=self._temperature,
             max_new_tokens=min(self._max_new_tokens, room),
-            seed=sample_seed(seed, log.turns) if log.turns else seed,
+            seed=sample_seed(seed, turn) if turn else seed,
         )
         try:
-            completion = await self._engine.generate(log.token_ids, sampling, f"{lease.lease_id}.{index}.{log.turns}")
+            completion = await self._engine.generate(log.token_ids, sampling, f"{lease.lease_id}.{index}.{turn}")
         except ValueError as error:
             raise LeaseFailure("engine_error", f"the engine refused the prompt: {error}") from error
         self.num_sampled_tokens += completion.token_ids.size

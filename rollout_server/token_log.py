@@ -19,6 +19,7 @@ class TokenLog:
         self._logprobs: list[np.ndarray] = []
         self._versions: list[np.ndarray] = []
         self.turns = 0
+        self.num_prompt_tokens = int(prompt_ids_T.size)
         self.append_given(prompt_ids_T)
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class TokenLog:
         self._versions.append(completion.token_versions.astype(np.int32))
         self.turns += 1
 
-    def trajectory(self, *, reward: float, finish_reason: FinishReason) -> Trajectory:
+    def trajectory(self, *, reward: float, finish_reason: FinishReason, continues: bool = False) -> Trajectory:
         return Trajectory(
             token_ids=self.token_ids,
             loss_mask=np.concatenate(self._masks),
@@ -57,4 +58,5 @@ class TokenLog:
             reward=reward,
             finish_reason=finish_reason,
             turns=self.turns,
+            continues=continues,
         )

@@ -15,8 +15,11 @@ class Tokenizer(TokenizerFacts, Protocol):
 
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool, return_dict: bool
-    ) -> list[int]:
-        """Called with tokenize=True, return_dict=False; ValueError or jinja2.TemplateError when it cannot render."""
+    ) -> list[int] | str:
+        """Called with return_dict=False; ids with tokenize=True, else the text.
+
+        Raises ValueError or jinja2.TemplateError when it cannot render.
+        """
         ...
 
 

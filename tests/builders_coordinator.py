@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from common.environments import Environments
 from common.messages import PROTOCOL_VERSION, GroupHeader, Heartbeat, Hello, OpenRun, Ready, TrajectoryHeader
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
@@ -99,7 +100,7 @@ def some_service_settings(**overrides: object) -> ServiceSettings:
         "listen": "tcp://127.0.0.1:0",
         "rules": some_settings(),
         "model": "tiny",
-        "environment": "python:tasks:environment",
+        "environments": Environments.at("python:tasks:environment").specs,
         "prompts": "prompts.jsonl",
         "journal": "journal.sqlite",
         "lease_secret": "0" * 32,

@@ -19,6 +19,8 @@ DOORS = {
     "zmq": {f"common/wire/{name}.py" for name in ("lifeline", "opening", "options", "sockets", "watch")},
     "vllm": {"rollout_server/vllm_engine.py", "rollout_server/vllm_start.py", "rollout_server/vllm_worker.py"},
     "deepspeed": {"learner/deepspeed_engine.py"},
+    "httpx": {"rollout_server/environments/http_server.py"},
+    "websockets": {"rollout_server/environments/openenv_session.py"},
 }
 WAITED_FOR_TO_ITS_END = {  # a shielded task that its own function awaits, also when cancelled: never an orphan
     "learner/loop.py": "finish",

@@ -12,7 +12,7 @@ from common.lifecycle import configure_logging, die_with_parent, leave, run_unti
 from learner.coordinator.background import in_thread
 from learner.coordinator.service_settings import ServiceSettings, read_settings
 from learner.coordinator.serving import serve
-from learner.coordinator.tasks import TaskSource, open_tasks
+from learner.coordinator.tasks import Tasks, open_tasks
 
 # Thousands of groups come and go while few cycles are made: looking for those as often as usual costs 6 % of the time.
 GC_THRESHOLDS = (20_000, 20, 20)
@@ -32,11 +32,11 @@ def main() -> NoReturn:
 
 async def _main(path: Path) -> int:
     settings = read_settings(path)
-    tasks = await in_thread(lambda: open_tasks(settings.prompts, seed=settings.seed))
+    tasks = await in_thread(lambda: open_tasks(settings.prompts, seed=settings.seed, specs=settings.environments))
     return await serve(_with_source(settings, tasks), tasks)
 
 
-def _with_source(settings: ServiceSettings, tasks: TaskSource) -> ServiceSettings:
+def _with_source(settings: ServiceSettings, tasks: Tasks) -> ServiceSettings:
     """The rules know the data by name, so that a checkpoint of other data is refused."""
     rules = dataclasses.replace(settings.rules, source=tasks.name)
     return msgspec.structs.replace(settings, rules=rules)

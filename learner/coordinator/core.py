@@ -8,6 +8,7 @@ Why no token that is too old is ever trained: see deadlines.py.
 
 from collections.abc import Sequence
 
+from common.environments import ENVIRONMENT_UNAVAILABLE
 from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
     AcceptGroup,
@@ -202,12 +203,15 @@ class Coordinator:
         lease = self.book.lease_of(server_id, lease_id)
         if lease is None:
             return []
+        self.members[server_id].heard_at = now
+        if kind == ENVIRONMENT_UNAVAILABLE:
+            self.book.fail_unavailable(lease, kind, reason, now)
+            return self._go_on(now)
         limit = self.settings.failures_before_pause
         self.failures_in_a_row += 1
         # While nothing succeeds anywhere it is not the task's fault: an environment that is down must not use up the
         # attempts of the whole data set.
         parked = self.book.fail(lease, kind, reason, blame_task=self.failures_in_a_row <= limit)
-        self.members[server_id].heard_at = now
         self.members[server_id].note_failure(f"{kind}: {reason}", failures_before_pause=limit, now=now)
         return [*parked, *self._go_on(now)]
 
@@ -268,8 +272,10 @@ class Coordinator:
             free = self.members.free(now)
             while free and not self.book.held_by():
                 member = free.take()
-                decisions.append(self.book.grant(member, now))
-                free.put_back(member)
+                grant = self.book.grant(member, now)
+                if grant is not None:
+                    decisions.append(grant)
+                    free.put_back(member)
         return decisions
 
     def _deliver(self, now: float) -> list[Decision]:

@@ -26,7 +26,8 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
         if silent_s > coordinator.settings.notice_timeout_s:
             text += f"; nothing heard of it for {silent_s:.0f} s"
         return _cut(text + _parked(coordinator))
-    reasons = [text for member in coordinator.members.values() if (text := _pause(member, now))][:MAX_NAMED]
+    members = coordinator.members.values()
+    reasons = [text for member in members if (text := _pause(coordinator, member, now))][:MAX_NAMED]
     return _cut("; ".join(reasons or ["leases to be granted"]) + _parked(coordinator))
 
 
@@ -40,15 +41,24 @@ def what_a_server_waits_for(coordinator: Coordinator, server_id: str, now: float
     member = coordinator.members.get(server_id)
     if member is None:
         return "this server is not ready"
-    return _cut(coordinator.hold() or _pause(member, now))
+    return _cut(coordinator.hold() or _pause(coordinator, member, now))
 
 
-def _pause(member: Member, now: float) -> str:
+def _pause(coordinator: Coordinator, member: Member, now: float) -> str:
     if member.paused_until <= now:
-        return ""
+        return _environments_down(coordinator, member, now)
     return (
         f"server {member.server_id} is paused for {member.paused_until - now:.0f} s after {member.failures_in_a_row} "
         f"failures in a row, the last one: {member.last_failure}"
+    )
+
+
+def _environments_down(coordinator: Coordinator, member: Member, now: float) -> str:
+    names = coordinator.settings.environments
+    return "; ".join(
+        f"environment {names[index]}, down as seen from server {member.server_id}, tried again in "
+        f"{max(0.0, down.paused_until - now):.0f} s: {down.reason}"
+        for index, down in list(member.down.items())[:MAX_NAMED]
     )
 
 

@@ -132,7 +132,7 @@ class Inbound:
             model_fingerprint=self.run.model_fingerprint,
             tokenizer_fingerprint=self.run.tokenizer_fingerprint,
             dtype=self.run.dtype,
-            environment=self.settings.environment,
+            environments=self.settings.environments,
             max_model_len=self.run.max_model_len,
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,

@@ -9,6 +9,7 @@ from learner.coordinator.decisions import CancelLease, Decision, GrantLease, Par
 from learner.coordinator.depth import Depth
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
 from learner.coordinator.members import Member, Members
+from learner.coordinator.mix import Mix
 from learner.coordinator.records import ACCEPTED, Claim, Counts, Endings, OpenLease, grant_of
 from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
@@ -28,7 +29,10 @@ class LeaseBook:
         self.version = recovered.version
         self.published_version = NO_VERSION
         self.batches = Batches(settings, recovered)
-        self.tasks = TaskLedger(max_failures=settings.max_task_failures, max_losses=settings.max_task_losses)
+        self.mix = Mix(settings.environment_weights)
+        self.tasks = TaskLedger(
+            max_failures=settings.max_task_failures, max_losses=settings.max_task_losses, mix=self.mix
+        )
         self.members = Members(settings)
         self.running: dict[int, OpenLease] = {}  # in the order of granting
         self.next_lease_id = recovered.next_lease_id
@@ -78,8 +82,14 @@ class LeaseBook:
             case None:
                 return ""
 
-    def grant(self, member: Member, now: float) -> GrantLease:
-        """The next task to `member`. See deadlines.py for why min_version bounds the staleness."""
+    def grant(self, member: Member, now: float) -> GrantLease | None:
+        """The next task to `member`. See deadlines.py for why min_version bounds the staleness.
+
+        None when there is none for it now: the environments that it could run are down.
+        """
+        task_id = self.tasks.next(lambda environment: self.may_run(member, environment, now))
+        if task_id is None:
+            return None
         place = self.version * self.settings.groups_per_step + self.num_open
         must_be = place // self.settings.groups_per_step - self.settings.max_staleness
         # What the server has loaded is all that it will sample with, so the group is due later than it might be.
@@ -87,7 +97,7 @@ class LeaseBook:
         min_version = max(0, must_be, will_be)
         lease = OpenLease(
             lease_id=self.next_lease_id,
-            task_id=self.tasks.next(),
+            task_id=task_id,
             server_id=member.server_id,
             min_version=min_version,
             deadline=min_version + self.settings.max_staleness,
@@ -174,6 +184,7 @@ class LeaseBook:
 
     def accept(self, lease: OpenLease, group: FinishedGroup) -> None:
         self._close(lease)
+        self.members[lease.server_id].down.pop(self.mix.environment_of(lease.task_id), None)
         self.endings.note_accepted(lease.lease_id)
         self.batches.put(group)
 
@@ -186,6 +197,22 @@ class LeaseBook:
             return []
         parked = self.tasks.failed(lease.task_id, f"{kind}: {reason}")
         return [self._parked(lease.task_id)] if parked else []
+
+    def fail_unavailable(self, lease: OpenLease, kind: str, reason: str, now: float) -> None:
+        """The lease failed because its environment is down, as seen from its server; the task waits for that."""
+        self._close(lease)
+        self.endings.note_failed(lease, kind)
+        self.tasks.keep_waiting(lease.task_id)
+        self.members[lease.server_id].note_down(self.mix.environment_of(lease.task_id), reason, now)
+
+    def may_run(self, member: Member, environment: int, now: float) -> bool:
+        """Whether the server may have a lease of the environment. One that was down gets one at a time, after a pause,
+        until a group is finished."""
+        down = member.down.get(environment)
+        if down is None:
+            return True
+        task_ids = (self.running[lease_id].task_id for lease_id in member.leases)
+        return now >= down.paused_until and environment not in map(self.mix.environment_of, task_ids)
 
     def expire_all(self, member: Member, reason: str) -> list[Decision]:
         """The server is lost with all its leases."""

@@ -5,13 +5,17 @@ and repeat none is small: the first number never handed out, and the numbers han
 """
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from learner.coordinator.mix import Mix
+
 MAX_FRONTIER_BYTES = 1 << 20
+MAX_WAITING_TASKS = 1 << 14  # for environments that are down; a frontier has room for more
 MAX_PARKED_REASONS = 100
 MAX_REASON_LENGTH = 200
 
@@ -100,29 +104,56 @@ def decode_frontier(data: bytes, *, version: int, source: str) -> FrontierState:
 class TaskLedger:
     """Hands out every task once, and again when it is given back: the oldest first, so that none starves."""
 
-    def __init__(self, *, max_failures: int, max_losses: int) -> None:
+    def __init__(self, *, max_failures: int, max_losses: int, mix: Mix | None = None) -> None:
         self.max_failures = max_failures
         self.max_losses = max_losses
+        self.mix = mix or Mix()
         self.next_task_id = 0
         self.parked: dict[int, str] = {}
         self._again: list[int] = []  # heap: given back, leased before anything new
         self._later: deque[int] = deque()  # failed while everything failed: leased alternately with new ones
+        self._waiting: defaultdict[int, deque[int]] = defaultdict(deque)  # for their environment to be up again
         self._take_later = False
         self._trouble: dict[int, OpenTask] = {}  # tasks with failures or losses
 
-    def next(self) -> int:
-        """The task to lease now."""
+    def next(self, may_run: Callable[[int], bool] = lambda environment: True) -> int | None:
+        """The task to lease now, of an environment that may run; those of others are kept until theirs may.
+
+        None when no environment may run, or MAX_WAITING_TASKS wait: then the run waits for their environments.
+        """
+        allowed = {environment for environment in range(self.mix.num_environments) if may_run(environment)}
+        while allowed and self.num_waiting <= MAX_WAITING_TASKS:
+            task_id = self._draw(allowed)
+            if self.mix.environment_of(task_id) in allowed:
+                return task_id
+            self.keep_waiting(task_id)
+        return self._waiting_for(allowed).popleft() if self._waiting_for(allowed) else None
+
+    def _draw(self, allowed: set[int]) -> int:
         if self._again:
             return heapq.heappop(self._again)
-        self._take_later = not self._take_later and bool(self._later)
+        delayed = self._later or self._waiting_for(allowed)
+        self._take_later = not self._take_later and bool(delayed)
         if self._take_later:
-            return self._later.popleft()
+            return delayed.popleft()
         self.next_task_id += 1
         return self.next_task_id - 1
 
+    def _waiting_for(self, allowed: set[int]) -> deque[int]:
+        """Tasks that waited for one of these environments."""
+        return next((self._waiting[each] for each in sorted(allowed) if self._waiting.get(each)), deque())
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def keep_waiting(self, task_id: int) -> None:
+        """The task's environment is down: nothing is counted against it, and it is leased when that is up again."""
+        self._waiting[self.mix.environment_of(task_id)].append(task_id)
+
     def claim(self, task_id: int, *, at_most_ahead: int) -> bool:
         """Take this very task, if it is to be leased; one that was never handed out only if it soon would be."""
-        for waiting in (self._again, self._later):
+        for waiting in (self._again, self._later, *self._waiting.values()):
             if task_id in waiting:
                 waiting.remove(task_id)
                 heapq.heapify(self._again)
@@ -180,7 +211,8 @@ class TaskLedger:
 
     def given_back(self) -> tuple[int, ...]:
         """Tasks that wait to be leased again, the oldest first."""
-        return tuple(sorted([*self._again, *self._later]))
+        waiting = (task_id for tasks in self._waiting.values() for task_id in tasks)
+        return tuple(sorted([*self._again, *self._later, *waiting]))
 
     def open_tasks(self, leased: tuple[int, ...]) -> tuple[OpenTask, ...]:
         """Everything handed out and not trained, given the tasks that are leased now; the oldest first."""
@@ -195,5 +227,6 @@ class TaskLedger:
         heapq.heapify(self._again)
 
     def __repr__(self) -> str:
-        waiting = len(self._again) + len(self._later)
-        return f"<TaskLedger next task {self.next_task_id}, {waiting} to lease again, {len(self.parked)} parked>"
+        again = len(self._again) + len(self._later)
+        waiting = f", {self.num_waiting} waiting for their environment" if self.num_waiting else ""
+        return f"<TaskLedger next task {self.next_task_id}, {again} to lease again, {len(self.parked)} parked{waiting}>"

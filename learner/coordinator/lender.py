@@ -8,7 +8,7 @@ from learner.coordinator.background import in_thread
 from learner.coordinator.decisions import GrantLease
 from learner.coordinator.mailer import Mailer
 from learner.coordinator.outbound import Outbound
-from learner.coordinator.tasks import Task, TaskSource
+from learner.coordinator.tasks import Task, Tasks
 
 ROWS_AT_ONCE = 64
 
@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 64
 class Lender:
     """A slow generator of rows holds up nothing but leases; a slow reader nothing but its own."""
 
-    def __init__(self, tasks: TaskSource, outbound: Outbound, mailer: Mailer, *, post: Callable[[], None]) -> None:
+    def __init__(self, tasks: Tasks, outbound: Outbound, mailer: Mailer, *, post: Callable[[], None]) -> None:
         self._tasks = tasks
         self._outbound = outbound
         self._mailer = mailer

@@ -8,7 +8,23 @@ from learner.coordinator.settings import CoordinatorSettings
 
 PAUSE_S = 1.0  # after too many failures in a row, doubled with each further one
 MAX_PAUSE_S = 30.0
+MAX_DOWN_S = 10.0  # likewise, between two trials of an environment that is down
 MAX_OFFENDERS = 1 << 12
+
+
+@dataclass(slots=True, kw_only=True)
+class EnvironmentDown:
+    """An environment that a server could not reach."""
+
+    reason: str
+    failures_in_a_row: int = 0
+    paused_until: float = 0.0  # then one lease at a time tries whether it is up again
+
+    def note_failure(self, reason: str, now: float) -> None:
+        self.reason = reason
+        if now >= self.paused_until:  # what fails during a pause was granted before it
+            self.paused_until = now + min(MAX_DOWN_S, PAUSE_S * 2.0 ** min(self.failures_in_a_row, 10))
+            self.failures_in_a_row += 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class Member:
     failures_in_a_row: int = 0
     paused_until: float = 0.0
     last_failure: str = ""
+    down: dict[int, EnvironmentDown] = field(default_factory=dict)  # environments that are down, as seen from there
 
     def free_groups(self, settings: CoordinatorSettings, now: float) -> int:
         """Leases the server may be granted now. A server that only fails gets one at a time, after a pause."""
@@ -52,6 +69,10 @@ class Member:
     def note_success(self) -> None:
         self.failures_in_a_row = 0
         self.paused_until = 0.0
+
+    def note_down(self, environment: int, reason: str, now: float) -> None:
+        """The server could not reach the environment: that says nothing about the server or the task."""
+        self.down.setdefault(environment, EnvironmentDown(reason=reason)).note_failure(reason, now)
 
     def has_work(self, published_version: int) -> bool:
         """Whether it holds a lease that nothing but the server itself keeps from going on."""

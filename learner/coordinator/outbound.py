@@ -103,7 +103,7 @@ class Outbound:
         lease = Lease(
             lease_id=grant.lease_id,
             task_id=grant.task_id,
-            environment=self.settings.environment,
+            environment=self.settings.environments[task.environment].name,
             row=task.row,
             group_size=self.settings.group_size,
             seed=task.seed,

@@ -67,7 +67,9 @@ def check_row(row: bytes, where: str) -> None:
 
 
 def open_rows(source: str, *, seed: int) -> Rows:
-    """`path.jsonl`, `hf:NAME[:CONFIG][:SPLIT]` or `python:module:function`; raises DataError."""
+    """`path.jsonl`, `hf:NAME[:CONFIG][:SPLIT]`, `python:module:function` or `system:TEXT`; raises DataError."""
+    if source.startswith("system:"):
+        return RepeatedRow(source)
     if source.startswith("hf:"):
         return HuggingFaceRows(source)
     if source.startswith("python:"):
@@ -75,8 +77,25 @@ def open_rows(source: str, *, seed: int) -> Rows:
     if source.endswith((".jsonl", ".ndjson")):
         return JsonlRows(Path(source))
     raise DataError(
-        f"prompts {source!r}: expected a file ending in .jsonl, hf:NAME[:CONFIG][:SPLIT], or python:module:function"
+        f"prompts {source!r}: expected a file ending in .jsonl, hf:NAME[:CONFIG][:SPLIT], python:module:function, "
+        "or system:TEXT"
     )
+
+
+class RepeatedRow:
+    """system:TEXT is the same system message for every task: for an environment server that makes its tasks itself,
+    each from the seed of the task."""
+
+    num_rows = None
+
+    def __init__(self, source: str) -> None:
+        self.name = source
+        self._row = msgspec.json.encode({"prompt": [{"role": "system", "content": source.removeprefix("system:")}]})
+        check_row(self._row, source)
+
+    def row(self, index: int) -> bytes:
+        del index
+        return self._row
 
 
 class JsonlRows:

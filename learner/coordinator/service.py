@@ -38,7 +38,7 @@ from learner.coordinator.mailer import MAX_KEPT_BYTES, Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.status import status_of
-from learner.coordinator.tasks import TaskSource
+from learner.coordinator.tasks import Tasks
 from learner.coordinator.token_ages import TokenAges
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Service:
     def __init__(
         self,
         settings: ServiceSettings,
-        tasks: TaskSource,
+        tasks: Tasks,
         core: Coordinator,
         run: OpenRun,
         *,

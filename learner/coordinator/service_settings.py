@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.lifecycle import UserError
 from learner.coordinator.settings import CoordinatorSettings
 
@@ -18,7 +19,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     listen: str  # tcp://HOST:PORT for rollout servers; port 0 lets the system choose
     rules: CoordinatorSettings
     model: str  # Hugging Face name or path, as servers are told it
-    environment: str  # python:module:function
+    environments: Annotated[tuple[EnvironmentSpec, ...], Meta(min_length=1, max_length=MAX_ENVIRONMENTS)]
     prompts: str  # path.jsonl, hf:NAME[:CONFIG][:SPLIT] or python:module:function
     seed: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
     group_size: Annotated[int, Meta(ge=1, le=4096)]

@@ -19,7 +19,7 @@ from learner.coordinator.journal_keeper import open_journal
 from learner.coordinator.ledger import FrontierError, decode_frontier
 from learner.coordinator.service import MAX_HEADER_BYTES, MAX_LEARNER_HEADER_BYTES, Service
 from learner.coordinator.service_settings import ServiceSettings
-from learner.coordinator.tasks import TaskSource
+from learner.coordinator.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ BESIDE_QUEUE_BYTES = 512 << 20  # of memory: nobody but liars can make the proce
 SERVERS_RETURN_S = 2.0  # after a coordinator was replaced: until then servers may claim what they hold
 
 
-async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
+async def serve(settings: ServiceSettings, tasks: Tasks) -> int:
     """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
     keys = _load_keys(settings)
     async with AsyncExitStack() as stack:

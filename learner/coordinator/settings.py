@@ -25,6 +25,8 @@ class CoordinatorSettings:
     server_timeout_s: float = 10.0  # likewise; then its leases go to others
     hang_timeout_s: float = 120.0  # alive and with work to do, but without progress
     max_offences: int = 8  # without a good group in between; then a peer is quarantined
+    environments: tuple[str, ...] = ("the environment",)  # their names
+    environment_weights: tuple[float, ...] = (1.0,)  # their shares of the tasks, see mix.py
 
     def __post_init__(self) -> None:
         if self.groups_per_step < 1:

@@ -1,9 +1,13 @@
 """TaskSource: a task number -> its dataset row and seed, as a pure function, so that any task can be made again."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import xxhash
 
+from common.environments import EnvironmentSpec
+from learner.coordinator.mix import Mix
 from learner.coordinator.rows import Rows, open_rows
 
 SEED_BITS = 53  # what a message carries as a number
@@ -16,6 +20,20 @@ class Task:
 
     row: bytes  # a JSON object with at least "prompt"
     seed: int  # the samples of the group derive theirs from it
+    environment: int = 0  # its place among the run's environments
+
+
+class Tasks(Protocol):
+    """Tasks by number."""
+
+    @property
+    def name(self) -> str:
+        """Names all that the tasks depend on, so that a resume with other ones is noticed."""
+        ...
+
+    def task(self, task_id: int) -> Task:
+        """Raises rows.DataError when the row cannot be used."""
+        ...
 
 
 class TaskSource:
@@ -38,8 +56,32 @@ class TaskSource:
         return Task(row=self.rows.row(index), seed=seed)
 
 
-def open_tasks(source: str, *, seed: int) -> TaskSource:
-    """Tasks over `path.jsonl`, `hf:NAME[:CONFIG][:SPLIT]` or `python:module:function`; raises rows.DataError."""
+class MixedTasks:
+    """The tasks of several environments, which take turns by their weights."""
+
+    def __init__(self, sources: Sequence[TaskSource], specs: Sequence[EnvironmentSpec]) -> None:
+        self._sources = sources
+        self._mix = Mix([spec.weight for spec in specs])
+        pairs = zip(specs, sources, strict=True)
+        self.name = "; ".join(f"{spec.name} x {spec.weight:g}: {source.name}" for spec, source in pairs)
+
+    def task(self, task_id: int) -> Task:
+        place = self._mix.place(task_id)
+        return replace(self._sources[place.environment].task(place.index), environment=place.environment)
+
+
+def open_tasks(source: str, *, seed: int, specs: Sequence[EnvironmentSpec] = ()) -> Tasks:
+    """Tasks over `path.jsonl`, `hf:NAME[:CONFIG][:SPLIT]` or `python:module:function`; raises rows.DataError.
+
+    specs: the environments, if there are several or they have data of their own; each goes through its rows alone.
+    """
+    if len(specs) <= 1:
+        return _open(next((spec.data for spec in specs if spec.data), source), seed=seed)
+    sources = [_open(spec.data or source, seed=seed + number) for number, spec in enumerate(specs)]
+    return MixedTasks(sources, specs)
+
+
+def _open(source: str, *, seed: int) -> TaskSource:
     return TaskSource(open_rows(source, seed=seed), seed=seed)
 
 

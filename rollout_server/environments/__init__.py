@@ -3,14 +3,20 @@
 Importing this package must stay cheap: reward workers do it at each start.
 """
 
-from collections.abc import Callable
+import importlib
+from typing import cast
 
-from rollout_server.environments.environment import Environment, EnvironmentSettings
-from rollout_server.environments.python_function import PythonFunction
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import Environment
 
-ENVIRONMENTS: dict[str, Callable[[str, EnvironmentSettings], Environment]] = {
-    "python": PythonFunction,
+ENVIRONMENTS = {
+    "python": "python_code:PythonCode",
+    "reward+http": "reward_http:RewardHttp",
+    "reward+https": "reward_http:RewardHttp",
+    "openenv+ws": "openenv:OpenEnv",
+    "openenv+wss": "openenv:OpenEnv",
 }
+"""Scheme -> module of this package and class, imported only when a run has such an environment."""
 
 
 def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Environment:
@@ -21,4 +27,6 @@ def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Env
             f"environment {url!r} has an unknown scheme; known: {', '.join(f'{known}:' for known in ENVIRONMENTS)} "
             f"(for example python:my_rewards:score)"
         )
-    return ENVIRONMENTS[scheme](url, settings or EnvironmentSettings())
+    module, _, name = ENVIRONMENTS[scheme].partition(":")
+    kind = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return cast(Environment, kind(url, settings or EnvironmentSettings()))

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
+from common.environments import EnvironmentSettings
 from common.lifecycle import UserError
 from common.messages import MAX_REWARD
 
@@ -19,7 +20,9 @@ Message = Mapping[str, Any]
 Observation = str | Sequence[Message]
 """What the policy reads first: a text, taken as it is, or chat messages, rendered by the tokenizer's template."""
 
-FailureKind = Literal["environment_error", "environment_timeout", "bad_reward"]
+FailureKind = Literal["environment_error", "environment_timeout", "environment_unavailable", "bad_reward", "masked"]
+"""environment_unavailable: it could not be reached, which says nothing about the task, so the task waits for it.
+masked: the environment itself says that this episode must not be trained on."""
 
 MAX_REASON_CHARS = 1000
 
@@ -51,13 +54,22 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the policy said in one turn."""
+
+    text: str  # without special tokens
+    read_prompt: Callable[[], str] = str  # the first observation as the policy read it, special tokens included
+    read_all: Callable[[], str] = str  # everything up to the end of this turn, special tokens included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """The environment's answer to one text of the policy."""
+    """The environment's answer to one turn of the policy."""
 
     reward: float  # of this step alone; finite, at most MAX_REWARD in size
     done: bool
     truncated: bool = False  # done because a limit was reached, not because the task came to its end
-    observation: str = ""  # what the policy reads next, appended as it is; empty when done
+    observation: Observation = ""  # what the policy reads next; a text after a chat is the user's next message
 
 
 class Episode(Protocol):
@@ -67,25 +79,19 @@ class Episode(Protocol):
         """The first thing the policy reads."""
         ...
 
-    async def step(self, completion: str) -> StepResult:
-        """Act with the text of the policy; must not be called once done."""
+    async def step(self, said: Said) -> StepResult:
+        """Act with what the policy said; must not be called once done."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnvironmentSettings:
-    """Limits that every kind of environment keeps to."""
-
-    step_timeout_s: float = 30.0
-    start_timeout_s: float = 60.0
-    max_concurrent_steps: int = 4096
-    workers: int = 2  # processes of a kind that runs its own
-
-
 class Environment(Protocol):
-    """Where episodes happen. An async context manager: entering raises EnvironmentStartError, leaving frees all."""
+    """Where episodes happen. An async context manager: entering raises EnvironmentStartError, leaving frees all.
+
+    A server that cannot be reached is no reason for EnvironmentStartError: it may come later.
+    """
 
     url: str
+    settings: EnvironmentSettings
 
     async def __aenter__(self) -> Self: ...
 
@@ -110,12 +116,13 @@ def parse_row(row_json: bytes) -> Row:
     if isinstance(prompt, str):
         if not prompt:
             raise BadRow('"prompt" is empty')
-    elif not _are_messages(prompt):
+    elif not are_messages(prompt):
         raise BadRow('"prompt" must be a text or a list of {"role": ..., "content": ...}')
     return Row(json=row_json, fields=fields, prompt=prompt)
 
 
-def _are_messages(prompt: object) -> bool:
+def are_messages(prompt: object) -> bool:
+    """Whether it is a list of chat messages."""
     return (
         isinstance(prompt, list)
         and bool(prompt)
@@ -136,6 +143,11 @@ def check_reward(value: object) -> float:
     if abs(reward) > MAX_REWARD:
         raise EnvironmentFailure("bad_reward", f"a reward must lie within ±{MAX_REWARD:g}, got {reward:g}")
     return reward
+
+
+def step_reward(value: object, *, done: bool) -> float:
+    """As check_reward. None is 0 in the middle of an episode, and nothing at its end: it may stand for a NaN."""
+    return 0.0 if value is None and not done else check_reward(value)
 
 
 def _shown(value: object) -> str:

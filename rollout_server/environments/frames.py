@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,24 +23,31 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     concurrent: bool  # True: runs all calls it has at once. False: one after the other, in the order sent
     error: str = ""
+    has_episodes: bool = False  # a class with reset and step, not a function
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One reward to compute. A frame to the worker is a list of these."""
+    """One call of the user's code. A frame to the worker is a list of these. A close is not answered."""
 
     call_id: int
     prompt: str
     completion: str
     row: msgspec.Raw  # the JSON object of the dataset
+    verb: Literal["reward", "reset", "step", "close"] = "reward"
+    episode_id: int = 0
+    seed: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The answer to one call: a reward, or the kind and reason of its failure. One per frame, as soon as known."""
 
     call_id: int
-    reward: Finite | None
+    reward: Finite | None  # 0 for a reset
     kind: FailureKind | None = None
     reason: Annotated[str, Meta(max_length=4096)] = ""
+    observation: str | list[dict[str, Any]] = ""
+    done: bool = True
+    truncated: bool = False
 
 
 def pack(message: Hello | Outcome | list[Call]) -> bytes:

@@ -1,4 +1,4 @@
-"""A reward worker: a process that imports a user's function and answers calls of it over a socket.
+"""A worker: a process that imports a user's function or class and answers calls of it over a socket.
 
 Started by WorkerProcess as `python -m rollout_server.environments.worker`. It imports nothing heavy, so that it starts
 quickly and holds no accelerator; what the function prints goes to standard error, never into the protocol.
@@ -13,13 +13,12 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
-from rollout_server.environments.environment import MAX_REASON_CHARS, EnvironmentFailure, check_reward
+from rollout_server.environments.environment import MAX_REASON_CHARS, EnvironmentFailure
 from rollout_server.environments.frames import Call, FrameBuffer, Hello, Outcome, pack
+from rollout_server.environments.worker_target import Target, target_of
 
 RECEIVE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -28,26 +27,24 @@ _decode_calls = msgspec.json.Decoder(list[Call]).decode
 RaisedByUsers = (Exception, SystemExit, asyncio.CancelledError)
 """A user's function may raise anything; only a KeyboardInterrupt or GeneratorExit ends the worker."""
 
-RewardFunction = Callable[[str, str, dict[str, Any]], Any]
-
 
 def main(argv: list[str]) -> int:
-    """argv: file descriptor of the socket, process id of the parent, time-out in seconds, module, function."""
-    descriptor, parent_pid, timeout_s, module, name = argv
+    """argv: file descriptor of the socket, process id of the parent, time-out in seconds, most bytes of an
+    observation, module, name."""
+    descriptor, parent_pid, timeout_s, max_observation_bytes, module, name = argv
     _die_with_parent(int(parent_pid))
     link = socket.socket(fileno=int(descriptor))
     link.set_inheritable(False)  # a program started by the function must not keep the connection open
     try:
-        function = _load(module, name)
+        target = _load(module, name, int(max_observation_bytes))
     except RaisedByUsers as error:
         link.sendall(pack(Hello(concurrent=False, error=_described(error))))
         return 1
-    concurrent = _is_async(function)
-    link.sendall(pack(Hello(concurrent=concurrent)))
-    if concurrent:
-        asyncio.run(_serve_concurrently(link, function, float(timeout_s)))
+    link.sendall(pack(Hello(concurrent=target.is_async, has_episodes=target.has_episodes)))
+    if target.is_async:
+        asyncio.run(_serve_concurrently(link, target, float(timeout_s)))
     else:
-        _serve_one_by_one(link, function)
+        _serve_one_by_one(link, target)
     return 0
 
 
@@ -58,49 +55,42 @@ def _die_with_parent(parent_pid: int) -> None:
         sys.exit(1)
 
 
-def _load(module: str, name: str) -> RewardFunction:
+def _load(module: str, name: str, max_observation_bytes: int) -> Target:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    function = getattr(importlib.import_module(module), name, None)
-    if function is None:
+    value = getattr(importlib.import_module(module), name, None)
+    if value is None:
         raise AttributeError(f"module {module} has no function {name}")
-    if not callable(function):
-        raise TypeError(f"{module}.{name} is not a function but a {type(function).__name__}")
-    try:
-        inspect.signature(function).bind("prompt", "completion", {})
-    except TypeError as error:
-        raise TypeError(f"{module}.{name} must take (prompt, completion, row): {error}") from error
-    return function  # type: ignore[no-any-return]
+    return target_of(value, f"{module}.{name}", max_observation_bytes=max_observation_bytes)
 
 
-def _is_async(function: RewardFunction) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-def _serve_one_by_one(link: socket.socket, function: RewardFunction) -> None:
+def _serve_one_by_one(link: socket.socket, target: Target) -> None:
     # Each outcome is sent before the next call starts: when the process dies, the parent knows which call it was.
     frames = FrameBuffer()
     while data := link.recv(RECEIVE_BYTES):
         for frame in frames.feed(data):
             for call in _decode_calls(frame):
-                link.sendall(pack(_outcome(function, call)))
+                outcome = _outcome(target, call)
+                if call.verb != "close":
+                    link.sendall(pack(outcome))
 
 
-def _outcome(function: RewardFunction, call: Call) -> Outcome:
+def _outcome(target: Target, call: Call) -> Outcome:
     try:
-        value = function(call.prompt, call.completion, msgspec.json.decode(call.row))
-        return Outcome(call.call_id, check_reward(value))
+        return target.finish(call, target.begin(call))
     except EnvironmentFailure as failure:
         return Outcome(call.call_id, None, failure.kind, failure.reason)
     except RaisedByUsers as error:
         return Outcome(call.call_id, None, "environment_error", _described(error))
 
 
-async def _serve_concurrently(link: socket.socket, function: RewardFunction, timeout_s: float) -> None:
+async def _serve_concurrently(link: socket.socket, target: Target, timeout_s: float) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=link)
 
     async def answer(call: Call) -> None:
-        writer.write(pack(await _awaited_outcome(function, call, timeout_s)))
+        outcome = await _awaited_outcome(target, call, timeout_s)
+        if call.verb != "close":
+            writer.write(pack(outcome))
 
     frames = FrameBuffer()
     async with asyncio.TaskGroup() as answers:
@@ -111,17 +101,19 @@ async def _serve_concurrently(link: socket.socket, function: RewardFunction, tim
         os._exit(0)  # the parent is gone or wants no answer any more; running calls are of no use to anybody
 
 
-async def _awaited_outcome(function: RewardFunction, call: Call, timeout_s: float) -> Outcome:
+async def _awaited_outcome(target: Target, call: Call, timeout_s: float) -> Outcome:
     deadline = asyncio.timeout(timeout_s)
     try:
         async with deadline:
-            value = await function(call.prompt, call.completion, msgspec.json.decode(call.row))
-        return Outcome(call.call_id, check_reward(value))
+            value = target.begin(call)
+            if inspect.isawaitable(value):
+                value = await value
+        return target.finish(call, value)
     except EnvironmentFailure as failure:
         return Outcome(call.call_id, None, failure.kind, failure.reason)
     except RaisedByUsers as error:
         if deadline.expired():
-            return Outcome(call.call_id, None, "environment_timeout", f"no reward within {timeout_s:g} s")
+            return Outcome(call.call_id, None, "environment_timeout", f"no answer within {timeout_s:g} s")
         return Outcome(call.call_id, None, "environment_error", _described(error))
 
 

@@ -14,10 +14,11 @@ from typing import Self, cast
 
 import msgspec
 
-from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, EnvironmentStartError
+from common.environments import EnvironmentSettings
+from rollout_server.environments.environment import EnvironmentFailure, EnvironmentStartError
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Hello, Outcome, pack
 
-MAX_REPLY_BYTES = 1 << 16
+REPLY_SLACK_BYTES = 1 << 16  # beside the observation
 PIPELINE_CALLS = 8  # at most so many are sent ahead to a worker that runs one call at a time,
 PIPELINE_S = 0.002  # and no more than it answers in this time: those behind a slow call would wait for it in vain
 CONCURRENT_CALLS = 256  # sent to a worker that runs them all at once
@@ -32,15 +33,16 @@ _decode_outcome = msgspec.json.Decoder(Outcome).decode
 
 @dataclass(slots=True, eq=False)
 class PendingCall:
-    """A call and who waits for its reward."""
+    """A call and who waits for its outcome, which is no failure."""
 
     call: Call
-    reward: asyncio.Future[float]
+    outcome: asyncio.Future[Outcome]
     started_at: float = 0.0  # of the event loop's clock
+    worker: "WorkerProcess | None" = None  # that it was sent to
 
     def fail(self, failure: EnvironmentFailure) -> None:
-        if not self.reward.done():
-            self.reward.set_exception(failure)
+        if not self.outcome.done():
+            self.outcome.set_exception(failure)
 
 
 class WorkerProcess(asyncio.Protocol):
@@ -54,7 +56,7 @@ class WorkerProcess(asyncio.Protocol):
         self._process = process
         self._settings = settings
         self._on_progress = on_progress
-        self._frames = FrameBuffer(MAX_REPLY_BYTES)
+        self._frames = FrameBuffer(settings.max_reply_bytes + REPLY_SLACK_BYTES)
         self._in_flight: dict[int, PendingCall] = {}  # in the order sent
         self._call_s = PIPELINE_S  # moving average of what one call takes
         self._loop = asyncio.get_running_loop()
@@ -65,6 +67,8 @@ class WorkerProcess(asyncio.Protocol):
         self._killed = False
         self._late = False
         self._concurrent = False
+        self.has_episodes = False
+        self.num_episodes = 0
         self._fault = ""
 
     def __repr__(self) -> str:
@@ -93,7 +97,7 @@ class WorkerProcess(asyncio.Protocol):
             error += f" ({worker.cause_of_death})"
         if error:
             raise EnvironmentStartError(
-                f"reward function python:{module}:{function} cannot be used: {error} "
+                f"environment python:{module}:{function} cannot be used: {error} "
                 f"(modules are looked up from {os.getcwd()} and PYTHONPATH)"
             )
         return worker
@@ -105,7 +109,7 @@ class WorkerProcess(asyncio.Protocol):
                 hello = await self._hello
         except TimeoutError:
             return f"its import took longer than {self._settings.start_timeout_s:g} s"
-        self._concurrent = hello.concurrent
+        self._concurrent, self.has_episodes = hello.concurrent, hello.has_episodes
         return hello.error
 
     @property
@@ -122,12 +126,22 @@ class WorkerProcess(asyncio.Protocol):
         now = self._loop.time()
         idle = not self._in_flight
         for pending in batch:
-            pending.started_at = now
+            pending.started_at, pending.worker = now, self
             self._in_flight[pending.call.call_id] = pending
         if self._transport is not None:
             self._transport.write(pack([pending.call for pending in batch]))
         if idle:
             self._watch_oldest()
+
+    @property
+    def is_dying(self) -> bool:
+        return self._killed
+
+    def end_episode(self, episode_id: int) -> None:
+        """Not answered: it may wait behind other calls, or the process be gone."""
+        if self._transport is not None and not self._killed:
+            close = Call(-1, "", "", msgspec.Raw(b"null"), verb="close", episode_id=episode_id)
+            self._transport.write(pack([close]))
 
     def kill(self) -> None:
         """End the process and all that it started."""
@@ -159,7 +173,7 @@ class WorkerProcess(asyncio.Protocol):
     @property
     def cause_of_death(self) -> str:
         if self._late:
-            return f"no reward within {self._settings.step_timeout_s:g} s; the worker was killed and is replaced"
+            return f"no answer within {self._settings.step_timeout_s:g} s; the worker was killed and is replaced"
         if self._fault:
             return f"the worker process was killed: {self._fault}"
         code = self._process.returncode
@@ -198,8 +212,8 @@ class WorkerProcess(asyncio.Protocol):
             raise FrameError(f"an answer to call {outcome.call_id}, which is not in flight")
         if outcome.reward is None:
             pending.fail(EnvironmentFailure(outcome.kind or "environment_error", outcome.reason))
-        elif not pending.reward.done():
-            pending.reward.set_result(outcome.reward)
+        elif not pending.outcome.done():
+            pending.outcome.set_result(outcome)
         if not self._concurrent:
             now = self._loop.time()
             self._call_s += 0.2 * (now - pending.started_at - self._call_s)
@@ -227,7 +241,8 @@ async def _spawn(link: socket.socket, module: str, function: str, settings: Envi
     # Sees no accelerator: the engine owns its memory. One thread of arithmetic unless the user asks for more.
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""}
     worker = "rollout_server.environments.worker"
-    arguments = [str(link.fileno()), str(os.getpid()), str(settings.step_timeout_s), module, function]
+    limits = [str(settings.step_timeout_s), str(settings.max_reply_bytes)]
+    arguments = [str(link.fileno()), str(os.getpid()), *limits, module, function]
     return await asyncio.create_subprocess_exec(
         *[sys.executable, "-m", worker, *arguments],
         stdin=DEVNULL,

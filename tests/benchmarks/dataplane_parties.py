@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
+from common.environments import Environments
 from common.messages import (
     Batch,
     CheckpointSaved,
@@ -207,7 +208,7 @@ def settings_for(case: Case, directory: Path, *, event_log: str = "", **rules: i
         listen="tcp://127.0.0.1:0",
         rules=CoordinatorSettings(**(values | rules)),
         model="model",
-        environment="python:none:none",
+        environments=Environments.at("python:none:none").specs,
         prompts=str(prompts),
         group_size=case.group_size,
         max_new_tokens=TOKENS,

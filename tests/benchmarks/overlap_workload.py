@@ -87,7 +87,7 @@ async def generate(directory: Path) -> list[Group]:
     async with open_vllm_engine(settings) as engine, environment_at(ENVIRONMENT) as environment:
         await engine.load_weights(LocalSnapshot(manifest=manifest, path=path))
         runner = EpisodeRunner(
-            engine, environment, AutoTokenizer.from_pretrained(directory / "model"), temperature=1.0,
+            engine, {ENVIRONMENT: environment}, AutoTokenizer.from_pretrained(directory / "model"), temperature=1.0,
             max_new_tokens=MAX_NEW_TOKENS, max_model_len=MAX_MODEL_LEN, wait_for_version=no_wait,
         )  # fmt: skip
         at_the_signal(directory, "generation")

@@ -310,3 +310,19 @@ def test_a_later_trajectory_is_checked_too():
     limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
     with pytest.raises(ProtocolError, match=r"trajectory 1.token_ids: expected ids < 13, got 50"):
         check_group(header, read_columns(header, payload), **limits)
+
+
+@pytest.mark.parametrize(
+    ("continues", "is_fine"),
+    [((False, True, False), True), ((False, False, True), True), ((False,) * 3, False), ((True, False, False), False)],
+)
+def test_parts_of_a_forked_episode_follow_it_and_do_not_count_as_episodes(continues: tuple[bool, ...], is_fine: bool):
+    group = a_group(*(replace(a_trajectory(), continues=each) for each in continues))
+    header, payload = pack_group(group)
+    assert [each.continues for each in unpack_groups([header], payload)[0].trajectories] == list(continues)
+    limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
+    if is_fine:
+        check_group(header, read_columns(header, payload), **limits)
+        return
+    with pytest.raises(ProtocolError, match="group: expected 2 trajectories"):
+        check_group(header, read_columns(header, payload), **limits)

@@ -15,7 +15,7 @@ from common.snapshot import SnapshotError, TensorSpec, build_manifest, decode_ma
 from learner.coordinator.admission import admit
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases, decode_frontier
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Outcome, pack
-from rollout_server.environments.worker_process import MAX_REPLY_BYTES
+from rollout_server.environments.worker_process import REPLY_SLACK_BYTES
 from tests.builders_codec import UNIONS, a_group, a_trajectory, examples_of
 from tests.fuzz.damages import OF_BYTES, OF_MESSAGES, Damage
 
@@ -177,7 +177,11 @@ class WorkerFrames:
     name = "worker frames"
 
     def __init__(self) -> None:
-        outcomes = (Outcome(1, 0.5), Outcome(2, None, "environment_error", "it failed"))
+        outcomes = (
+            Outcome(1, 0.5),
+            Outcome(2, None, "environment_error", "it failed"),
+            Outcome(3, 0.0, observation=[{"role": "user", "content": "hi"}], done=False),
+        )
         calls = [Call(1, "prompt", "completion", msgspec.Raw(b'{"a":1}'))]
         self._stream = b"".join((*map(pack, outcomes), pack(calls)))
         self._decode = msgspec.json.Decoder(Outcome).decode
@@ -185,8 +189,9 @@ class WorkerFrames:
     def refuses(self, rng: random.Random) -> bool:
         stream = damaged(self._stream, OF_BYTES, rng)
         if rng.random() < 0.05:
-            stream += bytes(2 * MAX_REPLY_BYTES)  # frames of no bytes, unless a length that was damaged waits for them
-        frames = FrameBuffer(MAX_REPLY_BYTES)
+            # Frames of no bytes, unless a length that was damaged waits for them.
+            stream += bytes(2 * REPLY_SLACK_BYTES)
+        frames = FrameBuffer(REPLY_SLACK_BYTES)
         try:
             while stream:
                 size = rng.choice((1, 7, 64, 1 << 16))
@@ -194,7 +199,7 @@ class WorkerFrames:
                 for body in frames.feed(piece):
                     outcome = self._decode(body)
                     assert outcome.reward is None or np.isfinite(outcome.reward)
-                assert len(frames._data) <= MAX_REPLY_BYTES + 4
+                assert len(frames._data) <= REPLY_SLACK_BYTES + 4
         except (FrameError, msgspec.MsgspecError, UnicodeDecodeError):
             return True
         return False

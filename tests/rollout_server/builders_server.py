@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from common.codec import Decoder, encode, unpack_groups
+from common.environments import Environments
 from common.events import EventLog
 from common.messages import (
     PROTOCOL_VERSION,
@@ -71,7 +72,7 @@ class FakeLearner:
             "model_fingerprint": "m",
             "tokenizer_fingerprint": "t",
             "dtype": "float32",
-            "environment": ScriptedEnvironment.url,
+            "environments": Environments.at(ScriptedEnvironment.url).specs,
             "max_model_len": 64,
             "max_new_tokens": 8,
             "temperature": 1.0,
@@ -93,9 +94,10 @@ class FakeLearner:
         while True:
             for incoming in await self._snapshots.receive():
                 request, _ = decoder.decode(incoming.frames)
-                data = np.random.default_rng(self.published).normal(size=(V, V)).astype("<f4").tobytes()
+                version = self.published if isinstance(request, ManifestRequest) else request.version
+                data = np.random.default_rng(version).normal(size=(V, V)).astype("<f4").tobytes()
                 specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
-                manifest = build_manifest(memoryview(data), specs, run_id=self.run_id, version=self.published)
+                manifest = build_manifest(memoryview(data), specs, run_id=self.run_id, version=version)
                 if isinstance(request, ManifestRequest):
                     answer = encode(ManifestReply(version=manifest.version), encode_manifest(manifest))
                 else:
@@ -164,7 +166,7 @@ async def a_learner(address: str = "tcp://127.0.0.1:0", session: str = "1") -> A
             task.cancel()
 
 
-async def serve(address: str, tmp_path: Path, environment: ScriptedEnvironment, *, step_s: float = 0.0) -> None:
+async def serve(address: str, tmp_path: Path, environments: Mapping[str, Any], *, step_s: float = 0.0) -> None:
     """What the command does, with the table engine in the place of vLLM."""
     async with AsyncExitStack() as stack:
         events = stack.enter_context(closing(EventLog(tmp_path / "events.jsonl", "rollout_server")))
@@ -176,7 +178,7 @@ async def serve(address: str, tmp_path: Path, environment: ScriptedEnvironment, 
         def runner(welcome: Welcome) -> EpisodeRunner:
             return EpisodeRunner(
                 engine,
-                environment,
+                environments,
                 TOKENIZER,
                 temperature=welcome.temperature,
                 max_new_tokens=welcome.max_new_tokens,
@@ -196,7 +198,8 @@ async def a_joined_server(
     learner: FakeLearner, tmp_path: Path, environment: ScriptedEnvironment | None = None, *, step_s: float = 0.0
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
-    serving = asyncio.create_task(serve(learner.address, tmp_path, environment or ScriptedEnvironment(), step_s=step_s))
+    environments = {ScriptedEnvironment.url: environment or ScriptedEnvironment()}
+    serving = asyncio.create_task(serve(learner.address, tmp_path, environments, step_s=step_s))
     try:
         await learner.hear_hello()
         learner.say(learner.welcome())

@@ -1,6 +1,8 @@
 import asyncio
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
+from common.codec import check_group, pack_group, read_columns
+from common.environments import EnvironmentSettings
 from common.messages import Lease
 from common.snapshot import TensorSpec, build_manifest
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import EnvironmentFailure, EnvironmentSettings, Row, StepResult
+from rollout_server.environments.environment import EnvironmentFailure, Row, Said, StepResult
 from rollout_server.episodes import FAILURE_KINDS, EpisodeRunner, LeaseFailure, sample_seed
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
 from rollout_server.table_engine import TABLE_TENSOR, TableEngine
@@ -29,7 +33,13 @@ class ScriptedEnvironment:
 
     url = URL
 
-    def __init__(self, *results: StepResult | Exception, step: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        *results: StepResult | Exception,
+        step: Callable[[], Awaitable[None]] | None = None,
+        settings: EnvironmentSettings | None = None,
+    ) -> None:
+        self.settings = settings or EnvironmentSettings()
         self.results = results or (StepResult(reward=1.0, done=True),)
         self.texts: list[str] = []
         self.num_open = 0
@@ -58,8 +68,8 @@ class ScriptedEpisode:
     async def reset(self) -> Any:
         return self._row.prompt
 
-    async def step(self, completion: str) -> StepResult:
-        self._environment.texts.append(completion)
+    async def step(self, said: Said) -> StepResult:
+        self._environment.texts.append(said.text)
         if self._environment._step is not None:
             await self._environment._step()
         result = next(self._results)
@@ -104,7 +114,8 @@ async def at_once(version: int) -> None:
 
 def a_runner(engine: Any, environment: Any = None, **changes: Any) -> EpisodeRunner:
     settings = {"temperature": 1.0, "max_new_tokens": 8, "max_model_len": 64, "wait_for_version": at_once}
-    return EpisodeRunner(engine, environment or ScriptedEnvironment(), TOKENIZER, **settings | changes)
+    environment = environment or ScriptedEnvironment()
+    return EpisodeRunner(engine, {environment.url: environment}, TOKENIZER, **settings | changes)
 
 
 async def failure_of(runner: EpisodeRunner, lease: Lease) -> LeaseFailure:
@@ -218,7 +229,7 @@ async def test_a_prompt_that_leaves_no_room_fails_its_lease_with_the_numbers(tmp
         (b'{"prompt": []}', "must be a text or a list"),
         (b'{"prompt": [{"role": "user"}]}', "must be a text or a list"),
         (b'{"prompt": "UPPER"}', "cannot be tokenized: no token for 'U'"),
-        (b'{"prompt": [{"role": "judge", "content": "a"}]}', "cannot be tokenized: only users may speak"),
+        (b'{"prompt": [{"role": "judge", "content": "a"}]}', "cannot be tokenized: only users and"),
     ],
 )
 async def test_a_row_without_a_usable_prompt_fails_its_lease_with_the_reason(tmp_path, row, reason):
@@ -384,15 +395,162 @@ async def test_each_turn_samples_with_a_seed_of_its_own():
     [
         (StepResult(reward=1, done=True, truncated=True), 99.0),  # the environment's limit
         (StepResult(reward=1, done=False, observation="go on"), -99.0),  # the text was cut
-        (StepResult(reward=1, done=False, observation="x" * 100), 99.0),  # what comes next does not fit the model
+        (StepResult(reward=1, done=False, observation="x" * 100), 99.0),  # what comes next does not fit, not even cut
     ],
 )
 async def test_an_episode_that_did_not_reach_its_end_is_truncated(tmp_path, step, eos_logit):
-    runner = a_runner(await an_engine(tmp_path, eos_logit=eos_logit), ScriptedEnvironment(step))
+    runner = a_runner(await an_engine(tmp_path, eos_logit=eos_logit), ScriptedEnvironment(step), max_model_len=40)
     (trajectory,) = (await runner.run(a_lease(group_size=1))).trajectories
     assert trajectory.finish_reason is FinishReason.TRUNCATED
     assert (trajectory.reward, trajectory.turns) == (1.0, 1)
     assert trajectory.loss_mask[-1]
+
+
+class NeverDone(ScriptedEnvironment):
+    """Answers each step alike, for ever."""
+
+    def __init__(self, observation: Any, **settings: Any) -> None:
+        super().__init__(settings=EnvironmentSettings(**settings))
+        self.results = itertools.repeat(StepResult(reward=0.5, done=False, observation=observation))
+
+
+async def test_a_chat_goes_on_with_what_the_template_puts_between_two_turns(tmp_path):
+    environment = ScriptedEnvironment(
+        StepResult(reward=0, done=False, observation="no"),
+        StepResult(reward=0, done=False, observation=[{"role": "user", "content": "warm"}]),
+        StepResult(reward=1, done=True),
+    )
+    runner = a_runner(await an_engine(tmp_path, eos_logit=99.0), environment)
+    lease = a_lease([{"role": "user", "content": "guess"}], group_size=1)
+    (trajectory,) = (await runner.run(lease)).trajectories
+    text = TOKENIZER.decode(trajectory.token_ids.tolist(), skip_special_tokens=False)
+    assert text == "<bos><user>guess<policy><eos>\n<user>no<policy><eos>\n<user>warm<policy><eos>"
+    np.testing.assert_array_equal(trajectory.loss_mask, trajectory.token_ids == EOS_ID)
+    assert (trajectory.turns, trajectory.continues) == (3, False)
+
+
+async def test_weights_that_change_in_the_middle_of_an_episode_are_told_apart_token_by_token(tmp_path):
+    engine = await an_engine(tmp_path, eos_logit=99.0, version=3)
+
+    async def update() -> None:
+        engine.loaded_version += 1
+
+    more = StepResult(reward=0, done=False, observation="a")
+    environment = ScriptedEnvironment(more, more, StepResult(reward=1, done=True), step=update)
+    (trajectory,) = (await a_runner(engine, environment).run(a_lease(group_size=1))).trajectories
+    assert trajectory.version_runs() == [(3, 1), (4, 1), (5, 1)]
+    np.testing.assert_array_equal(trajectory.token_versions == NOT_SAMPLED, ~trajectory.loss_mask)
+
+
+async def test_a_long_observation_is_cut_with_a_mark_and_leaves_room_for_an_answer(tmp_path):
+    environment = ScriptedEnvironment(
+        StepResult(reward=0, done=False, observation="begin" + "x" * (2 << 20) + "theend"),
+        StepResult(reward=1, done=True),
+    )
+    runner = a_runner(await an_engine(tmp_path, max_model_len=200, eos_logit=99.0), environment, max_model_len=200)
+    async with asyncio.timeout(2):
+        (trajectory,) = (await runner.run(a_lease("guess", group_size=1))).trajectories
+    text = TOKENIZER.decode(trajectory.token_ids.tolist(), skip_special_tokens=False)
+    assert re.fullmatch(
+        r"<bos>guess<eos>beginx+\n\[\.\.\. 2097\d\d\d characters left out \.\.\.\]\nx+theend<eos>", text
+    )
+    assert 150 < len(trajectory) <= 200 - 8
+
+
+async def test_an_observation_longer_than_the_environment_may_say_is_cut_although_it_would_fit(tmp_path):
+    environment = ScriptedEnvironment(
+        StepResult(reward=0, done=False, observation="x" * 90),
+        StepResult(reward=1, done=True),
+        settings=EnvironmentSettings(max_observation_tokens=60),
+    )
+    runner = a_runner(await an_engine(tmp_path, max_model_len=200, eos_logit=99.0), environment, max_model_len=200)
+    (trajectory,) = (await runner.run(a_lease("guess", group_size=1))).trajectories
+    assert 50 < (~trajectory.loss_mask).sum() - len("?guess") <= 60
+
+
+async def test_an_episode_that_is_never_done_is_truncated_after_so_many_turns(tmp_path):
+    environment = NeverDone("a", max_turns=5)
+    (trajectory,) = (
+        await a_runner(await an_engine(tmp_path, eos_logit=99.0), environment).run(a_lease(group_size=1))
+    ).trajectories
+    assert (trajectory.turns, trajectory.reward, trajectory.finish_reason) == (5, 2.5, FinishReason.TRUNCATED)
+
+
+async def test_an_episode_that_takes_too_long_fails_its_lease_whatever_its_steps_do(tmp_path):
+    environment = ScriptedEnvironment(step=asyncio.Event().wait, settings=EnvironmentSettings(episode_timeout_s=0.05))
+    failure = await failure_of(a_runner(await an_engine(tmp_path), environment), a_lease())
+    assert (failure.kind, failure.reason) == ("environment_timeout", "the episode was not done within 0.05 s")
+    assert environment.num_open == 0
+
+
+async def test_each_lease_goes_to_the_environment_it_names(tmp_path):
+    environments = {name: ScriptedEnvironment(StepResult(reward=reward, done=True)) for name, reward in AND_REWARDS}
+    engine = await an_engine(tmp_path)
+    settings = {"temperature": 1.0, "max_new_tokens": 8, "max_model_len": 64, "wait_for_version": at_once}
+    runner = EpisodeRunner(engine, environments, TOKENIZER, **settings)
+    for name, reward in AND_REWARDS:
+        group = await runner.run(a_lease(environment=name))
+        assert {trajectory.reward for trajectory in group.trajectories} == {reward}
+
+
+AND_REWARDS = [("sums", 0.25), ("games", 0.75)]
+
+
+class Forgetful(CharacterTokenizer):
+    """Its template leaves out of earlier turns what stands before a =, as thinking templates leave out thoughts."""
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **how: Any) -> list[int] | str:
+        shown = [
+            {**each, "content": each["content"].rpartition("=")[2]} if each["role"] == "assistant" else each
+            for each in conversation
+        ]
+        return super().apply_chat_template(shown, **how)
+
+
+class EngineSaying:
+    """Says one text after the other."""
+
+    vocab_size = max_model_len = 64
+
+    def __init__(self, *texts: str) -> None:
+        self._texts = iter(texts)
+        self.prompts: list[str] = []
+
+    async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
+        self.prompts.append(TOKENIZER.decode(prompt_ids.tolist(), skip_special_tokens=False))
+        ids = np.array(TOKENIZER.encode(next(self._texts) + "<eos>", add_special_tokens=False), dtype=np.int32)
+        ones = np.ones(ids.size)
+        return Completion(
+            token_ids=ids, logprobs=-ones.astype(np.float32), token_versions=ones.astype(np.int32), terminated=True
+        )
+
+
+async def test_a_template_that_drops_thoughts_forks_the_sample_so_that_every_part_is_what_was_read_and_sampled():
+    more = StepResult(reward=0.25, done=False, observation="b")
+    environment = ScriptedEnvironment(more, more, StepResult(reward=0.5, done=True))
+    engine = EngineSaying("hm=1", "2", "3")
+    runner = EpisodeRunner(
+        engine, {URL: environment}, Forgetful(), temperature=1.0, max_new_tokens=8, max_model_len=64,
+        wait_for_version=at_once,
+    )  # fmt: skip
+    group = await runner.run(a_lease([{"role": "user", "content": "a"}], group_size=1))
+    texts = [TOKENIZER.decode(each.token_ids.tolist(), skip_special_tokens=False) for each in group.trajectories]
+    assert texts == [
+        "<bos><user>a<policy>hm=1<eos>",
+        "<bos><user>a<policy>1<eos>\n<user>b<policy>2<eos>\n<user>b<policy>3<eos>",
+    ]
+    assert engine.prompts[1] == "<bos><user>a<policy>1<eos>\n<user>b<policy>"
+    sampled = [
+        TOKENIZER.decode(each.token_ids[each.loss_mask].tolist(), skip_special_tokens=True)
+        for each in group.trajectories
+    ]
+    assert sampled == ["hm=1", "23"]  # the 1 of the second part was read, not sampled
+    assert [each.continues for each in group.trajectories] == [False, True]
+    assert [each.turns for each in group.trajectories] == [1, 2]
+    assert {each.reward for each in group.trajectories} == {1.0}
+    header, payload = pack_group(group)
+    columns = read_columns(header, payload)
+    check_group(header, columns, vocab_size=64, max_model_len=64, group_size=1, newest_version=1)
 
 
 # --- with real worker processes ------------------------------------------------------------------------------------

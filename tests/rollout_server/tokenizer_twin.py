@@ -1,11 +1,11 @@
-"""CharacterTokenizer: a small real Tokenizer; each digit and letter is one token."""
+"""CharacterTokenizer: a small real Tokenizer; each digit and letter is one token, a turn ends with <eos>\\n."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
-ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz =+?\n"
+ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz =+?\n[.]"
 BOS_ID, EOS_ID, USER_ID, POLICY_ID = range(4)
 SPECIAL = ["<bos>", "<eos>", "<user>", "<policy>"]
 
@@ -41,14 +41,14 @@ class CharacterTokenizer:
 
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool, return_dict: bool
-    ) -> list[int]:
+    ) -> list[int] | str:
         assert add_generation_prompt
-        assert tokenize
         assert not return_dict
-        if any(message["role"] != "user" for message in conversation):
-            raise TemplateError("only users may speak")
-        text = "".join(f"<user>{message['content']}" for message in conversation)
-        return self.encode(f"<bos>{text}<policy>", add_special_tokens=False)
+        if any(message["role"] not in ("user", "assistant") for message in conversation):
+            raise TemplateError("only users and the policy may speak")
+        said = {"user": "<user>{}", "assistant": "<policy>{}<eos>\n"}
+        text = "<bos>" + "".join(said[each["role"]].format(each["content"]) for each in conversation) + "<policy>"
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def get_vocab(self) -> Mapping[str, int]:
         return {token: index for index, token in enumerate([*SPECIAL, *ALPHABET])}

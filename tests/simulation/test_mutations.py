@@ -172,7 +172,7 @@ def failed_tasks_are_parked_at_once(monkeypatch):
 
 @mutation
 def new_tasks_come_before_those_given_back(monkeypatch):
-    def next_task(self):
+    def next_task(self, may_run):
         self.next_task_id += 1
         return self.next_task_id - 1
 

@@ -3,6 +3,7 @@
 import pytest
 
 from common.codec import pack_group
+from common.environments import Environments
 from common.messages import (
     Finished,
     GroupAccepted,
@@ -90,7 +91,7 @@ def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample()
         model_fingerprint="model-1",
         tokenizer_fingerprint="tokenizer-1",
         dtype="float32",
-        environment="python:tasks:environment",
+        environments=Environments.at("python:tasks:environment").specs,
         max_model_len=16,
         max_new_tokens=8,
         temperature=1.0,
@@ -102,7 +103,7 @@ def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample()
 def test_another_protocol_is_refused_with_both_versions_named():
     [(_, refused)] = Desk().say(A, a_hello(protocol=99))
     assert refused == Refused(
-        reason="the server speaks protocol 99, the learner 1; install the same version of countercurrent on both"
+        reason="the server speaks protocol 99, the learner 2; install the same version of countercurrent on both"
     )
 
 

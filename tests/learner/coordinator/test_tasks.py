@@ -164,6 +164,13 @@ def test_a_bad_generator_is_an_error_that_names_it(a_module, text, message):
     assert message in str(error.value)
 
 
+def test_an_environment_that_makes_its_own_tasks_needs_a_system_message_alone():
+    tasks = open_tasks("system:Say the answer alone.", seed=0)
+    rows = {tasks.task(task_id).row for task_id in range(5)}
+    assert rows == {b'{"prompt":[{"role":"system","content":"Say the answer alone."}]}'}
+    assert len({tasks.task(task_id).seed for task_id in range(5)}) == 5
+
+
 def test_a_dataset_of_hugging_face_is_read_from_a_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()

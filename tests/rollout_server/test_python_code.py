@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from common.environments import EnvironmentSettings
 from rollout_server.environments import environment_at
 from rollout_server.environments.environment import (
     EnvironmentFailure,
-    EnvironmentSettings,
     EnvironmentStartError,
+    Said,
     parse_row,
 )
 from rollout_server.environments.worker_pool import WorkerPool
@@ -65,7 +66,7 @@ async def test_the_function_gets_prompt_completion_and_the_whole_row(function, p
         environment_at(f"python:{REWARDS}:{function}") as environment,
         environment.episode(row, seed=1) as episode,
     ):
-        assert (await episode.step("né\n\0")).reward == 5 + 4 + 100
+        assert (await episode.step(Said(text="né\n\0"))).reward == 5 + 4 + 100
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ async def test_the_function_gets_prompt_completion_and_the_whole_row(function, p
 )
 async def test_a_function_that_cannot_be_called_is_an_error_at_the_start_that_names_it(target, reason):
     error = await start_error_of(f"python:{target}")
-    assert error.startswith(f"reward function python:{target} cannot be used: ")
+    assert error.startswith(f"environment python:{target} cannot be used: ")
     assert reason in error
     assert os.getcwd() in error
 
 
 @pytest.mark.parametrize("target", ["", "module", "module:", ":f", "m:f:g", "m:f()"])
 def test_a_malformed_url_is_an_error_that_shows_the_form(target):
-    with pytest.raises(ValueError, match="write python:module:function"):
+    with pytest.raises(ValueError, match="write python:module:name"):
         environment_at(f"python:{target}")
 
 
@@ -98,7 +99,7 @@ def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones():
 async def test_modules_are_found_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def score(prompt, completion, row): return 7\n")
     monkeypatch.chdir(tmp_path)
-    async with WorkerPool("my_rewards", "score", EnvironmentSettings()) as pool:
+    async with WorkerPool("my_rewards", "score", EnvironmentSettings(workers=2)) as pool:
         assert await pool.reward("", "", b"{}") == 7.0
 
 
@@ -163,7 +164,7 @@ async def test_each_call_sent_ahead_of_time_has_the_whole_time_limit_for_itself(
 
 
 async def test_nothing_is_sent_to_a_worker_that_was_killed():
-    worker = await WorkerProcess.start(REWARDS, "obeys", EnvironmentSettings(), lambda: None)
+    worker = await WorkerProcess.start(REWARDS, "obeys", EnvironmentSettings(workers=2), lambda: None)
     assert worker.has_room_beside(0)
     worker.kill()
     assert not worker.has_room_beside(0)
@@ -242,13 +243,13 @@ async def test_a_slow_call_does_not_hold_up_the_others_while_another_worker_may_
 
 
 async def test_a_group_larger_than_the_limit_of_concurrent_steps_waits_and_ends():
-    async with a_pool(max_concurrent_steps=3) as pool:
+    async with a_pool(max_concurrent=3) as pool:
         calls = (pool.reward("do", f"reward {index}", ROW_JSON) for index in range(50))
         assert await asyncio.gather(*calls) == list(range(50))
 
 
 async def test_no_more_calls_are_queued_than_the_limit_of_concurrent_steps():
-    async with a_pool(max_concurrent_steps=3) as pool, asyncio.TaskGroup() as tasks:
+    async with a_pool(max_concurrent=3) as pool, asyncio.TaskGroup() as tasks:
         calls = [tasks.create_task(pool.reward("do", "hang", ROW_JSON)) for _ in range(10)]
         await asyncio.sleep(0.05)
         assert "2 calls queued" in repr(pool)
@@ -261,7 +262,7 @@ async def test_a_function_that_vanishes_fails_its_calls_with_the_reason(tmp_path
     module = tmp_path / "vanishing.py"
     module.write_text("import os\ndef f(p, c, r): os._exit(1)\n")
     monkeypatch.chdir(tmp_path)
-    async with asyncio.timeout(20), WorkerPool("vanishing", "f", EnvironmentSettings()) as pool:
+    async with asyncio.timeout(20), WorkerPool("vanishing", "f", EnvironmentSettings(workers=2)) as pool:
         await failure_of(pool, "")
         module.unlink()
         failure = await failure_of(pool, "")
@@ -290,7 +291,7 @@ async def test_leaving_ends_the_workers_and_keeps_the_error_of_the_body():
 
 SERVER_THAT_HANGS = """
 import asyncio
-from tests.rollout_server.test_python_function import ROW_JSON, a_pool
+from tests.rollout_server.test_python_code import ROW_JSON, a_pool
 async def main():
     async with a_pool() as pool:
         print(int(await pool.reward("do", "process", ROW_JSON)), flush=True)
