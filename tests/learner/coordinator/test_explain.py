@@ -74,11 +74,11 @@ def test_a_server_waits_for_the_learner_when_a_bound_is_met():
 )
 def test_the_bound_that_is_met_is_named_in_words_in_the_status_and_in_the_metrics(bounds, held_by, words):
     coordinator = a_coordinator(**({"groups_per_step": 2, "max_staleness": 1} | bounds))
-    free = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x")
+    free = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x", strangers={})
     assert (free.held_by, free.servers_wait_for) == ("", "")
     join(coordinator)
     assert what_all_servers_wait_for(coordinator) == words
-    status = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x")
+    status = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x", strangers={})
     assert (status.held_by, status.servers_wait_for) == (held_by, words)
     metrics = list(measure_run(status))
     waits = {one.labels["bound"]: one.value for one in metrics if one.name == "servers_wait_for_learner"}
