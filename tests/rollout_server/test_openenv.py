@@ -395,8 +395,9 @@ async def test_all_samples_of_a_group_are_run_when_a_server_is_tried_again_or_no
     await server.start()
     async with playing(server) as environment:
         await server.stop()
-        with suppress(ExceptionGroup):
-            await a_group(environment)
+        for _ in range(5):
+            with pytest.raises(ExceptionGroup):
+                await a_group(environment)
         await server.start(server.port)
         while not (server.num_begun and not server.num_sessions):
             with suppress(ExceptionGroup):
