@@ -19,6 +19,7 @@ from common.lifecycle import DedicatedThread, UserError, configure_logging, leav
 from common.metrics import start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
+from learner.algorithms import describe_all
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.config import LearnerConfig
 from learner.coordinator.client import CoordinatorClient
@@ -43,6 +44,7 @@ examples:
   learner --config run.toml --max-staleness 0        synchronous PPO
   learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
   learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
+  learner --correction icepop:high=2 --correction veto    masks in place of truncated importance weights
   learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
 
 A run directory that holds a checkpoint is resumed from it.
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def parse_learner(argv: list[str]) -> LearnerConfig:
-    return parse(LearnerConfig, argv, program="learner", table="learner", known_tables=KNOWN_TABLES, epilog=EXAMPLES)
+    epilog = f"{describe_all()}\n\n{EXAMPLES}"
+    return parse(LearnerConfig, argv, program="learner", table="learner", known_tables=KNOWN_TABLES, epilog=epilog)
 
 
 EngineOpener = Callable[[TrainSettings, Checkpoint | None], TrainEngine]

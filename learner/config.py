@@ -9,6 +9,7 @@ from common.config import option
 from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
+from learner.loss_settings import Proximal, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
@@ -39,7 +40,9 @@ class LearnerConfig:
         help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH or "
         "openenv+ws://HOST:PORT; in the file also a table for each of several: see docs/environments.md",
     )
-    critic_model: str | None = option(None, help="network the critic starts from, for --advantage gae; default: model")
+    critic_model: str | None = option(
+        None, help="network the critic starts from, for --advantage gae or vtrace; default: model"
+    )
 
     # How much
     total_steps: int = option(400, help="optimizer steps of the run")
@@ -61,13 +64,26 @@ class LearnerConfig:
     temperature: float = option(1.0, help="sampling temperature, also of the log-probabilities trained on")
     seed: int = option(0, help="seed of data order, sampling and initialisation")
 
-    # The algorithm
-    loss: str = option("decoupled_ppo", help="policy loss; an unknown name is answered with the known ones")
+    # The algorithm; what can be chosen is listed below
+    loss: str = option("decoupled_ppo", help="policy loss")
     loss_setting: dict[str, float] = option(dict, help="a setting of the loss, e.g. clip_ratio=0.1; may be repeated")
+    correction: tuple[str, ...] = option(
+        (),
+        help="what is done about tokens that another policy sampled, e.g. icepop or icepop:low=0.5,high=2; may be "
+        "repeated; default: truncate_tokens with decoupled_ppo and reinforce, nothing with the others",
+    )
+    proximal: Proximal = option(
+        "recomputed",
+        help="centre of decoupled_ppo's trust region: the policy before the step, or the one before that, interpolated "
+        "between it and the policy that sampled a token by their versions",
+    )
+    aggregation: str = option("token_mean", help="what share in the loss each token has")
+    entropy_coefficient: float = option(0.0, help="reward for one nat of entropy per token, in the loss; 0: none")
+    value_clip: float = option(0.5, help="how far a value may move in a step before the critic's loss is clipped")
     advantage: str = option(
         "grpo",
         help="advantages: grpo, dr_grpo, rloo, reinforce_plus_plus_baseline (all relative to the group), "
-        "reinforce_plus_plus (relative to the batch), reinforce (plain returns) or gae (with a critic)",
+        "reinforce_plus_plus (relative to the batch), reinforce (plain returns), gae or vtrace (with a critic)",
     )
     advantage_setting: dict[str, float] = option(
         dict, help="a setting of the advantages, e.g. gae_lambda=0.95; may be repeated"
@@ -166,6 +182,8 @@ class LearnerConfig:
                 f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
             )
         self.reward_settings.check_advantage(self.advantage)
+        check_proximal(self.proximal, self.loss)
+        check_strengths(self.entropy_coefficient, self.value_clip)
         self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(

@@ -81,7 +81,12 @@ def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
     """Load the policy, and the critic if there is one, onto DeepSpeed; raises UserError for a missing model."""
     prepare_process()
     torch.manual_seed(settings.seed)
-    policy = load_policy(settings.model, dtype=settings.dtype, temperature=settings.temperature)
+    policy = load_policy(
+        settings.model,
+        dtype=settings.dtype,
+        temperature=settings.temperature,
+        trains_entropy=settings.entropy_coefficient > 0,
+    )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch

@@ -20,10 +20,12 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 class PolicyNetwork(nn.Module):
     """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
 
-    def __init__(self, model: nn.Module, *, temperature: float) -> None:
+    def __init__(self, model: nn.Module, *, temperature: float, trains_entropy: bool = False) -> None:
+        """trains_entropy: the entropy carries grad, which costs memory for one more copy of the logits."""
         super().__init__()
         self.model: Any = model
         self._temperature = temperature
+        self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +35,7 @@ class PolicyNetwork(nn.Module):
         targets_N1 = token_ids_BT[:, 1:][predicted_BT].unsqueeze(1)
         all_logprobs_NV = logits_NV.log_softmax(dim=-1)
         logprobs_N = all_logprobs_NV.gather(1, targets_N1).squeeze(1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self._trains_entropy and torch.is_grad_enabled()):
             entropy_N = -(all_logprobs_NV.exp() * all_logprobs_NV).sum(dim=-1)
         return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
 
@@ -71,9 +73,10 @@ class CriticNetwork(nn.Module):
         return torch.nn.functional.pad(values_BT, (1, 0))
 
 
-def load_policy(model: str, *, dtype: str, temperature: float) -> PolicyNetwork:
+def load_policy(model: str, *, dtype: str, temperature: float, trains_entropy: bool = False) -> PolicyNetwork:
     """Raises UserError when there is no such model."""
-    return PolicyNetwork(_load(AutoModelForCausalLM, model, dtype), temperature=temperature)
+    network = _load(AutoModelForCausalLM, model, dtype)
+    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy)
 
 
 def load_critic(model: str, *, dtype: str) -> CriticNetwork:

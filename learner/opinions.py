@@ -21,14 +21,21 @@ class Opinions:
     """
 
     values_BS: Sequence[Tensor] | None = None
+    logprobs_BT: Sequence[Tensor] | None = None  # of the policy
     reference_logprobs_BT: Sequence[Tensor] | None = None
     token_rewards_BT: Sequence[Tensor] | None = None  # such as -beta KL; 0 where no token is trained
 
 
 def ask_networks(
-    batch: TrainBatch, *, policy: Forward, critic: Forward | None, reference: ReferencePolicy | None, kl: KlControl
+    batch: TrainBatch,
+    *,
+    policy: Forward,
+    critic: Forward | None,
+    reference: ReferencePolicy | None,
+    kl: KlControl,
+    asks_policy: bool = False,
 ) -> Opinions:
-    """The policy costs a forward pass of its own only where the KL is in the reward.
+    """The policy costs a forward pass of its own only where it is asked for, or the KL is in the reward.
 
     There it is the policy as it is now that is compared, not the older ones that sampled some of the tokens.
     """
@@ -36,13 +43,17 @@ def ask_networks(
     references = reference.logprobs(micro_batches) if reference is not None else None
     with torch.no_grad():
         values = [_values(critic, micro) for micro in micro_batches] if critic is not None else None
-        token_rewards: list[Tensor] | None = None
-        if references is not None and kl.is_in_reward:
-            token_rewards = [
-                kl.token_rewards(_logprobs(policy, micro), reference_BT, micro.loss_mask_BT)
-                for micro, reference_BT in zip(micro_batches, references, strict=True)
-            ]
-    return Opinions(values_BS=values, reference_logprobs_BT=references, token_rewards_BT=token_rewards)
+        is_in_reward = references is not None and kl.is_in_reward
+        logprobs = [_logprobs(policy, micro) for micro in micro_batches] if asks_policy or is_in_reward else None
+    token_rewards: list[Tensor] | None = None
+    if references is not None and logprobs is not None and is_in_reward:
+        token_rewards = [
+            kl.token_rewards(own_BT, reference_BT, micro.loss_mask_BT)
+            for micro, own_BT, reference_BT in zip(micro_batches, logprobs, references, strict=True)
+        ]
+    return Opinions(
+        values_BS=values, logprobs_BT=logprobs, reference_logprobs_BT=references, token_rewards_BT=token_rewards
+    )
 
 
 def _logprobs(policy: Forward, micro: MicroBatch) -> Tensor:

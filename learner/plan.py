@@ -6,10 +6,11 @@ import shutil
 from common.keys import ServerKeys
 from common.lifecycle import UserError
 from learner import joining
-from learner.algorithms import build_advantages, build_loss
+from learner.algorithms import build_advantages, build_aggregation, build_corrections, build_loss
 from learner.config import LearnerConfig
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.settings import CoordinatorSettings
+from learner.loss_settings import WITH_CRITIC
 from learner.run_directory import RunDirectory
 from learner.training import TrainSettings
 
@@ -33,12 +34,14 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
     """Raises UserError for an algorithm or a setting of it that does not exist."""
     try:
         build_loss(config.loss, config.loss_setting)
+        build_corrections(config.correction or None, loss=config.loss)
+        build_aggregation(config.aggregation)
         build_advantages(config.advantage, config.advantage_setting)
     except ValueError as error:
         raise UserError(str(error)) from error
     return TrainSettings(
         model=model,
-        critic_model=(config.critic_model or model) if config.advantage == "gae" else None,
+        critic_model=(config.critic_model or model) if config.advantage in WITH_CRITIC else None,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
         learning_rate=config.learning_rate,
@@ -54,6 +57,12 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         max_staleness=config.max_staleness,
         loss=config.loss,
         loss_settings=config.loss_setting,
+        corrections=config.correction or None,
+        proximal=config.proximal,
+        aggregation=config.aggregation,
+        entropy_coefficient=config.entropy_coefficient,
+        value_clip=config.value_clip,
+        max_new_tokens=config.max_new_tokens,
         advantage=config.advantage,
         advantage_settings=config.advantage_setting,
         rewards=config.reward_settings,

@@ -1,6 +1,7 @@
 """PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,12 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from learner.algorithms import build_advantages, build_loss, value_loss
+from learner.algorithms import OFF_POLICY_ADVANTAGES, build_advantages, value_loss
+from learner.algorithms.aggregation import BatchCounts, aggregate, token_mean
+from learner.algorithms.health import trajectory_health
 from learner.algorithms.kl import kl_metrics
+from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
+from learner.algorithms.samples import BatchRatios
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
 from learner.networks import CriticNetwork, PolicyNetwork
-from learner.opinions import ask_networks
+from learner.objective import PolicyObjective, batch_ratios
+from learner.opinions import Opinions, ask_networks
 from learner.reference import ReferencePolicy
 from learner.reward_shaping import RewardShaper
 from learner.targets import Targets, build_targets
@@ -45,7 +51,7 @@ class Trainable(Protocol):
 
 
 class PpoEngine:
-    """A TrainEngine. `critic` is given exactly when the advantages are GAE, `reference` when the settings name one."""
+    """A TrainEngine. `critic` is given exactly when the advantages need one, `reference` when the settings name one."""
 
     def __init__(
         self,
@@ -63,13 +69,13 @@ class PpoEngine:
         self._shaper = RewardShaper(settings.rewards)
         self._kl = KlControl(settings.kl)
         self._model = policy.module.model
-        self._loss = build_loss(settings.loss, settings.loss_settings)
+        self._objective = PolicyObjective(settings)
         self._advantages = build_advantages(settings.advantage, settings.advantage_settings)
         self._watches = [GradientWatch(network.module) for network in self._networks()]
         self._version = 0
 
     def __repr__(self) -> str:
-        return f"<PpoEngine {self._settings.model} at version {self._version}, {self._settings.loss}>"
+        return f"<PpoEngine {self._settings.model} at version {self._version}, {self._objective!r}>"
 
     @property
     def version(self) -> int:
@@ -84,97 +90,103 @@ class PpoEngine:
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
         batch, shaping_metrics = self._shaper.shape(batch)
-        opinions = ask_networks(
+        opinions = self._ask_networks(batch)
+        targets, target_metrics = build_targets(batch, opinions, self._advantages)
+        metrics |= shaping_metrics | target_metrics
+        counts, ratios = self._objective.counts(batch), self._batch_ratios(batch, opinions, targets)
+        parts: dict[str, Metric] = {}
+        last = len(batch.micro_batches) - 1
+        for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
+            partial = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
+            parts = merge([parts, partial])
+            if not _is_finite(partial):
+                return StepResult(metrics=metrics, refusal=f"the loss of micro-batch {index} is not finite")
+        for watch in self._watches:
+            if (complaint := watch.take_complaint()) is not None:
+                return StepResult(metrics=metrics, refusal=complaint)
+        metrics |= self._observe_kl(parts, batch)
+        metrics |= report(parts)
+        metrics |= self._update()
+        return StepResult(metrics=metrics)
+
+    def _ask_networks(self, batch: TrainBatch) -> Opinions:
+        return ask_networks(
             batch,
             policy=self._policy.forward,
             critic=self._critic.forward if self._critic is not None else None,
             reference=self._reference,
             kl=self._kl,
+            asks_policy=self._objective.needs_batch_ratios or self._settings.advantage in OFF_POLICY_ADVANTAGES,
         )
-        targets, target_metrics = build_targets(batch, opinions, self._advantages)
-        metrics |= shaping_metrics | target_metrics
-        sums: dict[str, float] = {}
-        last = len(batch.micro_batches) - 1
-        for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
-            partial = self._accumulate(micro_batch, target, batch.num_loss_tokens, is_last=index == last)
-            for name, value in partial.items():
-                sums[name] = sums.get(name, 0.0) + value
-            if not math.isfinite(sums["loss"] + sums.get("value_loss", 0.0)):
-                return StepResult(metrics=metrics, refusal=f"the loss of micro-batch {index} is not finite")
-        for watch in self._watches:
-            if (complaint := watch.take_complaint()) is not None:
-                return StepResult(metrics=metrics, refusal=complaint)
-        metrics |= self._observe_kl(sums, batch)
-        metrics |= _means(sums, batch.num_loss_tokens)
-        metrics |= self._update()
-        return StepResult(metrics=metrics)
+
+    def _batch_ratios(self, batch: TrainBatch, opinions: Opinions, targets: list[Targets]) -> BatchRatios | None:
+        if not self._objective.needs_batch_ratios:
+            return None
+        assert opinions.logprobs_BT is not None
+        return batch_ratios(batch, opinions.logprobs_BT, targets)
 
     def _accumulate(
-        self, micro: MicroBatch, target: Targets, num_loss_tokens: int, *, is_last: bool
-    ) -> dict[str, float]:
+        self, micro: MicroBatch, target: Targets, counts: BatchCounts, ratios: BatchRatios | None, *, is_last: bool
+    ) -> dict[str, Metric]:
         logprobs_BT, entropy_BT = self._policy.forward(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
-        device = logprobs_BT.device
-        output = self._loss(
-            logprobs_BT,
-            # One optimizer step per batch: the parameters before it are the ones just used, so the proximal policy
-            # needs no forward pass of its own.
-            logprobs_BT.detach(),
-            micro.behavior_logprobs_BT.to(device),
-            target.advantages_BT.to(device),
-            micro.loss_mask_BT.to(device),
-            num_loss_tokens=num_loss_tokens,
-        )
-        loss, kl_sums = self._held_near_reference(output.loss, logprobs_BT, micro, target, num_loss_tokens)
-        sums = {**output.metrics, **kl_sums, "loss": float(loss.detach()), "entropy": float(entropy_BT.sum())}
-        sums |= _mismatch(logprobs_BT.detach().cpu(), micro)
-        if math.isfinite(sums["loss"]):
+        loss, metrics = self._objective.loss(logprobs_BT, entropy_BT, micro, target, counts, ratios)
+        cost, distances = self._distance_to_reference(logprobs_BT, micro, target, counts)
+        if cost is not None:
+            loss = loss + cost
+        metrics |= {**distances, "loss": Sum(float(loss.detach()))}
+        if _is_finite(metrics):
             self._policy.backward(loss, is_last=is_last)
         if self._critic is not None:
-            sums |= self._accumulate_critic(micro, target, num_loss_tokens, is_last=is_last)
-        return sums
+            metrics |= self._accumulate_critic(micro, target, counts, is_last=is_last)
+        return metrics
 
-    def _held_near_reference(
-        self, loss: Tensor, logprobs_BT: Tensor, micro: MicroBatch, target: Targets, num_loss_tokens: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """(loss with the cost of the distance to the reference, if that is where it goes; metrics)."""
+    def _distance_to_reference(
+        self, logprobs_BT: Tensor, micro: MicroBatch, target: Targets, counts: BatchCounts
+    ) -> tuple[Tensor | None, dict[str, Metric]]:
+        """(what the distance costs, if that goes into the loss; metrics)."""
         if target.reference_logprobs_BT is None:
-            return loss, {}
+            return None, {}
         reference_logprobs_BT = target.reference_logprobs_BT.to(logprobs_BT.device)
         loss_mask_BT = micro.loss_mask_BT.to(logprobs_BT.device)
         sums = kl_metrics(logprobs_BT.detach(), reference_logprobs_BT, loss_mask_BT)
-        if not self._kl.is_in_loss:
-            return loss, sums
-        cost = self._kl.loss(logprobs_BT, reference_logprobs_BT, loss_mask_BT, num_loss_tokens=num_loss_tokens)
-        return loss + cost.loss, sums | cost.metrics
+        cost = None
+        if self._kl.is_in_loss:
+            output = self._kl.loss(logprobs_BT, reference_logprobs_BT, loss_mask_BT, num_loss_tokens=counts.tokens)
+            cost, sums = output.loss, sums | output.metrics
+        num_tokens = float(micro.loss_mask_BT.sum())
+        return cost, {name: Mean(total, num_tokens) for name, total in sums.items()}
 
-    def _observe_kl(self, sums: dict[str, float], batch: TrainBatch) -> dict[str, float]:
+    def _observe_kl(self, parts: dict[str, Metric], batch: TrainBatch) -> dict[str, float]:
         """Called for a step that will be taken: from the next one on, the coefficient is another."""
         if self._reference is None:
             return {}
-        coefficient = self._kl.coefficient
-        per_trajectory = sums["reference_kl_k1"] / max(int((batch.loss_tokens_N > 0).sum()), 1)
+        coefficient, distance = self._kl.coefficient, parts["reference_kl_k1"]
+        assert isinstance(distance, Mean)
+        per_trajectory = distance.total / max(int((batch.loss_tokens_N > 0).sum()), 1)
         self._kl.adapt(per_trajectory)
         return {"kl_coefficient": coefficient, "reference_kl_per_trajectory": per_trajectory}
 
     def _accumulate_critic(
-        self, micro: MicroBatch, target: Targets, num_loss_tokens: int, *, is_last: bool
-    ) -> dict[str, float]:
+        self, micro: MicroBatch, target: Targets, counts: BatchCounts, *, is_last: bool
+    ) -> dict[str, Metric]:
         assert self._critic is not None
         assert target.old_values_BT is not None
         assert target.returns_BT is not None
         [values_BT] = self._critic.forward(micro.token_ids_BT, micro.attention_mask_BT)
         device = values_BT.device
-        output = value_loss(
+        loss_mask_BT = micro.loss_mask_BT.to(device)
+        token_losses = value_loss(
             values_BT,
             target.old_values_BT.to(device),
             target.returns_BT.to(device),
-            micro.loss_mask_BT.to(device),
-            num_loss_tokens=num_loss_tokens,
+            loss_mask_BT,
+            value_clip=self._settings.value_clip,
         )
-        sums = {**output.metrics, "value_loss": float(output.loss.detach())}
-        if math.isfinite(sums["value_loss"]):
-            self._critic.backward(output.loss, is_last=is_last)
-        return sums
+        loss = aggregate(token_losses.losses_BT, token_mean(loss_mask_BT, counts))
+        metrics = {**token_losses.metrics, "value_loss": Sum(float(loss.detach()))}
+        if _is_finite(metrics):
+            self._critic.backward(loss, is_last=is_last)
+        return metrics
 
     def _update(self) -> dict[str, float]:
         scale = learning_rate_scale(self._version, self._settings)
@@ -224,34 +236,16 @@ def learning_rate_scale(version: int, settings: TrainSettings) -> float:
     return 1.0
 
 
-def _mismatch(logprobs_BT: Tensor, micro: MicroBatch) -> dict[str, float]:
-    """How far server and learner are apart where both mean the same parameters: should be rounding and no more."""
-    same_BT = micro.loss_mask_BT & (micro.staleness_BT == 0)
-    difference_N = (logprobs_BT - micro.behavior_logprobs_BT)[same_BT]
-    return {"matched_tokens": float(same_BT.sum()), "mismatch_abs": float(difference_N.abs().sum())}
-
-
-def _means(sums: dict[str, float], num_loss_tokens: int) -> dict[str, float]:
-    """Sums over tokens become means; what the losses divided already stays."""
-    matched_tokens = sums.pop("matched_tokens")
-    mismatch = sums.pop("mismatch_abs")
-    losses = {name: sums.pop(name) for name in ("loss", "value_loss") if name in sums}
-    means = {name: value / num_loss_tokens for name, value in sums.items()}
-    if matched_tokens:
-        means["mismatch_abs"] = mismatch / matched_tokens
-    if squared := means.pop("behavior_weight_squared", None):
-        means["effective_sample_share"] = means["behavior_weight"] ** 2 / squared  # Kish 1965
-    return losses | means
+def _is_finite(metrics: Mapping[str, Metric]) -> bool:
+    """Whether the losses among them may be trained on."""
+    losses = [metrics[name].value for name in ("loss", "value_loss") if name in metrics]
+    return all(loss is not None and math.isfinite(loss) for loss in losses)
 
 
 def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
-    masks = [(micro.staleness_BT, micro.loss_mask_BT) for micro in batch.micro_batches]
-    staleness_N = torch.cat([staleness_BT[mask_BT] for staleness_BT, mask_BT in masks]).float()
+    staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
     return {
-        "reward": float(batch.rewards_N.mean()),
-        "reward_std": float(batch.rewards_N.std(unbiased=False)),
+        **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
         "trained_tokens": float(batch.num_loss_tokens),
         "over_stale_tokens": float(batch.num_over_stale_tokens),
-        "staleness_mean": float(staleness_N.mean()) if len(staleness_N) else 0.0,
-        "staleness_max": float(staleness_N.max()) if len(staleness_N) else 0.0,
     }

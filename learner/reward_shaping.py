@@ -24,11 +24,7 @@ class RewardShaper:
         settings = self._settings
         rewards_N, self._moments_with_batch = shape_rewards(batch, settings, self._moments)
         shaped = replace(batch, rewards_N=rewards_N)
-        metrics = {
-            "equal_reward_groups": share_of_equal_groups(rewards_N, batch.group_index_N),
-            "length_mean": float(batch.lengths_N.float().mean()),
-            "truncated": float((~batch.terminated_N).float().mean()),
-        }
+        metrics = {"equal_reward_groups": share_of_equal_groups(rewards_N, batch.group_index_N)}
         if settings.changes_rewards:
             metrics["shaped_reward"] = float(rewards_N.mean())
         if settings.drops_trajectories:

@@ -1,13 +1,15 @@
 """Targets: what each micro-batch is trained towards, made of rewards and of what the networks say before the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from learner.algorithms.advantages import Episodes, Estimate
-from learner.algorithms.moments import Moments
+from learner.algorithms.health import advantage_health, critic_health
+from learner.algorithms.metrics import report
+from learner.algorithms.vtrace import OffPolicyEpisodes
 from learner.opinions import Opinions
 from learner.token_table import TokenTable
 from learner.training import TrainBatch
@@ -49,7 +51,8 @@ def build_targets(
 def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable) -> Episodes:
     costs = opinions.token_rewards_BT
     values = opinions.values_BS
-    return Episodes(
+    own = opinions.logprobs_BT
+    return OffPolicyEpisodes(
         rewards_N=batch.rewards_N,
         group_index_N=batch.group_index_N,
         mask_NK=table.mask_NK,
@@ -58,16 +61,18 @@ def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable) -> Episo
         bootstrap_N=(
             torch.where(batch.terminated_N, 0.0, table.gather_after_last(values)) if values is not None else None
         ),
+        log_ratios_NK=table.gather(log_ratios(batch, own)) if own is not None else None,
     )
+
+
+def log_ratios(batch: TrainBatch, logprobs_BT: Sequence[Tensor]) -> list[Tensor]:
+    """log pi / mu of each micro-batch; outside the loss mask anything may stand."""
+    return [own - micro.behavior_logprobs_BT for own, micro in zip(logprobs_BT, batch.micro_batches, strict=True)]
 
 
 def _metrics(episodes: Episodes, estimated: Estimate) -> dict[str, float]:
     mask_NK = episodes.mask_NK
-    advantages = Moments.of(estimated.advantages_NK[mask_NK])
-    metrics = {"advantage_mean": advantages.mean, "advantage_std": advantages.std}
+    metrics = advantage_health(estimated.advantages_NK[mask_NK])
     if estimated.returns_NK is not None and episodes.values_NK is not None:
-        returns = Moments.of(estimated.returns_NK[mask_NK])
-        errors = Moments.of((estimated.returns_NK - episodes.values_NK)[mask_NK])
-        if returns.squares:
-            metrics["explained_variance"] = 1.0 - errors.squares / returns.squares
-    return metrics
+        metrics |= critic_health(estimated.returns_NK[mask_NK], episodes.values_NK[mask_NK])
+    return report(metrics)

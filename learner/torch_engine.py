@@ -57,7 +57,12 @@ def open_torch_engine(settings: TrainSettings) -> PpoEngine:
     if settings.dtype != "float32":
         raise ValueError(f"the torch engine trains in float32, got {settings.dtype}")
     torch.manual_seed(settings.seed)
-    policy = load_policy(settings.model, dtype=settings.dtype, temperature=settings.temperature)
+    policy = load_policy(
+        settings.model,
+        dtype=settings.dtype,
+        temperature=settings.temperature,
+        trains_entropy=settings.entropy_coefficient > 0,
+    )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     return PpoEngine(
         settings,

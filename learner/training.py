@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
 
@@ -31,6 +32,12 @@ class TrainSettings:
     max_staleness: int = 0
     loss: str = "decoupled_ppo"
     loss_settings: Mapping[str, float] = field(default_factory=dict)
+    corrections: Sequence[str] | None = None  # such as "icepop:low=0.5,high=2", in this order; None: as suits the loss
+    proximal: Proximal = "recomputed"
+    aggregation: str = "token_mean"
+    entropy_coefficient: float = 0.0
+    value_clip: float = 0.5
+    max_new_tokens: int = 256  # of a trajectory
     advantage: str = "grpo"
     advantage_settings: Mapping[str, float] = field(default_factory=dict)
     rewards: RewardSettings = field(default_factory=RewardSettings)
@@ -38,10 +45,12 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.critic_model is not None) != (self.advantage == "gae"):
+        if (self.critic_model is not None) != (self.advantage in WITH_CRITIC):
             raise ValueError(
-                f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, the others none"
+                f"advantage {self.advantage} and critic_model {self.critic_model}: {' and '.join(WITH_CRITIC)} need "
+                "one, the others none"
             )
+        check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(

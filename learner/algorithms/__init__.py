@@ -3,16 +3,51 @@
 Adding one is a function and a line in its table. Its keyword-only arguments with defaults are its settings.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from learner.algorithms import advantages
+from torch import Tensor
+
+from learner.algorithms import advantages, aggregation, corrections, losses
 from learner.algorithms.advantages import Estimate
-from learner.algorithms.losses import LossOutput, decoupled_ppo_loss, ppo_loss, value_loss
+from learner.algorithms.aggregation import BatchCounts
+from learner.algorithms.corrections import Correct, Correction
+from learner.algorithms.losses import LossOutput, TokenLosses, value_loss
+from learner.algorithms.settings import build, describe, parse_call, settings_of
+from learner.algorithms.vtrace import vtrace_advantages
 
-LOSSES: dict[str, Callable[..., LossOutput]] = {"ppo": ppo_loss, "decoupled_ppo": decoupled_ppo_loss}
+LOSSES: dict[str, Callable[..., TokenLosses]] = {
+    "cispo": losses.cispo_loss,
+    "decoupled_ppo": losses.decoupled_ppo_loss,
+    "dppo": losses.dppo_loss,
+    "gspo": losses.gspo_loss,
+    "m2po": losses.m2po_loss,
+    "ppo": losses.ppo_loss,
+    "reinforce": losses.reinforce_loss,
+    "sapo": losses.sapo_loss,
+}
+WEIGHTED_LOSSES = frozenset({"decoupled_ppo", "reinforce"})
+"""Those that the corrections' weights multiply; the others' own ratios are to the behavior policy."""
+WHOLE_BATCH_LOSSES = frozenset({"m2po"})
+"""Those that compare all tokens of the batch with each other before the step."""
+
+CORRECTIONS: dict[str, Callable[..., Correction]] = {
+    "geometric_mask": corrections.geometric_mask,
+    "icepop": corrections.icepop,
+    "opsm": corrections.opsm,
+    "product_mask": corrections.product_mask,
+    "truncate_sequences": corrections.truncate_sequences,
+    "truncate_tokens": corrections.truncate_tokens,
+    "unweighted": corrections.unweighted,
+    "veto": corrections.veto,
+}
+WEIGHINGS = frozenset({"truncate_sequences", "truncate_tokens", "unweighted"})
+"""Those that change weights alone, and so nothing about a loss that has none."""
+
+AGGREGATIONS: dict[str, Callable[[Tensor, BatchCounts], Tensor]] = {
+    "constant_length": aggregation.constant_length,
+    "sequence_mean": aggregation.sequence_mean,
+    "token_mean": aggregation.token_mean,
+}
 ADVANTAGES: dict[str, Callable[..., Estimate]] = {
     "dr_grpo": advantages.unbiased_group_advantages,
     "gae": advantages.generalized_advantages,
@@ -21,39 +56,78 @@ ADVANTAGES: dict[str, Callable[..., Estimate]] = {
     "reinforce_plus_plus": advantages.global_advantages,
     "reinforce_plus_plus_baseline": advantages.group_baseline_advantages,
     "rloo": advantages.leave_one_out_advantages,
+    "vtrace": vtrace_advantages,
 }
+OFF_POLICY_ADVANTAGES = frozenset({"vtrace"})
+"""Those that ask the policy before the step."""
 DISCOUNTS = ("gamma", "gae_lambda")
 
-__all__ = ["ADVANTAGES", "LOSSES", "LossOutput", "build_advantages", "build_loss", "settings_of", "value_loss"]
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "CORRECTIONS",
+    "LOSSES",
+    "OFF_POLICY_ADVANTAGES",
+    "WEIGHINGS",
+    "WEIGHTED_LOSSES",
+    "WHOLE_BATCH_LOSSES",
+    "LossOutput",
+    "build_advantages",
+    "build_aggregation",
+    "build_corrections",
+    "build_loss",
+    "describe_all",
+    "settings_of",
+    "value_loss",
+]
 
 
-def build_loss(name: str, settings: Mapping[str, float]) -> Callable[..., LossOutput]:
+def build_loss(name: str, settings: Mapping[str, float]) -> Callable[..., TokenLosses]:
     """The loss `name` with its settings filled in; raises ValueError naming what is known."""
-    return _build("loss", LOSSES, name, settings)
+    return build("loss", LOSSES, name, settings)
+
+
+def build_corrections(texts: Sequence[str] | None, *, loss: str) -> dict[str, Correct]:
+    """The corrections of e.g. ["icepop:low=0.5,high=2", "veto"], in that order; None: what suits the loss.
+
+    Raises ValueError for what does not exist, is given twice, or would do nothing about that loss.
+    """
+    if texts is None:
+        texts = ["truncate_tokens"] if loss in WEIGHTED_LOSSES else []
+    built: dict[str, Correct] = {}
+    for name, settings in map(parse_call, texts):
+        if name in built:
+            raise ValueError(f"correction {name} is given twice")
+        built[name] = build("correction", CORRECTIONS, name, settings)
+        if name in WEIGHINGS and loss not in WEIGHTED_LOSSES:
+            raise ValueError(
+                f"correction {name} changes weights, and loss {loss} has none: its own ratios are to the policy that "
+                f"sampled; take a correction that masks, or loss {' or '.join(sorted(WEIGHTED_LOSSES))}"
+            )
+    return built
+
+
+def build_aggregation(name: str) -> Callable[[Tensor, BatchCounts], Tensor]:
+    """Raises ValueError naming what is known."""
+    return build("aggregation", AGGREGATIONS, name, {})
 
 
 def build_advantages(name: str, settings: Mapping[str, float]) -> Callable[..., Estimate]:
     """The advantage estimator `name` with its settings filled in; raises ValueError naming what is known."""
-    estimator = _build("advantage", ADVANTAGES, name, settings)
+    estimator = build("advantage", ADVANTAGES, name, settings)
     for setting in DISCOUNTS:
         if not 0 <= settings.get(setting, 1.0) <= 1:
             raise ValueError(f"{setting} of {name} must be from 0 to 1, got {settings[setting]}")
     return estimator
 
 
-def settings_of(function: Callable[..., Any]) -> dict[str, float]:
-    """Keyword-only arguments with defaults: the hyperparameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
-
-
-def _build(
-    kind: str, table: Mapping[str, Callable[..., Any]], name: str, settings: Mapping[str, float]
-) -> Callable[..., Any]:
-    if name not in table:
-        raise ValueError(f"unknown {kind} {name}; known: {', '.join(sorted(table))}")
-    known = settings_of(table[name])
-    for setting in settings:
-        if setting not in known:
-            raise ValueError(f"{name} has no setting {setting}; it takes: {', '.join(known) or 'none'}")
-    return partial(table[name], **settings)
+def describe_all() -> str:
+    """For --help: everything that can be chosen, with its settings and their defaults."""
+    return "\n\n".join(
+        [
+            describe("losses: --loss NAME, --loss-setting SETTING=NUMBER", LOSSES),
+            describe("corrections: --correction NAME[:SETTING=NUMBER,...], several in a row", CORRECTIONS),
+            describe("aggregations: --aggregation NAME", AGGREGATIONS),
+            describe("advantages: --advantage NAME, --advantage-setting SETTING=NUMBER", ADVANTAGES),
+        ]
+    )

@@ -6,6 +6,7 @@ import torch
 
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.algorithms import ADVANTAGES
+from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.reward_settings import KlSettings
 from learner.torch_engine import open_torch_engine
@@ -52,7 +53,7 @@ def a_sampled_trajectory(ids: np.ndarray, logprobs: np.ndarray, version: int) ->
 
 
 def rewards_over_training(model: str, **overrides) -> list[float]:
-    critic = model if overrides.get("advantage") == "gae" else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC else None
     engine = open_torch_engine(
         some_train_settings(
             model, critic_model=critic, learning_rate=2e-3, critic_learning_rate=1e-2, warmup_steps=0,

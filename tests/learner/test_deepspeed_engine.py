@@ -91,7 +91,7 @@ def test_bfloat16_at_stage_1_stays_close_to_float32(model):
     ).mean()
     assert mean_difference < 0.5 * moved
     for one, other in zip(results, expected_results, strict=True):
-        for name in ("loss", "entropy", "grad_norm", "behavior_weight"):
+        for name in ("loss", "entropy", "grad_norm", "ratio_mean"):
             assert one.metrics[name] == pytest.approx(other.metrics[name], rel=0.1, abs=0.03), name
 
 

@@ -80,7 +80,7 @@ def test_rewards_and_kl_reach_the_training_settings():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"loss": "trpo"}, "unknown loss trpo; known: decoupled_ppo, ppo"),
+        ({"loss": "trpo"}, "unknown loss trpo; known: cispo, decoupled_ppo, dppo, "),
         ({"advantage": "td"}, "unknown advantage td; known: dr_grpo, gae, grpo, reinforce"),
         ({"loss_setting": {"clip": 0.1}}, "decoupled_ppo has no setting clip; it takes: clip_ratio"),
         ({"advantage_setting": {"gamma": 0.9}}, "grpo has no setting gamma; it takes: normalize_std, epsilon"),

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.fingerprint import fingerprint_tokenizer
+from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.torch_engine import open_torch_engine
 from tests.builders_learner import (
@@ -34,7 +35,7 @@ def model(tmp_path_factory) -> str:
 
 
 def an_engine(model: str, **overrides) -> PpoEngine:
-    critic = model if overrides.get("advantage") == "gae" else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC else None
     return open_torch_engine(some_train_settings(model, critic_model=critic, **overrides))
 
 
@@ -228,9 +229,9 @@ def test_the_learning_rate_of_a_step_is_the_one_reported(model):
 
 
 def test_gae_needs_a_critic_and_grpo_none():
-    with pytest.raises(ValueError, match="gae needs one, the others none"):
+    with pytest.raises(ValueError, match="gae and vtrace need one, the others none"):
         some_train_settings("m", advantage="gae")
-    with pytest.raises(ValueError, match="gae needs one, the others none"):
+    with pytest.raises(ValueError, match="gae and vtrace need one, the others none"):
         some_train_settings("m", critic_model="m")
 
 

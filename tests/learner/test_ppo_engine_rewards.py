@@ -9,6 +9,7 @@ import torch
 from common.trajectory import Group
 from learner.algorithms import ADVANTAGES
 from learner.algorithms.kl import adapted_coefficient
+from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
@@ -42,7 +43,7 @@ def other_model(tmp_path_factory) -> str:
 
 
 def an_engine(model: str, **overrides) -> PpoEngine:
-    critic = model if overrides.get("advantage") == "gae" else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC else None
     return open_torch_engine(some_train_settings(model, critic_model=critic, **overrides))
 
 
@@ -104,8 +105,13 @@ def test_in_the_reward_a_token_costs_its_log_ratio_by_the_policy_of_the_step(mod
         [reference_BT] = engine._reference.logprobs([micro])
     costs = [0.5 * float(policy_BT[0, t] - reference_BT[0, t]) for t in (1, 2, 4)]
     caught: list[torch.Tensor] = []
-    loss = engine._loss
-    engine._loss = lambda *arguments, **keywords: caught.append(arguments[3]) or loss(*arguments, **keywords)
+    objective = engine._objective.loss
+
+    def catching(logprobs_BT, entropy_BT, micro, target, *others):
+        caught.append(target.advantages_BT)
+        return objective(logprobs_BT, entropy_BT, micro, target, *others)
+
+    engine._objective.loss = catching
     engine.step(batch)
     expected = [0.0, -sum(costs), -sum(costs[1:]), 0.0, -costs[2]]
     assert caught[0][0].tolist() == pytest.approx(expected, abs=1e-5)

@@ -10,9 +10,9 @@ from learner.algorithms import ADVANTAGES, build_advantages
 from learner.opinions import Opinions
 from learner.targets import Targets, build_targets
 from learner.training import TrainBatch
-from tests import oracles_advantages as oracles
 from tests.builders_learner import a_batch, random_groups
-from tests.oracles_advantages import Episode
+from tests.oracles import advantages as oracles
+from tests.oracles.advantages import Episode
 
 GROUPS = random_groups(4)  # prompts, turns of the environment, truncated and terminated ones
 TRAJECTORIES = [trajectory for group in GROUPS for trajectory in group.trajectories]
@@ -58,7 +58,7 @@ def opinions_on(batch: TrainBatch) -> Opinions:
             for mask_BT, index_B in ((micro.loss_mask_BT, micro.trajectory_index_B) for micro in batch.micro_batches)
         ]
 
-    return Opinions(values_BS=table(value_at, 1), token_rewards_BT=table(cost_at, 0))
+    return Opinions(values_BS=table(value_at, 1), token_rewards_BT=table(cost_at, 0), logprobs_BT=table(cost_at, 0))
 
 
 def by_trajectory(batch: TrainBatch, tensors: list[torch.Tensor]) -> list[list[float]]:
@@ -129,4 +129,4 @@ def test_the_metrics_tell_how_much_of_the_returns_the_critic_foresaw():
 def test_equal_rewards_leave_nothing_to_explain():
     batch = replace(a_batch(GROUPS), rewards_N=torch.zeros(len(TRAJECTORIES)))
     _, metrics = build_targets(batch, Opinions(values_BS=worth_nothing(batch)), build_advantages("gae", {}))
-    assert metrics == {"advantage_mean": 0.0, "advantage_std": 0.0}
+    assert metrics == dict.fromkeys(("advantage_mean", "advantage_std", "advantage_min", "advantage_max"), 0.0)

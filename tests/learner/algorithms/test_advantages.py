@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from learner.algorithms import ADVANTAGES, build_advantages, settings_of
 from learner.algorithms.advantages import Episodes, Estimate
+from learner.algorithms.vtrace import OffPolicyEpisodes
 from learner.reward_settings import GROUP_RELATIVE
-from tests import oracles_advantages as oracles
-from tests.oracles_advantages import Episode
+from tests.oracles import advantages as oracles
+from tests.oracles.advantages import Episode
 
 numbers = st.floats(-100, 100, allow_nan=False, width=32)
 discounts = st.sampled_from([0.0, 0.5, 0.99, 1.0])
@@ -41,7 +42,7 @@ def as_tensors(episodes: list[Episode], *, poison: float = 0.0, padding: int = 0
         return torch.tensor(rows, dtype=torch.float64)
 
     lengths = torch.tensor([len(episode.costs) for episode in episodes])
-    return Episodes(
+    return OffPolicyEpisodes(
         rewards_N=torch.tensor([episode.reward for episode in episodes], dtype=torch.float64),
         group_index_N=torch.tensor([episode.group for episode in episodes]),
         mask_NK=torch.arange(num_columns) < lengths.unsqueeze(1),
@@ -50,6 +51,7 @@ def as_tensors(episodes: list[Episode], *, poison: float = 0.0, padding: int = 0
         bootstrap_N=torch.tensor(
             [0.0 if episode.terminated else episode.after for episode in episodes], dtype=torch.float64
         ),
+        log_ratios_NK=0.01 * table("values"),
     )
 
 
@@ -103,7 +105,7 @@ def test_generalized_advantages_match_the_formula_written_as_loops(episodes, gam
 
 
 def test_every_estimator_is_checked_against_a_formula():
-    assert {*FORMULAS, "gae"} == set(ADVANTAGES)
+    assert {*FORMULAS, "gae", "vtrace"} == set(ADVANTAGES)  # vtrace: in test_vtrace.py
     assert set(GROUP_RELATIVE) < set(ADVANTAGES)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.algorithms.kl import adapted_coefficient, kl_estimates, kl_loss, kl_metrics
-from tests import oracles_advantages as oracles
+from tests.oracles import advantages as oracles
 
 MASK = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
 ESTIMATORS = ("k1", "k2", "k3")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.algorithms.rewards import clip_rewards, overlong_penalties, share_of_equal_groups
-from tests import oracles_advantages as oracles
+from tests.oracles import advantages as oracles
 
 
 @given(

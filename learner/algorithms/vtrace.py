@@ -1,0 +1,63 @@
+"""V-trace: a critic's targets and advantages from what another policy sampled. N, K as in advantages.py."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.advantages import Episodes, Estimate
+from learner.algorithms.samples import MAX_LOG_RATIO
+from learner.algorithms.settings import Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffPolicyEpisodes(Episodes):
+    """Episodes, and how likely the policy before the step would have done the same."""
+
+    log_ratios_NK: Tensor | None = None  # log pi / mu
+
+
+def vtrace_advantages(
+    episodes: OffPolicyEpisodes,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    max_rho: Annotated[
+        float, Setting("bound on a token's own ratio: which policy the critic values", more_than=0)
+    ] = 1.0,
+    max_c: Annotated[float, Setting("bound on the ratio with which later tokens count", more_than=0)] = 1.0,
+) -> Estimate:
+    """V-trace, with a critic: IMPALA, arXiv:1802.01561, section 4.
+
+    Returns are v_s; advantages are r_s + gamma v_{s+1} - V(x_s), without the factor rho_s of the policy gradient: that
+    is the importance weight, which the loss has. After its last token a terminated trajectory is worth 0, a truncated
+    one what the critic says of the state it stopped in.
+    """
+    assert episodes.values_NK is not None
+    assert episodes.bootstrap_N is not None
+    assert episodes.log_ratios_NK is not None
+    mask_NK = episodes.mask_NK
+    is_last_NK = mask_NK & ~torch.nn.functional.pad(mask_NK[:, 1:], (0, 1))
+    bootstrap_N1 = episodes.bootstrap_N.unsqueeze(1)
+    values_NK, token_rewards_NK, log_ratios_NK = (
+        torch.where(mask_NK, tensor_NK, 0.0)
+        for tensor_NK in (episodes.values_NK, episodes.token_rewards_NK, episodes.log_ratios_NK)
+    )
+    ratios_NK = log_ratios_NK.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    rewards_NK = token_rewards_NK + torch.where(is_last_NK, episodes.rewards_N.unsqueeze(1), 0.0)
+    following_NK = torch.where(is_last_NK, bootstrap_N1, values_NK.roll(-1, dims=1))
+    deltas_NK = ratios_NK.clamp(max=max_rho) * (rewards_NK + gamma * following_NK - values_NK)
+    gains_NK = _carried_back(torch.where(mask_NK, deltas_NK, 0.0), gamma * gae_lambda * ratios_NK.clamp(max=max_c))
+    targets_NK = torch.where(mask_NK, values_NK + gains_NK, 0.0)
+    following_targets_NK = torch.where(is_last_NK, bootstrap_N1, targets_NK.roll(-1, dims=1))
+    advantages_NK = torch.where(mask_NK, rewards_NK + gamma * following_targets_NK - values_NK, 0.0)
+    return Estimate(advantages_NK, targets_NK)
+
+
+def _carried_back(deltas_NK: Tensor, factors_NK: Tensor) -> Tensor:
+    """out[:, k] = deltas[:, k] + factors[:, k] out[:, k + 1]."""
+    columns, factors = list(deltas_NK.unbind(dim=1)), factors_NK.unbind(dim=1)
+    for k in reversed(range(len(columns) - 1)):
+        columns[k] = columns[k] + factors[k] * columns[k + 1]
+    return torch.stack(columns, dim=1) if columns else deltas_NK

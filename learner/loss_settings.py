@@ -1,0 +1,25 @@
+"""What is impossible among the settings of losses. Light: the configuration is checked before torch is there."""
+
+import math
+from typing import Literal
+
+Proximal = Literal["recomputed", "interpolated"]
+"""Where the centre of decoupled PPO's trust region comes from: the policy before the step, or a guess at the one
+before that, between it and the policy that sampled."""
+
+WITH_CRITIC = ("gae", "vtrace")
+"""The advantages that need a critic."""
+
+
+def check_proximal(proximal: Proximal, loss: str) -> None:
+    """Raises ValueError when the loss has no use for it."""
+    if proximal != "recomputed" and loss != "decoupled_ppo":
+        raise ValueError(f"proximal {proximal} is a centre for the trust region of decoupled_ppo; loss {loss} has none")
+
+
+def check_strengths(entropy_coefficient: float, value_clip: float) -> None:
+    """Raises ValueError for what is no number that makes sense."""
+    if not 0 <= entropy_coefficient < math.inf:
+        raise ValueError(f"entropy_coefficient must be finite and >= 0, got {entropy_coefficient}; 0 is no bonus")
+    if not value_clip > 0:
+        raise ValueError(f"value_clip must be > 0, got {value_clip}; inf does not clip")
