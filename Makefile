@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-stale-actions test-environments storm storm-real resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-stale-actions test-environments storm storm-real resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -43,6 +43,9 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
+
+bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns
+	$(VENV)/python -m tests.benchmarks.bench_environments
 
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
