@@ -5,7 +5,7 @@
     uint8   flags                uint32  bytes that follow
     uint8   top exponent         uint32  XXH3 of the new values, shortened: tells a wrong base
 
-What follows is described in changes.py; or the new values as they are, where that is shorter (STORED).
+What follows is described in numpy_changes.py; or the new values as they are, where that is shorter (STORED).
 """
 
 import struct
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from common.delta.changes import pack_changes, unpack_changes
 from common.delta.formats import FORMATS, U32, DeltaError, ExponentOrder, FloatFormat, Primitives, Words
-from common.delta.kernel import primitives as default_primitives
+from common.delta.compiled import primitives as default_primitives
 from common.snapshot import DType
 
 FORMAT_VERSION = 1
@@ -57,9 +56,9 @@ def encode_block(old: Words, new: Words, dtype: DType, primitives: Primitives | 
     order = choose_order(old, positions, form)
     if order is not None:
         positions, codes = primitives.into_order(old, order, positions, codes)
-    payload = pack_changes(primitives, old.size, positions, codes) if codes.size else b""
+    payload = primitives.pack_changes(old.size, positions, codes, new.nbytes) if codes.size else b""
     flags = EXPONENT_ORDER if order is not None else 0
-    if len(payload) >= new.nbytes > 0:
+    if payload is None:
         flags, payload = STORED, new.tobytes()
     top = order.top if flags == EXPONENT_ORDER and order is not None else 0
     fields = _FIELDS.pack(FORMAT_VERSION, form.code, flags, top, old.size, codes.size, len(payload), check)
@@ -122,13 +121,10 @@ def _decoded_changes(
         if payload.size:
             raise DeltaError(f"a block without changes has {payload.size} bytes")
         return np.empty(0, np.uint32), base[:0]
-    positions, codes = unpack_changes(primitives, payload, base.size, header.changes, form.bits)
+    positions, codes = primitives.unpack_changes(payload, base.size, header.changes, form.bits)
     if header.flags & EXPONENT_ORDER:
         positions, codes = primitives.out_of_order(base, ExponentOrder(header.top, form), positions, codes)
-    zigzag = (codes + np.uint32(1)).astype(base.dtype)
-    one = base.dtype.type(1)
-    differences = (zigzag >> one) ^ (np.zeros_like(zigzag) - (zigzag & one))
-    return positions, base[positions] + differences
+    return positions, primitives.new_values(base, positions, codes)
 
 
 def _require_words(words: Words, form: FloatFormat) -> None:

@@ -67,14 +67,20 @@ class Primitives(Protocol):
     def find_changes(self, old: Words, new: Words) -> tuple[U32, U32]:
         """(positions [M], ascending; codes [M]) of the elements that differ; a code is zigzag(new - old) - 1."""
 
+    def new_values(self, base: Words, positions: U32, codes: U32) -> Words:
+        """[M] what the elements at `positions` become. The inverse of find_changes."""
+
     def into_order(self, old: Words, order: ExponentOrder, positions: U32, codes: U32) -> tuple[U32, U32]:
         """(places [M], ascending; codes [M]): the changes where they lie in the order."""
 
-    def out_of_order(self, old: Words, order: ExponentOrder, places: U32, codes: U32) -> tuple[U32, U32]:
+    def out_of_order(self, base: Words, order: ExponentOrder, places: U32, codes: U32) -> tuple[U32, U32]:
         """The inverse of into_order. Places must be ascending and below N."""
 
-    def pack_list(self, values: U32) -> bytes:
-        """Rice codes of the values; see primitives.py for the layout."""
+    def pack_changes(self, universe: int, places: U32, codes: U32, room: int) -> bytes | None:
+        """The changes in the layout of numpy_changes.py; None when they do not fit into `room` bytes."""
 
-    def unpack_list(self, data: U8, count: int) -> tuple[U32, int]:
-        """(values [count], bytes used). Raises DeltaError unless `data` begins with such a list."""
+    def unpack_changes(self, data: U8, universe: int, count: int, bits: int) -> tuple[U32, U32]:
+        """(places [count], codes [count]) in floats of `bits` bits.
+
+        Raises DeltaError unless `data` is what pack_changes makes of such changes.
+        """

@@ -5,13 +5,14 @@
     above 1, 2    which changes are larger than one unit in the last place, and which of those are larger than two
     magnitudes    of those, less 3
 
-A set of more than half of its universe is coded as its complement. All numbers are lists of primitives.py.
+A set of more than half of its universe is coded as its complement. All are lists of numpy_lists.py.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from common.delta.formats import U8, U32, DeltaError, Primitives
+from common.delta.formats import U8, U32, DeltaError
+from common.delta.numpy_lists import pack_list, unpack_list
 
 NUM_LEVELS = 2
 COUNT_BYTES = 4
@@ -19,26 +20,26 @@ COUNT_BYTES = 4
 I64 = npt.NDArray[np.int64]
 
 
-def pack_changes(primitives: Primitives, universe: int, places: U32, codes: U32) -> bytes:
+def pack_changes(universe: int, places: U32, codes: U32) -> bytes:
     """places [M]: ascending, below `universe`; codes [M]: zigzag - 1 of the differences."""
     signs = np.packbits((codes & 1).astype(np.uint8), bitorder="little")
-    parts = [_pack_set(primitives, places, universe), signs.tobytes()]
+    parts = [_pack_set(places, universe), signs.tobytes()]
     magnitudes = codes >> 1
     for _ in range(NUM_LEVELS):
         above = np.flatnonzero(magnitudes).astype(np.uint32)
-        parts += [above.size.to_bytes(COUNT_BYTES, "little"), _pack_set(primitives, above, magnitudes.size)]
+        parts += [above.size.to_bytes(COUNT_BYTES, "little"), _pack_set(above, magnitudes.size)]
         magnitudes = magnitudes[above] - np.uint32(1)
     if magnitudes.size:
-        parts.append(primitives.pack_list(magnitudes))
+        parts.append(pack_list(magnitudes))
     return b"".join(parts)
 
 
-def unpack_changes(primitives: Primitives, data: U8, universe: int, count: int, bits: int) -> tuple[U32, U32]:
+def unpack_changes(data: U8, universe: int, count: int, bits: int) -> tuple[U32, U32]:
     """(places [count], codes [count]) of floats of `bits` bits.
 
     Raises DeltaError unless `data` is what pack_changes makes of such changes.
     """
-    reader = _Reader(primitives, data)
+    reader = _Reader(data)
     places = reader.take_set(count, universe)
     signs = reader.take_bits(count)
     levels: list[I64] = []
@@ -67,21 +68,20 @@ def _complement(members: npt.NDArray[np.integer], universe: int) -> I64:
     return np.flatnonzero(others)
 
 
-def _pack_set(primitives: Primitives, members: U32, universe: int) -> bytes:
+def _pack_set(members: U32, universe: int) -> bytes:
     if _is_complemented(members.size, universe):
         members = _complement(members, universe).astype(np.uint32)
     if members.size == 0:
         return b""
     gaps = members.copy()
     gaps[1:] -= members[:-1] + np.uint32(1)
-    return primitives.pack_list(gaps)
+    return pack_list(gaps)
 
 
 class _Reader:
     """Takes one part after the other from the bytes; raises DeltaError where a part is not there."""
 
-    def __init__(self, primitives: Primitives, data: U8) -> None:
-        self._primitives = primitives
+    def __init__(self, data: U8) -> None:
         self._rest = data
 
     def _take(self, num_bytes: int, what: str) -> U8:
@@ -106,7 +106,7 @@ class _Reader:
     def take_list(self, count: int) -> U32:
         if count == 0:
             return np.empty(0, np.uint32)
-        values, used = self._primitives.unpack_list(self._rest, count)
+        values, used = unpack_list(self._rest, count)
         self._rest = self._rest[used:]
         return values
 

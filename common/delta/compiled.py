@@ -23,22 +23,33 @@ from common.delta.primitives import NumpyPrimitives
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernel.c")
+SOURCES = Path(__file__).with_name("kernel")
+MAIN_SOURCE = "kernel.c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 COMPILE_TIMEOUT_S = 60.0
 TILE = 512
-MAX_LIST_BYTES_PER_VALUE = 11  # 5 + 21 + 30 + 32 bits, each part padded: more than any value takes
-ROOM_BYTES = 64
+ERROR_ROOM = -5
 
 ERRORS = {
     -1: "a list is cut short",
     -2: "the quotients of a list are not what their number and length say",
     -3: "the padding after a part of a list is not zero",
     -4: "a value of a list is out of its range",
-    -5: "a list does not fit",
-    -6: "positions are not ascending, or not of this block",
+    -6: "places are not ascending, or not of this block",
+    -7: "a position is not of its set",
+    -8: "more changes are said to be larger than there are",
+    -9: "something follows the end of a delta",
 }
+
+
+class _Array:
+    """Type of an argument that is an array. The call itself keeps the array alive until it returns."""
+
+    @classmethod
+    def from_param(cls, array: np.ndarray) -> ctypes.c_void_p:
+        assert array.flags.c_contiguous
+        return ctypes.c_void_p(array.ctypes.data)
 
 
 class CompiledPrimitives:
@@ -46,15 +57,17 @@ class CompiledPrimitives:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        block = [pointer, size, integer, integer, integer, integer]
+        integer, size = ctypes.c_int, ctypes.c_int64
+        block = [_Array, size, integer, integer, integer, integer]
         signatures = {
-            "find_changes_16": [pointer, pointer, size, pointer, pointer],
-            "find_changes_32": [pointer, pointer, size, pointer, pointer],
-            "into_order": [*block, pointer, pointer, size, *[pointer] * 4],
-            "out_of_order": [*block, pointer, pointer, size, *[pointer] * 7],
-            "pack_list": [pointer, size, pointer, pointer, size],
-            "unpack_list": [pointer, size, size, pointer, pointer],
+            "find_changes_16": [_Array, _Array, size, _Array, _Array],
+            "find_changes_32": [_Array, _Array, size, _Array, _Array],
+            "new_values_16": [_Array, size, _Array, _Array, size, _Array],
+            "new_values_32": [_Array, size, _Array, _Array, size, _Array],
+            "into_order": [*block, _Array, _Array, size, *[_Array] * 4],
+            "out_of_order": [*block, _Array, _Array, size, *[_Array] * 7],
+            "pack_changes": [_Array, _Array, size, size, _Array, _Array, _Array, size],
+            "unpack_changes": [_Array, size, size, size, integer, *[_Array] * 4],
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -64,56 +77,56 @@ class CompiledPrimitives:
     def find_changes(self, old: Words, new: Words) -> tuple[U32, U32]:
         positions, codes = np.empty(old.size, np.uint32), np.empty(old.size, np.uint32)
         find = self._library.find_changes_16 if old.itemsize == 2 else self._library.find_changes_32
-        found = find(_address(old), _address(new), old.size, _address(positions), _address(codes))
+        found = find(old, new, old.size, positions, codes)
         return positions[:found], codes[:found]
 
+    def new_values(self, base: Words, positions: U32, codes: U32) -> Words:
+        values = np.empty(positions.size, base.dtype)
+        compute = self._library.new_values_16 if base.itemsize == 2 else self._library.new_values_32
+        _checked(compute(base, base.size, positions, codes, positions.size, values))
+        return values
+
     def into_order(self, old: Words, order: ExponentOrder, positions: U32, codes: U32) -> tuple[U32, U32]:
-        changes = positions.size
-        ranks, classes = np.empty(changes, np.uint32), np.empty(changes, np.uint8)
-        places, ordered = np.empty(changes, np.uint32), np.empty(changes, np.uint32)
-        arrays = map(_address, (ranks, classes, places, ordered))
-        block = _block(old, order)
-        _checked(self._library.into_order(*block, _address(positions), _address(codes), changes, *arrays))
+        count = positions.size
+        ranks, classes = np.empty(count, np.uint32), np.empty(count, np.uint8)
+        places, ordered = np.empty(count, np.uint32), np.empty(count, np.uint32)
+        into = self._library.into_order
+        _checked(into(*_block(old, order), positions, codes, count, ranks, classes, places, ordered))
         return places, ordered
 
-    def out_of_order(self, old: Words, order: ExponentOrder, places: U32, codes: U32) -> tuple[U32, U32]:
-        changes, tiles, marks = places.size, -(-old.size // TILE), -(-old.size // 64)
+    def out_of_order(self, base: Words, order: ExponentOrder, places: U32, codes: U32) -> tuple[U32, U32]:
+        count, tiles, marks = places.size, -(-base.size // TILE), -(-base.size // 64)
         scratch = (
             np.empty(tiles * TILE, np.uint8),
             np.empty(tiles * NUM_CLASSES, np.uint16),
             np.empty(marks, np.uint64),
             np.empty(marks, np.uint32),
-            np.empty(changes, np.uint32),
+            np.empty(count, np.uint32),
         )
-        positions, by_position = np.empty(changes, np.uint32), np.empty(changes, np.uint32)
-        arrays = map(_address, (*scratch, positions, by_position))
-        block = _block(old, order)
-        _checked(self._library.out_of_order(*block, _address(places), _address(codes), changes, *arrays))
+        positions, by_position = np.empty(count, np.uint32), np.empty(count, np.uint32)
+        out_of = self._library.out_of_order
+        _checked(out_of(*_block(base, order), places, codes, count, *scratch, positions, by_position))
         return positions, by_position
 
-    def pack_list(self, values: U32) -> bytes:
-        parameters = np.empty(-(-values.size // GROUP), np.uint8)
-        out = np.empty(values.size * MAX_LIST_BYTES_PER_VALUE + ROOM_BYTES, np.uint8)
-        pack = self._library.pack_list
-        size = _checked(pack(_address(values), values.size, _address(parameters), _address(out), out.size))
-        return out[:size].tobytes()
+    def pack_changes(self, universe: int, places: U32, codes: U32, room: int) -> bytes | None:
+        count, out = places.size, np.empty(room, np.uint8)
+        size = self._library.pack_changes(places, codes, count, universe, *_scratch(count), out, room)
+        return out[: _checked(size)].tobytes() if size != ERROR_ROOM else None
 
-    def unpack_list(self, data: U8, count: int) -> tuple[U32, int]:
-        parameters = np.empty(-(-count // GROUP), np.uint8)
-        values = np.empty(count, np.uint32)
-        unpack = self._library.unpack_list
-        used = _checked(unpack(_address(data), data.size, count, _address(parameters), _address(values)))
-        return values, used
+    def unpack_changes(self, data: U8, universe: int, count: int, bits: int) -> tuple[U32, U32]:
+        places, codes = np.empty(count, np.uint32), np.empty(count, np.uint32)
+        unpack = self._library.unpack_changes
+        _checked(unpack(data, data.size, universe, count, bits, *_scratch(count), places, codes))
+        return places, codes
 
 
-def _address(array: np.ndarray) -> int:
-    assert array.flags.c_contiguous
-    return int(array.ctypes.data)
+def _scratch(count: int) -> tuple[U32, U8]:
+    return np.empty(3 * count, np.uint32), np.empty(-(-count // GROUP), np.uint8)
 
 
-def _block(words: Words, order: ExponentOrder) -> tuple[int, ...]:
+def _block(words: Words, order: ExponentOrder) -> tuple[Words, int, int, int, int, int]:
     form = order.format
-    return (_address(words), words.size, form.bits, form.exponent_shift, form.exponent_mask, order.top)
+    return words, words.size, form.bits, form.exponent_shift, form.exponent_mask, order.top
 
 
 def _checked(result: int) -> int:
@@ -129,13 +142,13 @@ def primitives() -> Primitives:
     return CompiledPrimitives(library) if library is not None else NumpyPrimitives()
 
 
-def load_kernel(directory: Path, source: Path = SOURCE) -> ctypes.CDLL | None:
+def load_kernel(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL | None:
     """The kernel compiled in `directory`, now or earlier; None, with a line in the log, when that is impossible."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = directory / f"kernel-{_digest(source)}.so"
+        path = directory / f"kernel-{_digest(sources)}.so"
         if not path.exists():
-            _compile(source, path)
+            _compile(sources / MAIN_SOURCE, path)
         _require_private(directory)
         _require_private(path)
         return ctypes.CDLL(str(path))
@@ -165,8 +178,9 @@ def _compile(source: Path, path: Path) -> None:
         compiled.replace(path)  # at once: another process may be loading it
 
 
-def _digest(source: Path) -> str:
-    return hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, FLAGS), _processor()])).hexdigest()[:16]
+def _digest(sources: Path) -> str:
+    texts = (path.read_bytes() for path in sorted(sources.glob("*.[ch]")))
+    return hashlib.sha256(b"\0".join([*texts, *map(str.encode, FLAGS), _processor()])).hexdigest()[:16]
 
 
 def _processor() -> bytes:

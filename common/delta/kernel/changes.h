@@ -1,0 +1,176 @@
+/* The changes of a block as bytes: numpy_changes.py gives the layout. */
+
+static int is_complemented(i64 count, i64 universe) { return 2 * count > universe; }
+
+/* Returns the number of gaps, which is at most `count`. */
+static i64 gaps_of_set(const u32 *members, i64 count, i64 universe, u32 *gaps)
+{
+    i64 written = 0, next = 0;
+    if (!is_complemented(count, universe)) {
+        for (i64 i = 0; i < count; i++) gaps[i] = (u32)(members[i] - next), next = (i64)members[i] + 1;
+        return count;
+    }
+    u32 run = 0; /* members since the last element that is none */
+    for (i64 i = 0; i < count; i++, next++, run++)
+        for (; next < members[i]; next++, run = 0) gaps[written++] = run;
+    for (; next < universe; next++, run = 0) gaps[written++] = run;
+    return written;
+}
+
+typedef struct {
+    u8 *next, *end;
+    u8 *parameters; /* scratch of pack_list */
+    u32 *gaps;      /* scratch of write_set */
+    i64 status;     /* 0, or the first error */
+} Writer;
+
+static void write_list(Writer *out, const u32 *values, i64 count)
+{
+    if (count == 0 || out->status) return;
+    i64 size = pack_list(values, count, out->parameters, out->next, out->end - out->next);
+    if (size < 0) out->status = size;
+    else out->next += size;
+}
+
+static void write_set(Writer *out, const u32 *members, i64 count, i64 universe)
+{
+    write_list(out, out->gaps, gaps_of_set(members, count, universe, out->gaps));
+}
+
+static u8 *reserve(Writer *out, i64 size)
+{
+    if (!out->status && out->end - out->next < size) out->status = ERROR_ROOM;
+    if (out->status) return 0;
+    out->next += size;
+    return out->next - size;
+}
+
+static void write_signs(Writer *out, const u32 *codes, i64 count)
+{
+    u8 *signs = reserve(out, bytes_of(count));
+    if (!signs) return;
+    for (i64 i = 0; i < count; i += 8) {
+        u32 byte = 0;
+        for (i64 j = i, end = least(count, i + 8); j < end; j++) byte |= (codes[j] & 1) << (j - i);
+        signs[i / 8] = (u8)byte;
+    }
+}
+
+/* places: ascending, below universe. Scratch: 3 * count, and a byte for each GROUP. Returns the bytes written. */
+i64 pack_changes(const u32 *places, const u32 *codes, i64 count, i64 universe, u32 *scratch, u8 *parameters, u8 *data,
+                 i64 room)
+{
+    Writer out = {data, data + room, parameters, scratch, 0};
+    u32 *magnitudes = scratch + count, *above = scratch + 2 * count;
+    write_set(&out, places, count, universe);
+    write_signs(&out, codes, count);
+    for (i64 i = 0; i < count; i++) magnitudes[i] = codes[i] >> 1;
+    for (int level = 0; level < NUM_LEVELS; level++) {
+        i64 larger = 0;
+        for (i64 i = 0; i < count; i++) {
+            u32 magnitude = magnitudes[i];
+            above[larger] = (u32)i;
+            magnitudes[larger] = magnitude - 1;
+            larger += magnitude != 0;
+        }
+        u32 header = (u32)larger;
+        u8 *at = reserve(&out, sizeof header);
+        if (at) memcpy(at, &header, sizeof header);
+        write_set(&out, above, larger, count);
+        count = larger;
+    }
+    write_list(&out, magnitudes, count);
+    return out.status ? out.status : out.next - data;
+}
+
+typedef struct {
+    const u8 *next, *end;
+    u8 *parameters;
+    u32 *gaps;
+    i64 status;
+} Reader;
+
+static void read_list(Reader *in, i64 count, u32 *values)
+{
+    if (count == 0 || in->status) return;
+    i64 used = unpack_list(in->next, in->end - in->next, count, in->parameters, values);
+    if (used < 0) in->status = used;
+    else in->next += used;
+}
+
+static void read_set(Reader *in, i64 count, i64 universe, u32 *members)
+{
+    int complemented = is_complemented(count, universe);
+    i64 gaps = complemented ? universe - count : count, next = 0, found = 0;
+    read_list(in, gaps, in->gaps);
+    if (in->status) return;
+    for (i64 i = 0; i < gaps; i++) {
+        i64 position = next + in->gaps[i];
+        if (position >= universe) {
+            in->status = ERROR_POSITION;
+            return;
+        }
+        if (!complemented) members[i] = (u32)position;
+        else
+            for (; next < position; next++) members[found++] = (u32)next;
+        next = position + 1;
+    }
+    if (complemented)
+        for (; next < universe; next++) members[found++] = (u32)next;
+}
+
+static const u8 *read_bytes(Reader *in, i64 size)
+{
+    if (!in->status && in->end - in->next < size) in->status = ERROR_CUT;
+    if (in->status) return 0;
+    in->next += size;
+    return in->next - size;
+}
+
+static i64 read_count(Reader *in, i64 at_most)
+{
+    u32 count = 0;
+    const u8 *at = read_bytes(in, sizeof count);
+    if (at) memcpy(&count, at, sizeof count);
+    if (count > at_most) in->status = ERROR_COUNT;
+    return in->status ? 0 : count;
+}
+
+/* Replaces the values of the members by what lies in `larger`, plus one, and all others by zero. In place: members are
+ * ascending, so that the value of number i never lies behind its place. */
+static void spread(u32 *values, i64 count, const u32 *members, i64 num_members)
+{
+    for (i64 i = count - 1, next = num_members - 1; i >= 0; i--) {
+        int is_member = next >= 0 && members[next] == i;
+        values[i] = is_member ? values[next] + 1 : 0;
+        next -= is_member;
+    }
+}
+
+/* Scratch: 3 * count, and a byte for each GROUP. Returns 0. */
+i64 unpack_changes(const u8 *data, i64 size, i64 universe, i64 count, int bits, u32 *scratch, u8 *parameters,
+                   u32 *places, u32 *codes)
+{
+    Reader in = {data, data + size, parameters, scratch, 0};
+    u32 *members[NUM_LEVELS] = {scratch + count, scratch + 2 * count};
+    i64 sizes[NUM_LEVELS + 1] = {count};
+    u32 largest = (u32)(((u64)1 << bits) - 2), too_large = 0; /* the largest code */
+    read_set(&in, count, universe, places);
+    const u8 *signs = read_bytes(&in, bytes_of(count));
+    if (signs && count % 8 && signs[count / 8] >> (count % 8)) return ERROR_PADDING;
+    for (int level = 0; level < NUM_LEVELS; level++) {
+        sizes[level + 1] = read_count(&in, sizes[level]);
+        read_set(&in, sizes[level + 1], sizes[level], members[level]);
+    }
+    read_list(&in, sizes[NUM_LEVELS], codes);
+    if (in.status) return in.status;
+    if (in.next != in.end) return ERROR_REST;
+    for (i64 i = 0; i < sizes[NUM_LEVELS]; i++) too_large |= codes[i] > largest / 2 - NUM_LEVELS;
+    if (too_large) return ERROR_RANGE;
+    for (int level = NUM_LEVELS - 1; level >= 0; level--) spread(codes, sizes[level], members[level], sizes[level + 1]);
+    for (i64 i = 0; i < count; i++) {
+        codes[i] = codes[i] << 1 | (signs[i / 8] >> (i % 8) & 1);
+        too_large |= codes[i] > largest;
+    }
+    return too_large ? ERROR_RANGE : 0;
+}

@@ -1,0 +1,185 @@
+/* Lists: Rice codes of unsigned integers. numpy_lists.py gives the layout. */
+
+typedef struct {
+    u8 *next, *end;
+    u64 waiting;
+    int count;
+} BitWriter;
+
+static inline void put(BitWriter *out, u64 value, int width) /* width <= 32 */
+{
+    out->waiting |= value << out->count;
+    out->count += width;
+    if (out->count >= 32) {
+        u32 word = (u32)out->waiting;
+        if (out->end - out->next >= 4) memcpy(out->next, &word, 4);
+        out->next += 4;
+        out->waiting >>= 32;
+        out->count -= 32;
+    }
+}
+
+static void flush(BitWriter *out)
+{
+    for (; out->count > 0; out->count -= 8, out->waiting >>= 8, out->next++)
+        if (out->next < out->end) *out->next = (u8)out->waiting;
+}
+
+typedef struct {
+    const u8 *next, *end;
+    u64 waiting;
+    int count; /* bits in `waiting` */
+} BitReader;
+
+static inline void refill(BitReader *in)
+{
+    if (in->end - in->next >= 8) {
+        u64 word;
+        memcpy(&word, in->next, 8);
+        in->waiting |= word << in->count;
+        int taken = (63 - in->count) / 8;
+        in->next += taken;
+        in->count += 8 * taken;
+        in->waiting &= ~(u64)0 >> (64 - in->count);
+    } else
+        for (; in->count <= 56 && in->next < in->end; in->count += 8) in->waiting |= (u64)*in->next++ << in->count;
+}
+
+static inline u64 take(BitReader *in, int width) /* width <= 32; zeros after the end */
+{
+    if (in->count < width) refill(in);
+    u64 value = in->waiting & (((u64)1 << width) - 1);
+    in->waiting >>= width;
+    in->count -= width;
+    return value;
+}
+
+static int bit_length(u32 value) { return value ? 32 - __builtin_clz(value) : 0; }
+
+typedef struct {
+    i64 quotient_bits, remainder_bits, escapes;
+} Cost;
+
+static Cost cost_of(const u32 *values, i64 count, int k)
+{
+    u32 quotients = 0, escapes = 0;
+    for (i64 i = 0; i < count; i++) {
+        u32 quotient = values[i] >> k;
+        quotients += quotient < MAX_QUOTIENT ? quotient : MAX_QUOTIENT;
+        escapes += quotient >= MAX_QUOTIENT;
+    }
+    return (Cost){quotients + count, k * count, escapes};
+}
+
+static int choose_parameter(const u32 *values, i64 count, Cost *total)
+{
+    i64 lengths = 0, best_bits = INT64_MAX;
+    int best = 0;
+    Cost best_cost = {0, 0, 0};
+    for (i64 i = 0; i < count; i++) lengths += bit_length(values[i]);
+    if (lengths == 0) return ALL_ZERO;
+    for (int k = (int)(lengths / count) - SEARCH_BELOW, last = k + SEARCH_BELOW + SEARCH_ABOVE; k <= last; k++) {
+        if (k < 0 || k > MAX_PARAMETER) continue;
+        Cost cost = cost_of(values, count, k);
+        i64 bits = cost.quotient_bits + cost.remainder_bits + 32 * cost.escapes;
+        if (bits < best_bits) best_bits = bits, best = k, best_cost = cost;
+    }
+    total->quotient_bits += best_cost.quotient_bits;
+    total->remainder_bits += best_cost.remainder_bits;
+    total->escapes += best_cost.escapes;
+    return best;
+}
+
+/* Scratch: parameters [groups]. Returns the bytes written. */
+static i64 pack_list(const u32 *values, i64 count, u8 *parameters, u8 *out, i64 room)
+{
+    i64 groups = (count + GROUP - 1) / GROUP;
+    Cost total = {0, 0, 0};
+    for (i64 g = 0; g < groups; g++)
+        parameters[g] = (u8)choose_parameter(values + g * GROUP, least(GROUP, count - g * GROUP), &total);
+    i64 parameter_bytes = bytes_of(groups * PARAMETER_BITS), quotient_bytes = bytes_of(total.quotient_bits);
+    i64 remainder_bytes = bytes_of(total.remainder_bits);
+    i64 size = HEADER_BYTES + parameter_bytes + quotient_bytes + remainder_bytes + 4 * total.escapes;
+    if (size > room) return ERROR_ROOM;
+    u32 header = (u32)quotient_bytes;
+    memcpy(out, &header, 4);
+    u8 *at = out + HEADER_BYTES;
+    BitWriter heads = {at, at + parameter_bytes, 0, 0};
+    at += parameter_bytes;
+    BitWriter unary = {at, at + quotient_bytes, 0, 0};
+    at += quotient_bytes;
+    BitWriter binary = {at, at + remainder_bytes, 0, 0};
+    u8 *escapes = at + remainder_bytes;
+    for (i64 g = 0; g < groups; g++) {
+        int k = parameters[g];
+        put(&heads, (u64)k, PARAMETER_BITS);
+        if (k == ALL_ZERO) continue;
+        for (i64 i = g * GROUP, end = least(count, i + GROUP); i < end; i++) {
+            u32 quotient = values[i] >> k;
+            if (quotient >= MAX_QUOTIENT) {
+                memcpy(escapes, &quotient, 4);
+                escapes += 4;
+                quotient = MAX_QUOTIENT;
+            }
+            put(&unary, (u64)1 << quotient, (int)quotient + 1);
+            put(&binary, values[i] & (((u64)1 << k) - 1), k);
+        }
+    }
+    flush(&heads), flush(&unary), flush(&binary);
+    return size;
+}
+
+/* The group's values, of which at least `count` quotients and remainders must be there; escapes from `*escapes` on. */
+static i64 unpack_group(BitReader *unary, BitReader *binary, int k, u32 *values, i64 count, const u8 **escapes,
+                        const u8 *end)
+{
+    for (i64 i = 0; i < count; i++) {
+        if (unary->count <= MAX_QUOTIENT) refill(unary);
+        if (unary->waiting == 0) return ERROR_QUOTIENTS;
+        u32 quotient = (u32)__builtin_ctzll(unary->waiting);
+        if (quotient > MAX_QUOTIENT) return ERROR_QUOTIENTS;
+        take(unary, (int)quotient + 1);
+        if (quotient == MAX_QUOTIENT) {
+            if (end - *escapes < 4) return ERROR_CUT;
+            memcpy(&quotient, *escapes, 4);
+            *escapes += 4;
+            if (quotient < MAX_QUOTIENT) return ERROR_RANGE;
+        }
+        if (quotient > UINT32_MAX >> k) return ERROR_RANGE;
+        values[i] = quotient << k | (u32)take(binary, k);
+    }
+    return 0;
+}
+
+/* Scratch: parameters [groups]. Returns the bytes read. */
+static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 *values)
+{
+    i64 groups = (count + GROUP - 1) / GROUP, parameter_bytes = bytes_of(groups * PARAMETER_BITS);
+    i64 remainder_bits = 0, written = 0, status = 0;
+    if (size < HEADER_BYTES + parameter_bytes) return ERROR_CUT;
+    u32 quotient_bytes;
+    memcpy(&quotient_bytes, data, 4);
+    const u8 *at = data + HEADER_BYTES, *end = data + size;
+    BitReader heads = {at, at + parameter_bytes, 0, 0};
+    for (i64 g = 0; g < groups; g++) {
+        i64 in_group = least(GROUP, count - g * GROUP);
+        parameters[g] = (u8)take(&heads, PARAMETER_BITS);
+        if (parameters[g] != ALL_ZERO) written += in_group, remainder_bits += in_group * parameters[g];
+    }
+    if (heads.waiting) return ERROR_PADDING;
+    at += parameter_bytes;
+    if (quotient_bytes > end - at || quotient_bytes > bytes_of(written * (MAX_QUOTIENT + 1))) return ERROR_QUOTIENTS;
+    BitReader unary = {at, at + quotient_bytes, 0, 0};
+    at += quotient_bytes;
+    if (bytes_of(remainder_bits) > end - at) return ERROR_CUT;
+    BitReader binary = {at, at + bytes_of(remainder_bits), 0, 0};
+    at += bytes_of(remainder_bits);
+    for (i64 g = 0; g < groups && status == 0; g++) {
+        i64 in_group = least(GROUP, count - g * GROUP);
+        if (parameters[g] == ALL_ZERO) memset(values + g * GROUP, 0, (size_t)in_group * sizeof *values);
+        else status = unpack_group(&unary, &binary, parameters[g], values + g * GROUP, in_group, &at, end);
+    }
+    if (status) return status;
+    if (unary.waiting || unary.next != unary.end || unary.count >= 8) return ERROR_QUOTIENTS;
+    return binary.waiting ? ERROR_PADDING : at - data;
+}
