@@ -23,8 +23,8 @@ MAX_BLOCK_ELEMENTS = 1 << 24
 STORED, EXPONENT_ORDER = 1, 2  # flags
 
 MIN_CHANGES_TO_ORDER = 256
-MIN_GAIN_BITS = 0.2  # per change, of at least five: less is not worth the pass over the old values
-EXPONENT_SAMPLES = 4096
+MIN_BINADES = 0.5
+EXPONENT_SAMPLES = 1024
 
 _FIELDS = struct.Struct("<BBBBIIII")
 _DIGEST = struct.Struct("<Q")
@@ -86,24 +86,29 @@ def decode_block(data: bytes | memoryview, base: Words, dtype: DType, primitives
 
 
 def choose_order(old: Words, positions: U32, form: FloatFormat) -> ExponentOrder | None:
-    """ExponentOrder where the old exponents tell enough about which elements change; None for the order they are in.
+    """ExponentOrder where exponents tell which elements change, or by how much; None for the order they are in.
 
-    The gain is the divergence between the exponents of changed elements and of all, in bits for each change.
+    They do where the changed elements are smaller than the others, by half a binade or more in the mean (read off the
+    bit patterns, which grow with the logarithm), and where so many change that the sizes of the changes matter most.
     """
     if positions.size < MIN_CHANGES_TO_ORDER:
         return None
-    changed = _exponents(old[positions], form)
-    everywhere = _exponents(old[:: -(-old.size // EXPONENT_SAMPLES)], form)
-    share_changed = np.bincount(changed, minlength=form.exponent_mask + 1) / changed.size
-    share_everywhere = np.bincount(everywhere, minlength=form.exponent_mask + 1) + 0.5
-    share_everywhere /= share_everywhere.sum()
-    present = share_changed > 0
-    gain_bits = share_changed[present] @ np.log2(share_changed[present] / share_everywhere[present])
-    return ExponentOrder(int(changed.max()), form) if gain_bits > MIN_GAIN_BITS else None
+    magnitude = old.dtype.type((1 << (form.bits - 1)) - 1)
+    changed = old[_some(positions)] & magnitude
+    everywhere = _some(old) & magnitude
+    binades = (_mean(everywhere) - _mean(changed)) / (1 << form.exponent_shift)
+    if abs(binades) < MIN_BINADES * (1 - positions.size / old.size):
+        return None
+    return ExponentOrder(int(changed.max()) >> form.exponent_shift, form)
 
 
-def _exponents(words: Words, form: FloatFormat) -> Words:
-    return (words >> words.dtype.type(form.exponent_shift)) & words.dtype.type(form.exponent_mask)
+def _some(values: Words) -> Words:
+    """About EXPONENT_SAMPLES of the values, evenly spaced."""
+    return values[:: max(1, values.size // EXPONENT_SAMPLES)]
+
+
+def _mean(values: Words) -> float:
+    return int(values.sum(dtype=np.int64)) / values.size
 
 
 def _stored_changes(payload: np.ndarray, base: Words, primitives: Primitives) -> tuple[U32, Words]:

@@ -65,7 +65,7 @@ class CompiledPrimitives:
             "new_values_16": [_Array, size, _Array, _Array, size, _Array],
             "new_values_32": [_Array, size, _Array, _Array, size, _Array],
             "into_order": [*block, _Array, _Array, size, *[_Array] * 4],
-            "out_of_order": [*block, _Array, _Array, size, *[_Array] * 7],
+            "out_of_order": [*block, _Array, _Array, size, *[_Array] * 3],
             "pack_changes": [_Array, _Array, size, size, _Array, _Array, _Array, size],
             "unpack_changes": [_Array, size, size, size, integer, *[_Array] * 4],
         }
@@ -95,17 +95,10 @@ class CompiledPrimitives:
         return places, ordered
 
     def out_of_order(self, base: Words, order: ExponentOrder, places: U32, codes: U32) -> tuple[U32, U32]:
-        count, tiles, marks = places.size, -(-base.size // TILE), -(-base.size // 64)
-        scratch = (
-            np.empty(tiles * TILE, np.uint8),
-            np.empty(tiles * NUM_CLASSES, np.uint16),
-            np.empty(marks, np.uint64),
-            np.empty(marks, np.uint32),
-            np.empty(count, np.uint32),
-        )
+        count = places.size
+        counts = np.empty((-(-base.size // TILE), NUM_CLASSES), np.uint16)
         positions, by_position = np.empty(count, np.uint32), np.empty(count, np.uint32)
-        out_of = self._library.out_of_order
-        _checked(out_of(*_block(base, order), places, codes, count, *scratch, positions, by_position))
+        _checked(self._library.out_of_order(*_block(base, order), places, codes, count, counts, positions, by_position))
         return positions, by_position
 
     def pack_changes(self, universe: int, places: U32, codes: U32, room: int) -> bytes | None:

@@ -57,7 +57,7 @@ class ExponentOrder:
     Class 0 holds the exponents above `top`, class 1 `top` itself, and so on; the last one holds all that is smaller.
     """
 
-    top: int  # the largest exponent of an element that changed
+    top: int  # about the largest exponent of an element that changes
     format: FloatFormat
 
 

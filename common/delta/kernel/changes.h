@@ -2,17 +2,24 @@
 
 static int is_complemented(i64 count, i64 universe) { return 2 * count > universe; }
 
-/* Returns the number of gaps, which is at most `count`. */
+/* Returns the number of gaps, which is at most `count`. Loops over complements take no branches: it is the common case
+ * that they could not be foretold. */
 static i64 gaps_of_set(const u32 *members, i64 count, i64 universe, u32 *gaps)
 {
-    i64 written = 0, next = 0;
     if (!is_complemented(count, universe)) {
-        for (i64 i = 0; i < count; i++) gaps[i] = (u32)(members[i] - next), next = (i64)members[i] + 1;
+        u32 next = 0;
+        for (i64 i = 0; i < count; i++) gaps[i] = members[i] - next, next = members[i] + 1;
         return count;
     }
     u32 run = 0; /* members since the last element that is none */
-    for (i64 i = 0; i < count; i++, next++, run++)
-        for (; next < members[i]; next++, run = 0) gaps[written++] = run;
+    i64 written = 0, next = 0;
+    for (i64 i = 0; i < count; next++) {
+        u32 is_member = members[i] == next;
+        gaps[written] = run;
+        written += !is_member;
+        run = (run + 1) & (0 - is_member);
+        i += is_member;
+    }
     for (; next < universe; next++, run = 0) gaps[written++] = run;
     return written;
 }
@@ -49,11 +56,13 @@ static void write_signs(Writer *out, const u32 *codes, i64 count)
 {
     u8 *signs = reserve(out, bytes_of(count));
     if (!signs) return;
-    for (i64 i = 0; i < count; i += 8) {
+    for (i64 i = 0; i + 8 <= count; i += 8) {
         u32 byte = 0;
-        for (i64 j = i, end = least(count, i + 8); j < end; j++) byte |= (codes[j] & 1) << (j - i);
+        for (int j = 0; j < 8; j++) byte |= (codes[i + j] & 1) << j;
         signs[i / 8] = (u8)byte;
     }
+    if (count % 8) signs[count / 8] = 0;
+    for (i64 i = count & ~7; i < count; i++) signs[i / 8] |= (u8)((codes[i] & 1) << (i % 8));
 }
 
 /* places: ascending, below universe. Scratch: 3 * count, and a byte for each GROUP. Returns the bytes written. */
@@ -101,22 +110,23 @@ static void read_list(Reader *in, i64 count, u32 *values)
 static void read_set(Reader *in, i64 count, i64 universe, u32 *members)
 {
     int complemented = is_complemented(count, universe);
-    i64 gaps = complemented ? universe - count : count, next = 0, found = 0;
-    read_list(in, gaps, in->gaps);
+    i64 coded = complemented ? universe - count : count, end = 0;
+    u32 *listed = complemented ? in->gaps : members;
+    read_list(in, coded, in->gaps);
     if (in->status) return;
-    for (i64 i = 0; i < gaps; i++) {
-        i64 position = next + in->gaps[i];
-        if (position >= universe) {
-            in->status = ERROR_POSITION;
-            return;
-        }
-        if (!complemented) members[i] = (u32)position;
-        else
-            for (; next < position; next++) members[found++] = (u32)next;
-        next = position + 1;
+    for (i64 i = 0; i < coded; i++) {
+        i64 position = end + in->gaps[i];
+        listed[i] = (u32)position;
+        end = position + 1;
     }
-    if (complemented)
-        for (; next < universe; next++) members[found++] = (u32)next;
+    if (end > universe) in->status = ERROR_POSITION; /* the ends only grow: the last one tells */
+    if (in->status || !complemented) return;
+    for (i64 found = 0, i = 0, next = 0; found < count; next++) {
+        int is_listed = i < coded && listed[i] == next;
+        members[found] = (u32)next;
+        found += !is_listed;
+        i += is_listed;
+    }
 }
 
 static const u8 *read_bytes(Reader *in, i64 size)
@@ -140,11 +150,13 @@ static i64 read_count(Reader *in, i64 at_most)
  * ascending, so that the value of number i never lies behind its place. */
 static void spread(u32 *values, i64 count, const u32 *members, i64 num_members)
 {
-    for (i64 i = count - 1, next = num_members - 1; i >= 0; i--) {
-        int is_member = next >= 0 && members[next] == i;
-        values[i] = is_member ? values[next] + 1 : 0;
+    i64 i = count - 1;
+    for (i64 next = num_members - 1; next >= 0; i--) {
+        u32 is_member = members[next] == i;
+        values[i] = (values[next] + 1) & (0 - is_member);
         next -= is_member;
     }
+    memset(values, 0, (size_t)(i + 1) * sizeof *values);
 }
 
 /* Scratch: 3 * count, and a byte for each GROUP. Returns 0. */

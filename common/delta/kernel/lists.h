@@ -3,54 +3,46 @@
 typedef struct {
     u8 *next, *end;
     u64 waiting;
-    int count;
+    int count; /* bits in `waiting`, fewer than 8 between two calls */
 } BitWriter;
 
 static inline void put(BitWriter *out, u64 value, int width) /* width <= 32 */
 {
     out->waiting |= value << out->count;
     out->count += width;
-    if (out->count >= 32) {
-        u32 word = (u32)out->waiting;
-        if (out->end - out->next >= 4) memcpy(out->next, &word, 4);
-        out->next += 4;
-        out->waiting >>= 32;
-        out->count -= 32;
-    }
+    if (out->end - out->next >= 8) {
+        memcpy(out->next, &out->waiting, 8);
+        out->next += out->count / 8;
+        out->waiting >>= out->count & ~7;
+        out->count &= 7;
+    } else
+        for (; out->count >= 8; out->count -= 8, out->waiting >>= 8)
+            if (out->next < out->end) *out->next++ = (u8)out->waiting;
 }
 
 static void flush(BitWriter *out)
 {
-    for (; out->count > 0; out->count -= 8, out->waiting >>= 8, out->next++)
-        if (out->next < out->end) *out->next = (u8)out->waiting;
+    if (out->count && out->next < out->end) *out->next++ = (u8)out->waiting;
 }
 
 typedef struct {
-    const u8 *next, *end;
-    u64 waiting;
-    int count; /* bits in `waiting` */
+    const u8 *data;
+    i64 size, bit; /* `bit` is the next one */
 } BitReader;
 
-static inline void refill(BitReader *in)
+static inline u64 peek(const BitReader *in) /* 57 bits at least; zeros after the end */
 {
-    if (in->end - in->next >= 8) {
-        u64 word;
-        memcpy(&word, in->next, 8);
-        in->waiting |= word << in->count;
-        int taken = (63 - in->count) / 8;
-        in->next += taken;
-        in->count += 8 * taken;
-        in->waiting &= ~(u64)0 >> (64 - in->count);
-    } else
-        for (; in->count <= 56 && in->next < in->end; in->count += 8) in->waiting |= (u64)*in->next++ << in->count;
+    i64 byte = in->bit / 8;
+    u64 word = 0;
+    if (in->size - byte >= 8) memcpy(&word, in->data + byte, 8);
+    else if (in->size > byte) memcpy(&word, in->data + byte, (size_t)(in->size - byte));
+    return word >> (in->bit % 8);
 }
 
-static inline u64 take(BitReader *in, int width) /* width <= 32; zeros after the end */
+static inline u32 take(BitReader *in, int width) /* width <= 32 */
 {
-    if (in->count < width) refill(in);
-    u64 value = in->waiting & (((u64)1 << width) - 1);
-    in->waiting >>= width;
-    in->count -= width;
+    u32 value = (u32)(peek(in) & (((u64)1 << width) - 1));
+    in->bit += width;
     return value;
 }
 
@@ -134,11 +126,10 @@ static i64 unpack_group(BitReader *unary, BitReader *binary, int k, u32 *values,
                         const u8 *end)
 {
     for (i64 i = 0; i < count; i++) {
-        if (unary->count <= MAX_QUOTIENT) refill(unary);
-        if (unary->waiting == 0) return ERROR_QUOTIENTS;
-        u32 quotient = (u32)__builtin_ctzll(unary->waiting);
+        u64 bits = peek(unary);
+        u32 quotient = bits ? (u32)__builtin_ctzll(bits) : MAX_QUOTIENT + 1;
         if (quotient > MAX_QUOTIENT) return ERROR_QUOTIENTS;
-        take(unary, (int)quotient + 1);
+        unary->bit += quotient + 1;
         if (quotient == MAX_QUOTIENT) {
             if (end - *escapes < 4) return ERROR_CUT;
             memcpy(&quotient, *escapes, 4);
@@ -146,7 +137,7 @@ static i64 unpack_group(BitReader *unary, BitReader *binary, int k, u32 *values,
             if (quotient < MAX_QUOTIENT) return ERROR_RANGE;
         }
         if (quotient > UINT32_MAX >> k) return ERROR_RANGE;
-        values[i] = quotient << k | (u32)take(binary, k);
+        values[i] = quotient << k | take(binary, k);
     }
     return 0;
 }
@@ -160,19 +151,19 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
     u32 quotient_bytes;
     memcpy(&quotient_bytes, data, 4);
     const u8 *at = data + HEADER_BYTES, *end = data + size;
-    BitReader heads = {at, at + parameter_bytes, 0, 0};
+    BitReader heads = {at, parameter_bytes, 0};
     for (i64 g = 0; g < groups; g++) {
         i64 in_group = least(GROUP, count - g * GROUP);
         parameters[g] = (u8)take(&heads, PARAMETER_BITS);
         if (parameters[g] != ALL_ZERO) written += in_group, remainder_bits += in_group * parameters[g];
     }
-    if (heads.waiting) return ERROR_PADDING;
+    if (peek(&heads)) return ERROR_PADDING;
     at += parameter_bytes;
     if (quotient_bytes > end - at || quotient_bytes > bytes_of(written * (MAX_QUOTIENT + 1))) return ERROR_QUOTIENTS;
-    BitReader unary = {at, at + quotient_bytes, 0, 0};
+    BitReader unary = {at, quotient_bytes, 0};
     at += quotient_bytes;
     if (bytes_of(remainder_bits) > end - at) return ERROR_CUT;
-    BitReader binary = {at, at + bytes_of(remainder_bits), 0, 0};
+    BitReader binary = {at, bytes_of(remainder_bits), 0};
     at += bytes_of(remainder_bits);
     for (i64 g = 0; g < groups && status == 0; g++) {
         i64 in_group = least(GROUP, count - g * GROUP);
@@ -180,6 +171,6 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
         else status = unpack_group(&unary, &binary, parameters[g], values + g * GROUP, in_group, &at, end);
     }
     if (status) return status;
-    if (unary.waiting || unary.next != unary.end || unary.count >= 8) return ERROR_QUOTIENTS;
-    return binary.waiting ? ERROR_PADDING : at - data;
+    if (peek(&unary) || bytes_of(unary.bit) != quotient_bytes) return ERROR_QUOTIENTS;
+    return peek(&binary) ? ERROR_PADDING : at - data;
 }

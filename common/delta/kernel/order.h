@@ -29,19 +29,20 @@ static void classify(const Block *block, i64 start, u8 *classes)
     memset(classes + count, 0xFF, (size_t)(TILE - count));
 }
 
+static inline int find_bit(u64 mask, int rank) /* the position of set bit number `rank` */
+{
+#if defined(__BMI2__)
+    return (int)_tzcnt_u64(_pdep_u64((u64)1 << rank, mask));
+#else
+    while (rank--) mask &= mask - 1;
+    return __builtin_ctzll(mask);
+#endif
+}
+
 static void count_classes(const u8 *tile, i64 *counts)
 {
     for (int class = 0; class < NUM_CLASSES; class++)
         for (int i = 0; i < TILE; i += 64) counts[class] += __builtin_popcountll(equal_bytes(tile + i, (u8)class));
-}
-
-/* How many of the first `end` elements of the tile have the class. */
-static i64 count_before(const u8 *tile, i64 end, u8 class)
-{
-    i64 count = 0, i = 0;
-    for (; i + 64 <= end; i += 64) count += __builtin_popcountll(equal_bytes(tile + i, class));
-    if (i < end) count += __builtin_popcountll(equal_bytes(tile + i, class) & (~(u64)0 >> (64 - (end - i))));
-    return count;
 }
 
 /* Needs ascending positions below n. Scratch: ranks [m], classes [m]. */
@@ -51,15 +52,21 @@ i64 into_order(const void *words, i64 n, int bits, int shift, int mask, int top,
     Block block = {words, n, bits, shift, mask, top};
     i64 totals[NUM_CLASSES] = {0}, changed[NUM_CLASSES] = {0}, next[NUM_CLASSES], first[NUM_CLASSES];
     u8 tile[TILE];
+    u64 before[2 * WORDS]; /* `before + WORDS - w` masks what lies before an element of word w; its own word is set below */
+    for (int w = 0; w < 2 * WORDS; w++) before[w] = w < WORDS ? ~(u64)0 : 0;
     i64 at = 0;
     for (i64 start = 0; start < n; start += TILE) {
         classify(&block, start, tile);
         for (; at < m && positions[at] < (u64)(start + TILE); at++) {
             i64 offset = (i64)positions[at] - start;
             if (offset < 0 || offset >= n - start) return ERROR_ORDER;
-            classes[at] = tile[offset];
-            ranks[at] = (u32)(totals[classes[at]] + count_before(tile, offset, classes[at]));
-            changed[classes[at]]++;
+            u8 class = classes[at] = tile[offset];
+            i64 rank = totals[class];
+            before[WORDS] = ((u64)1 << (offset % 64)) - 1;
+            for (int w = 0; w < WORDS; w++)
+                rank += __builtin_popcountll(equal_bytes(tile + 64 * w, class) & before[w + WORDS - offset / 64]);
+            ranks[at] = (u32)rank;
+            changed[class]++;
         }
         count_classes(tile, totals);
     }
@@ -76,56 +83,72 @@ i64 into_order(const void *words, i64 n, int bits, int shift, int mask, int top,
     return m;
 }
 
-/* Position in the tile of the element number `rank` of the class; TILE when there are not so many. */
+/* Position in the tile of element number `rank` of the class, of which there are more than `rank`. */
 static i64 find_in_tile(const u8 *tile, u8 class, i64 rank)
 {
-    for (i64 i = 0; i < TILE; i += 64) {
-        u64 mask = equal_bytes(tile + i, class);
-        i64 count = __builtin_popcountll(mask);
-        if (rank < count) {
-            while (rank--) mask &= mask - 1;
-            return i + __builtin_ctzll(mask);
-        }
-        rank -= count;
+    u64 masks[WORDS];
+    i64 word = 0, before = 0, passed = 0;
+    for (int w = 0; w < WORDS; w++) masks[w] = equal_bytes(tile + 64 * w, class);
+    for (int w = 0; w < WORDS - 1; w++) {
+        passed += __builtin_popcountll(masks[w]);
+        word += passed <= rank;
+        before = passed <= rank ? passed : before;
     }
-    return TILE;
+    return 64 * word + find_bit(masks[word], (int)(rank - before));
 }
 
-/* Needs ascending places below n. Scratch: tiles [n rounded up to TILE], counts [n / TILE rounded up][NUM_CLASSES],
- * marks [n / 64 rounded up], before [the same], unsorted [m]. */
+static inline u32 head_of(const u32 *places, i64 next, i64 stop) { return next < stop ? places[next] : UINT32_MAX; }
+
+/* Needs ascending places below n. Scratch: counts [tiles][NUM_CLASSES]. */
 i64 out_of_order(const void *words, i64 n, int bits, int shift, int mask, int top, const u32 *places, const u32 *codes,
-                 i64 m, u8 *tiles, u16 *counts, u64 *marks, u32 *before, u32 *unsorted, u32 *positions, u32 *codes_out)
+                 i64 m, u16 *counts, u32 *positions, u32 *codes_out)
 {
     Block block = {words, n, bits, shift, mask, top};
-    i64 num_tiles = (n + TILE - 1) / TILE, num_marks = (n + 63) / 64, at = 0, passed = 0;
-    for (i64 t = 0; t < num_tiles; t++) {
+    i64 totals[NUM_CLASSES] = {0}, next[NUM_CLASSES], stop[NUM_CLASSES], found = 0;
+    u32 passed[NUM_CLASSES], heads[NUM_CLASSES]; /* places before the tile; the next one that changes */
+    u8 tile[TILE];
+    for (i64 start = 0; start < n; start += TILE) {
         i64 in_tile[NUM_CLASSES] = {0};
-        classify(&block, t * TILE, tiles + t * TILE);
-        count_classes(tiles + t * TILE, in_tile);
-        for (int class = 0; class < NUM_CLASSES; class++) counts[t * NUM_CLASSES + class] = (u16)in_tile[class];
+        classify(&block, start, tile);
+        count_classes(tile, in_tile);
+        for (int class = 0; class < NUM_CLASSES; class++) {
+            totals[class] += in_tile[class];
+            counts[start / TILE * NUM_CLASSES + class] = (u16)in_tile[class];
+        }
     }
-    memset(marks, 0, (size_t)num_marks * sizeof *marks);
-    for (int class = 0; class < NUM_CLASSES && at < m; class++)
-        for (i64 t = 0; t < num_tiles && at < m; passed += counts[t++ * NUM_CLASSES + class])
-            for (; at < m && places[at] < passed + counts[t * NUM_CLASSES + class]; at++) {
-                if (places[at] < passed) return ERROR_ORDER;
-                i64 offset = find_in_tile(tiles + t * TILE, (u8)class, places[at] - passed);
-                i64 position = t * TILE + offset;
-                if (offset >= TILE || position >= n) return ERROR_ORDER;
-                unsorted[at] = (u32)position;
-                marks[position / 64] |= (u64)1 << (position % 64);
+    for (i64 class = 0, place = 0, i = 0; class < NUM_CLASSES; class++) {
+        passed[class] = (u32)place, next[class] = i;
+        place += totals[class];
+        while (i < m && places[i] < place) i++;
+        stop[class] = i;
+    }
+    if (stop[NUM_CLASSES - 1] < m) return ERROR_ORDER;
+    for (int class = 0; class < NUM_CLASSES; class++) heads[class] = head_of(places, next[class], stop[class]);
+    for (i64 start = 0; start < n; start += TILE) {
+        u32 code_at[TILE], ends[NUM_CLASSES], present = 0;
+        u64 changed[WORDS] = {0};
+        for (int class = 0; class < NUM_CLASSES; class++) {
+            ends[class] = passed[class] + counts[start / TILE * NUM_CLASSES + class];
+            present |= (u32)(heads[class] < ends[class]) << class;
+        }
+        if (present) classify(&block, start, tile);
+        for (; present; present &= present - 1) {
+            int class = __builtin_ctz(present);
+            do {
+                if (heads[class] < passed[class]) return ERROR_ORDER;
+                i64 offset = find_in_tile(tile, (u8)class, heads[class] - passed[class]);
+                code_at[offset] = codes[next[class]++];
+                changed[offset / 64] |= (u64)1 << (offset % 64);
+                heads[class] = head_of(places, next[class], stop[class]);
+            } while (heads[class] < ends[class]);
+        }
+        memcpy(passed, ends, sizeof passed);
+        for (int w = 0; w < WORDS; w++)
+            for (u64 mask = changed[w]; mask; mask &= mask - 1, found++) {
+                int offset = 64 * w + __builtin_ctzll(mask);
+                positions[found] = (u32)(start + offset);
+                codes_out[found] = code_at[offset];
             }
-    if (at < m) return ERROR_ORDER;
-    u32 seen = 0;
-    for (i64 i = 0; i < num_marks; i++) before[i] = seen, seen += (u32)__builtin_popcountll(marks[i]);
-    if (seen != m) return ERROR_ORDER; /* a place was named twice */
-    for (i64 i = 0; i < m; i++) {
-        u32 position = unsorted[i];
-        u64 below = marks[position / 64] & (((u64)1 << (position % 64)) - 1);
-        u32 slot = before[position / 64] + (u32)__builtin_popcountll(below);
-        positions[slot] = position;
-        codes_out[slot] = codes[i];
     }
-    return m;
+    return found == m ? m : ERROR_ORDER; /* a place was named twice */
 }
-
