@@ -65,27 +65,38 @@ static void write_signs(Writer *out, const u32 *codes, i64 count)
     for (i64 i = count & ~7; i < count; i++) signs[i / 8] |= (u8)((codes[i] & 1) << (i % 8));
 }
 
-/* places: ascending, below universe. Scratch: 3 * count, and a byte for each GROUP. Returns the bytes written. */
+/* Moves the magnitudes above zero to the front, less 1. Returns the number of gaps: between those above zero if `wanted`
+ * is 1, else between the others. */
+static i64 split(u32 *magnitudes, i64 count, u32 wanted, u32 *gaps)
+{
+    i64 larger = 0, written = 0;
+    u32 gap = 0;
+    for (i64 i = 0; i < count; i++) {
+        u32 magnitude = magnitudes[i], is_larger = magnitude != 0, is_wanted = is_larger == wanted;
+        magnitudes[larger] = magnitude - 1;
+        larger += is_larger;
+        gaps[written] = gap;
+        written += is_wanted;
+        gap = (gap + 1) & (is_wanted - 1);
+    }
+    return written;
+}
+
+/* places: ascending, below universe. Scratch: 2 * count, and a byte for each GROUP. Returns the bytes written. */
 i64 pack_changes(const u32 *places, const u32 *codes, i64 count, i64 universe, u32 *scratch, u8 *parameters, u8 *data,
                  i64 room)
 {
     Writer out = {data, data + room, parameters, scratch, 0};
-    u32 *magnitudes = scratch + count, *above = scratch + 2 * count;
+    u32 *magnitudes = scratch + count;
     write_set(&out, places, count, universe);
     write_signs(&out, codes, count);
     for (i64 i = 0; i < count; i++) magnitudes[i] = codes[i] >> 1;
     for (int level = 0; level < NUM_LEVELS; level++) {
-        i64 larger = 0;
-        for (i64 i = 0; i < count; i++) {
-            u32 magnitude = magnitudes[i];
-            above[larger] = (u32)i;
-            magnitudes[larger] = magnitude - 1;
-            larger += magnitude != 0;
-        }
-        u32 header = (u32)larger;
-        u8 *at = reserve(&out, sizeof header);
-        if (at) memcpy(at, &header, sizeof header);
-        write_set(&out, above, larger, count);
+        u32 larger = 0;
+        for (i64 i = 0; i < count; i++) larger += magnitudes[i] != 0;
+        u8 *at = reserve(&out, sizeof larger);
+        if (at) memcpy(at, &larger, sizeof larger);
+        write_list(&out, out.gaps, split(magnitudes, count, !is_complemented(larger, count), out.gaps));
         count = larger;
     }
     write_list(&out, magnitudes, count);

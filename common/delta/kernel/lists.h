@@ -3,17 +3,17 @@
 typedef struct {
     u8 *next, *end;
     u64 waiting;
-    int count; /* bits in `waiting`, fewer than 8 between two calls */
+    u32 count; /* bits in `waiting`, fewer than 8 between two calls */
 } BitWriter;
 
-static inline void put(BitWriter *out, u64 value, int width) /* width <= 32 */
+static inline void put(BitWriter *out, u64 value, u32 width) /* width <= 32 */
 {
     out->waiting |= value << out->count;
     out->count += width;
     if (out->end - out->next >= 8) {
         memcpy(out->next, &out->waiting, 8);
         out->next += out->count / 8;
-        out->waiting >>= out->count & ~7;
+        out->waiting >>= out->count & ~7u;
         out->count &= 7;
     } else
         for (; out->count >= 8; out->count -= 8, out->waiting >>= 8)
@@ -27,15 +27,15 @@ static void flush(BitWriter *out)
 
 typedef struct {
     const u8 *data;
-    i64 size, bit; /* `bit` is the next one */
+    u64 size, bit; /* `bit` is the next one */
 } BitReader;
 
 static inline u64 peek(const BitReader *in) /* 57 bits at least; zeros after the end */
 {
-    i64 byte = in->bit / 8;
+    u64 byte = in->bit / 8;
     u64 word = 0;
-    if (in->size - byte >= 8) memcpy(&word, in->data + byte, 8);
-    else if (in->size > byte) memcpy(&word, in->data + byte, (size_t)(in->size - byte));
+    if (byte + 8 <= in->size) memcpy(&word, in->data + byte, 8);
+    else if (byte < in->size) memcpy(&word, in->data + byte, in->size - byte);
     return word >> (in->bit % 8);
 }
 
@@ -113,8 +113,8 @@ static i64 pack_list(const u32 *values, i64 count, u8 *parameters, u8 *out, i64 
                 escapes += 4;
                 quotient = MAX_QUOTIENT;
             }
-            put(&unary, (u64)1 << quotient, (int)quotient + 1);
-            put(&binary, values[i] & (((u64)1 << k) - 1), k);
+            put(&unary, (u64)1 << quotient, quotient + 1);
+            put(&binary, values[i] & (((u64)1 << k) - 1), (u32)k);
         }
     }
     flush(&heads), flush(&unary), flush(&binary);
@@ -151,7 +151,7 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
     u32 quotient_bytes;
     memcpy(&quotient_bytes, data, 4);
     const u8 *at = data + HEADER_BYTES, *end = data + size;
-    BitReader heads = {at, parameter_bytes, 0};
+    BitReader heads = {at, (u64)parameter_bytes, 0};
     for (i64 g = 0; g < groups; g++) {
         i64 in_group = least(GROUP, count - g * GROUP);
         parameters[g] = (u8)take(&heads, PARAMETER_BITS);
@@ -163,7 +163,7 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
     BitReader unary = {at, quotient_bytes, 0};
     at += quotient_bytes;
     if (bytes_of(remainder_bits) > end - at) return ERROR_CUT;
-    BitReader binary = {at, bytes_of(remainder_bits), 0};
+    BitReader binary = {at, (u64)bytes_of(remainder_bits), 0};
     at += bytes_of(remainder_bits);
     for (i64 g = 0; g < groups && status == 0; g++) {
         i64 in_group = least(GROUP, count - g * GROUP);
@@ -171,6 +171,6 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
         else status = unpack_group(&unary, &binary, parameters[g], values + g * GROUP, in_group, &at, end);
     }
     if (status) return status;
-    if (peek(&unary) || bytes_of(unary.bit) != quotient_bytes) return ERROR_QUOTIENTS;
+    if (peek(&unary) || bytes_of((i64)unary.bit) != quotient_bytes) return ERROR_QUOTIENTS;
     return peek(&binary) ? ERROR_PADDING : at - data;
 }
