@@ -1,6 +1,23 @@
-"""Bit-exact differences between two versions of the weights, close to the information they carry."""
+"""Bit-exact differences between two versions of the weights, close to the information they carry.
+
+`encode_block` and `decode_block` deal with a million elements at a time; `plan` says which those are.
+"""
 
 from common.delta.block import HEADER_BYTES, MAX_BLOCK_ELEMENTS, Changes, decode_block, encode_block
 from common.delta.formats import DeltaError
+from common.delta.plan import BLOCK_ELEMENTS, BlockPlace, TensorChanges, blocks_of, changes_by_tensor, encode_delta
 
-__all__ = ["HEADER_BYTES", "MAX_BLOCK_ELEMENTS", "Changes", "DeltaError", "decode_block", "encode_block"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "HEADER_BYTES",
+    "MAX_BLOCK_ELEMENTS",
+    "BlockPlace",
+    "Changes",
+    "DeltaError",
+    "TensorChanges",
+    "blocks_of",
+    "changes_by_tensor",
+    "decode_block",
+    "encode_block",
+    "encode_delta",
+]

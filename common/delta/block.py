@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from common.delta.formats import FORMATS, U32, DeltaError, ExponentOrder, FloatFormat, Primitives, Words
 from common.delta.compiled import primitives as default_primitives
+from common.delta.formats import FORMATS, U32, DeltaError, ExponentOrder, FloatFormat, Primitives, Words
 from common.snapshot import DType
 
 FORMAT_VERSION = 1
@@ -141,7 +141,7 @@ def _require_words(words: Words, form: FloatFormat) -> None:
 
 
 def _check_of(values: Words) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(values)) & 0xFFFFFFFF
+    return xxhash.xxh3_64_intdigest(values.data) & 0xFFFFFFFF
 
 
 def _digest_of(fields: bytes | memoryview, payload: bytes | memoryview) -> bytes:
@@ -171,7 +171,7 @@ class _Header:
         if _digest_of(fields, payload) != data[_FIELDS.size : HEADER_BYTES]:
             raise DeltaError("a block does not match its digest: it was damaged on the way")
         if (code, elements) != (form.code, base.size):
-            raise DeltaError(f"a block of {elements} elements of format {code}, expected {base.size} of {form.code}")
+            raise DeltaError(f"a block of {elements} elements of format {code}, expected {base.size} of {form.name}")
         if flags not in (0, STORED, EXPONENT_ORDER) or top > (form.exponent_mask if flags == EXPONENT_ORDER else 0):
             raise DeltaError(f"a block has flags {flags} and top exponent {top}, which mean nothing")
         if changes > elements:

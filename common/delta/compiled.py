@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ MAIN_SOURCE = "kernel.c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 COMPILE_TIMEOUT_S = 60.0
-TILE = 512
+TILE = 512  # elements that into_order and out_of_order look at together
 ERROR_ROOM = -5
 
 ERRORS = {
@@ -135,13 +136,13 @@ def primitives() -> Primitives:
     return CompiledPrimitives(library) if library is not None else NumpyPrimitives()
 
 
-def load_kernel(directory: Path, sources: Path = SOURCES) -> ctypes.CDLL | None:
+def load_kernel(directory: Path, flags: Sequence[str] = FLAGS) -> ctypes.CDLL | None:
     """The kernel compiled in `directory`, now or earlier; None, with a line in the log, when that is impossible."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = directory / f"kernel-{_digest(sources)}.so"
+        path = directory / f"kernel-{_digest(flags)}.so"
         if not path.exists():
-            _compile(sources / MAIN_SOURCE, path)
+            compile_kernel(path, flags)
         _require_private(directory)
         _require_private(path)
         return ctypes.CDLL(str(path))
@@ -157,13 +158,14 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "countercurrent"
 
 
-def _compile(source: Path, path: Path) -> None:
+def compile_kernel(path: Path, flags: Sequence[str]) -> None:
+    """Puts the kernel at `path`. Raises OSError or SubprocessError where that is impossible."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError(f"there is no C compiler ({', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         compiled = Path(temporary) / path.name
-        command = [compiler, *FLAGS, str(source), "-o", str(compiled)]
+        command = [compiler, *flags, str(SOURCES / MAIN_SOURCE), "-o", str(compiled)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
         if result.returncode != 0:
             raise OSError(f"{' '.join(command)} failed: {result.stderr.strip() or result.returncode}")
@@ -171,9 +173,9 @@ def _compile(source: Path, path: Path) -> None:
         compiled.replace(path)  # at once: another process may be loading it
 
 
-def _digest(sources: Path) -> str:
-    texts = (path.read_bytes() for path in sorted(sources.glob("*.[ch]")))
-    return hashlib.sha256(b"\0".join([*texts, *map(str.encode, FLAGS), _processor()])).hexdigest()[:16]
+def _digest(flags: Sequence[str]) -> str:
+    texts = (path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
+    return hashlib.sha256(b"\0".join([*texts, *map(str.encode, flags), _processor()])).hexdigest()[:16]
 
 
 def _processor() -> bytes:

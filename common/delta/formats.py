@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from common.snapshot import DType
 
-Words = np.ndarray[Any, np.dtype[np.uint16]] | np.ndarray[Any, np.dtype[np.uint32]]
-"""[N] the bit patterns of floats."""
+Words = npt.NDArray[np.unsignedinteger[Any]]
+"""[N] the bit patterns of floats: uint16 or uint32."""
 U32 = npt.NDArray[np.uint32]
 U8 = npt.NDArray[np.uint8]
 

@@ -24,7 +24,7 @@ def pack_changes(universe: int, places: U32, codes: U32) -> bytes:
     """places [M]: ascending, below `universe`; codes [M]: zigzag - 1 of the differences."""
     signs = np.packbits((codes & 1).astype(np.uint8), bitorder="little")
     parts = [_pack_set(places, universe), signs.tobytes()]
-    magnitudes = codes >> 1
+    magnitudes = codes >> np.uint32(1)
     for _ in range(NUM_LEVELS):
         above = np.flatnonzero(magnitudes).astype(np.uint32)
         parts += [above.size.to_bytes(COUNT_BYTES, "little"), _pack_set(above, magnitudes.size)]
@@ -62,7 +62,7 @@ def _is_complemented(count: int, universe: int) -> bool:
     return 2 * count > universe
 
 
-def _complement(members: npt.NDArray[np.integer], universe: int) -> I64:
+def _complement(members: I64 | U32, universe: int) -> I64:
     others = np.ones(universe, np.bool_)
     others[members] = False
     return np.flatnonzero(others)

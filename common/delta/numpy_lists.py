@@ -27,7 +27,7 @@ from common.delta.formats import (
 )
 
 I64 = npt.NDArray[np.int64]
-SEARCH_BELOW, SEARCH_ABOVE = 2, 1  # parameters tried around the mean bit length of a group
+SEARCH_BELOW, SEARCH_ABOVE = 1, 3  # parameters tried around the mean bit length of a group
 
 
 def pack_list(values: U32) -> bytes:
@@ -114,9 +114,10 @@ def _unpack_bits(data: U8, widths: I64, what: str) -> I64:
         raise DeltaError(f"the padding after the {what} of a list is not zero")
     padded = np.zeros(data.size + 8, np.uint8)
     padded[: data.size] = data
-    windows = np.ndarray(data.size + 1, "<u8", buffer=padded, strides=(1,))  # 8 bytes from every byte on
+    windows: npt.NDArray[np.uint64] = np.ndarray(data.size + 1, "<u8", padded, strides=(1,))  # 8 bytes from each on
     starts = ends - widths
-    return (windows[starts >> 3] >> (starts & 7).astype(np.uint64)).astype(np.int64) & ((1 << widths) - 1)
+    values: I64 = (windows[starts >> 3] >> (starts & 7).astype(np.uint64)).astype(np.int64)
+    return values & ((1 << widths) - 1)
 
 
 def _unpack_unary(data: U8, count: int) -> I64:
