@@ -115,7 +115,7 @@ def _stored_changes(payload: np.ndarray, base: Words, primitives: Primitives) ->
     if payload.size != base.nbytes:
         raise DeltaError(f"a stored block has {payload.size} bytes, its base {base.nbytes}")
     new = payload.view(base.dtype) if payload.ctypes.data % base.itemsize == 0 else payload.copy().view(base.dtype)
-    positions, _ = primitives.find_changes(base, new)
+    positions = primitives.find_changes(base, new)[0].copy()  # of its own length: it may be kept for a while
     return positions, new[positions]
 
 

@@ -132,18 +132,19 @@ def _checked(result: int) -> int:
 @functools.cache
 def primitives() -> Primitives:
     """The fastest there are here. The first call may take a second or two, to compile them."""
-    library = load_kernel(_cache_directory())
+    library = load_kernel()
     return CompiledPrimitives(library) if library is not None else NumpyPrimitives()
 
 
-def load_kernel(directory: Path, flags: Sequence[str] = FLAGS) -> ctypes.CDLL | None:
+def load_kernel(directory: Path | None = None, flags: Sequence[str] = FLAGS) -> ctypes.CDLL | None:
     """The kernel compiled in `directory`, now or earlier; None, with a line in the log, when that is impossible."""
     try:
+        directory = directory or _cache_directory()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_private(directory)
         path = directory / f"kernel-{_digest(flags)}.so"
         if not path.exists():
             compile_kernel(path, flags)
-        _require_private(directory)
         _require_private(path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
@@ -155,7 +156,11 @@ def _cache_directory() -> Path:
     """In the virtual environment where there is one, so that nothing is left behind when it is removed."""
     if sys.prefix != sys.base_prefix:
         return Path(sys.prefix) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "countercurrent"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return cache.expanduser() / "countercurrent"
+    except RuntimeError as error:  # a container may run under a user id that nobody has
+        raise FileNotFoundError(f"there is no folder to compile a kernel in: {error}") from error
 
 
 def compile_kernel(path: Path, flags: Sequence[str]) -> None:

@@ -128,12 +128,24 @@ def test_it_lives_in_the_virtual_environment_or_else_in_the_users_cache(tmp_path
     assert compiled._cache_directory() == tmp_path / "cache" / "countercurrent"
 
 
+def test_a_user_without_a_home_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled.sys, "prefix", sys.base_prefix)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    assert compiled.load_kernel() is None
+
+
+def test_nothing_is_compiled_into_a_folder_that_others_can_write_to(compilations, tmp_path):
+    tmp_path.chmod(0o777)
+    assert compiled.load_kernel(tmp_path) is None
+    assert compilations == []
+
+
 @pytest.mark.parametrize("library", [None, "compiled"])
 def test_what_is_used_is_the_fastest_there_is(library, compilations, tmp_path, monkeypatch):
     compiled.primitives.cache_clear()
     monkeypatch.setattr(compiled, "_cache_directory", lambda: tmp_path)
     if library is None:
-        monkeypatch.setattr(compiled, "load_kernel", lambda directory: None)
+        monkeypatch.setattr(compiled, "load_kernel", lambda: None)
     chosen = compiled.primitives()
     assert isinstance(chosen, NumpyPrimitives if library is None else compiled.CompiledPrimitives)
     old, new = np.arange(200, dtype=np.uint16), np.arange(1, 201, dtype=np.uint16)
