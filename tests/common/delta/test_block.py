@@ -199,8 +199,6 @@ def test_a_block_that_is_cut_or_continued_is_refused():
     [
         (VERSION, 2, "format 2, this program reads 1"),
         (FORMAT, 3, "of format 3"),
-        (FLAGS, 3, "flags 3"),
-        (FLAGS, 4, "flags 4"),
         (FLAGS, 1, "flags 1 and top exponent"),
         (FLAGS, 0, "top exponent"),
         (ELEMENTS, 4999, "4999 elements"),
@@ -225,6 +223,15 @@ def test_a_stored_block_has_as_many_bytes_as_its_base():
     block = encode_block(old, changed_at_random(rng, old, 0.01), "bfloat16")
     with pytest.raises(DeltaError, match=r"a stored block has \d+ bytes, its base 10000"):
         decode_block(with_field(block, FLAGS, block_module.STORED), old, "bfloat16")
+
+
+@pytest.mark.parametrize("flags", [3, 4, 128])
+def test_flags_that_mean_nothing_are_refused(flags):
+    rng = a_generator()
+    old = as_words(weights(rng, 5000), "bfloat16")
+    block = encode_block(old, changed_at_random(rng, old, 0.01), "bfloat16")
+    with pytest.raises(DeltaError, match=f"flags {flags} and top exponent 0, which mean nothing"):
+        decode_block(with_field(block, FLAGS, flags), old, "bfloat16")
 
 
 def test_a_top_exponent_outside_of_the_format_is_refused():

@@ -94,6 +94,49 @@ def test_they_agree_on_damaged_deltas(kernel):
     assert fuzz(kernel, versions=250, seed=3)["refused"] > 1000
 
 
+def parts_of_some_changes() -> tuple[bytes, bytes, bytes]:
+    """(places, signs, the rest) of three changes among 20, by +1, -1 and +3."""
+    places, codes = np.array([2, 3, 11], np.uint32), np.array([1, 0, 5], np.uint32)
+    packed = NUMPY.pack_changes(20, places, codes, 1000)
+    end = len(pack_list(np.array([2, 0, 7], np.uint32)))
+    return packed[:end], packed[end : end + 1], packed[end + 1 :]
+
+
+@pytest.mark.parametrize("reader", ["kernel", "numpy"])
+def test_parts_of_changes_that_contradict_each_other_are_refused(kernel, reader):
+    unpack = (kernel if reader == "kernel" else NUMPY).unpack_changes
+    places, signs, rest = parts_of_some_changes()
+    assert signs == b"\x05"
+
+    def read(*parts: bytes, universe: int = 20) -> list[int]:
+        return unpack(np.frombuffer(b"".join(parts), np.uint8), universe, 3, 16)[1].tolist()
+
+    assert read(places, signs, rest) == [1, 0, 5]
+    assert read(places, signs, rest, universe=12) == [1, 0, 5]
+    one_member, nothing = pack_list(np.array([2], np.uint32)), bytes(4)
+    assert read(places, signs, b"\1\0\0\0", one_member, nothing) == [1, 0, 3]
+    largest = pack_list(np.array([(1 << 15) - 3], np.uint32))
+    assert read(places, b"\1", b"\1\0\0\0", one_member, b"\1\0\0\0", largest) == [1, 0, (1 << 16) - 2]
+    too_large = pack_list(np.array([(1 << 15) - 2], np.uint32))
+    wraps = pack_list(np.array([(1 << 32) - 1], np.uint32))
+    for parts in (
+        (places, b"\x0d", rest),  # a sign too many
+        (places, signs, rest[:-1]),
+        (places, signs, rest + b"\0"),
+        (places, signs, b"\4" + rest[1:]),  # four of three changes
+        (places, signs, b"\1\0\0\0", pack_list(np.array([3], np.uint32)), nothing),  # number 3 of three
+        (places, b"\5", b"\1\0\0\0", one_member, b"\1\0\0\0", largest),  # a difference of 2^15
+        (places, b"\1", b"\1\0\0\0", one_member, b"\1\0\0\0", too_large),
+        (places, b"\1", b"\1\0\0\0", one_member, b"\1\0\0\0", wraps),
+        (places, signs),
+        (places,),
+    ):
+        with pytest.raises(DeltaError):
+            read(*parts)
+    with pytest.raises(DeltaError):
+        read(places, signs, rest, universe=11)
+
+
 def test_the_kernel_refuses_places_that_are_not_ascending_or_not_of_the_block(kernel):
     old = as_words(weights(np.random.default_rng(0), 2000), "bfloat16")
     order = ExponentOrder(122, FORMATS["bfloat16"])
