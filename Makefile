@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -40,6 +40,10 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
+
+bench-delta: venv ## bytes and times of weight deltas, synthetic and of a real run, beside what others do
+	$(VENV)/python -m tests.benchmarks.bench_delta
+	$(VENV)/python -m tests.benchmarks.record_deltas
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Damaged deltas through the decoders of a kernel and of numpy: both refuse them, or both read the same.
 
-`python -m tests.fuzz_delta KERNEL.so` runs it alone, for a kernel with sanitizers in it.
+`python -m tests.fuzz_delta KERNEL.so VERSIONS SEED` runs it alone, for a kernel with sanitizers in it.
 """
 
 import ctypes
@@ -28,6 +28,29 @@ from tests.builders_delta import (
 
 SIZES = (0, 1, 2, 63, 64, 65, 511, 512, 513, 1000, 3000)
 DAMAGES_PER_VERSION = 8
+
+HOSTILE_LISTS = (  # said to be of one value, and what is wrong with them
+    (b"\x01\0\0", "cut short"),
+    (b"\x01\0\0\0", "cut short"),
+    (b"\x03\0\0\0\x00\x01", "claims 3 bytes"),
+    (b"\x04\0\0\0\x00\x01\x00\x00\x00", "claims 4 bytes"),
+    (b"\xff\xff\xff\xff\x00\x01", "claims 4294967295 bytes"),
+    (b"\x00\0\0\0\x00", "0 quotients in a list where 1"),
+    (b"\x01\0\0\0\x00\x00", "0 quotients in a list where 1"),
+    (b"\x01\0\0\0\x00\x03", "2 quotients in a list where 1"),
+    (b"\x01\0\0\0\x1f\x01", "claims 1 bytes"),
+    (b"\x03\0\0\0\x00\x00\x00\x20", "a quotient of 21"),
+    (b"\x02\0\0\0\x00\x01\x00", "end before their bytes do"),
+    (b"\x01\0\0\0\x20\x01", "padding after the parameters"),
+    (b"\x01\0\0\0\x02\x01", "cut short"),
+    (b"\x01\0\0\0\x02\x01\x04", "padding after the remainders"),
+    (b"\x03\0\0\0\x00\x00\x00\x10", "escaped values of a list are cut short"),
+    (b"\x03\0\0\0\x00\x00\x00\x10\x20\0\0", "escaped values of a list are cut short"),
+    (b"\x03\0\0\0\x00\x00\x00\x10\x13\0\0\0", "out of its range"),
+    (b"\x03\0\0\0\x04\x00\x00\x10\x05\xff\xff\xff\xff", "out of its range"),
+    (b"\x01\0\0\0\x1e\x10\x00\x00\x00\x00", "out of its range"),
+)
+REST_OF_ONE_CHANGE = bytes(9)  # its sign, and that it is by one unit in the last place
 
 
 def two_versions(rng: np.random.Generator, dtype: str) -> tuple[Words, Words]:
@@ -82,6 +105,17 @@ def fuzz(kernel: Primitives, *, versions: int, seed: int) -> dict[str, int]:
     return counts
 
 
+def refuse_hostile_lists(primitives: Primitives) -> None:
+    """As the places of one change, in memory that ends where they do, and before a rest that would do."""
+    for data, reason in HOSTILE_LISTS:
+        for rest in (b"", REST_OF_ONE_CHANGE):
+            try:
+                read = primitives.unpack_changes(np.frombuffer(data + rest, np.uint8), 1 << 24, 1, 16)
+            except DeltaError:
+                continue
+            raise AssertionError(f"read {read} from {data + rest!r}, in which {reason}")
+
+
 def decode_damaged(
     block: bytes, payload: bytes, fields: tuple[int, ...], base: Words, dtype: str, kernel: Primitives
 ) -> None:
@@ -100,7 +134,9 @@ def decode_damaged(
 
 def main() -> int:
     library, versions, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    counts = fuzz(CompiledPrimitives(ctypes.CDLL(library)), versions=versions, seed=seed)
+    kernel = CompiledPrimitives(ctypes.CDLL(library))
+    refuse_hostile_lists(kernel)
+    counts = fuzz(kernel, versions=versions, seed=seed)
     sys.stdout.write(f"{counts}\n")
     return 0
 

@@ -19,7 +19,7 @@ from tests.builders_delta import (
     special_patterns,
     weights,
 )
-from tests.fuzz_delta import fuzz
+from tests.fuzz_delta import HOSTILE_LISTS, fuzz, refuse_hostile_lists
 
 NUMPY = NumpyPrimitives()
 SIZES = st.one_of(st.integers(0, 300), st.sampled_from([511, 512, 513, 1024, 4097]))
@@ -166,29 +166,15 @@ def bits_of(group: np.ndarray, k: int) -> int:
     return sum(min(int(value) >> k, 20) + 1 + k + 32 * ((int(value) >> k) >= 20) for value in group)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"\x01\0\0", "cut short"),
-        (b"\x01\0\0\0", "cut short"),
-        (b"\x04\0\0\0\x00\x01\x00\x00\x00", "claims 4 bytes"),
-        (b"\xff\xff\xff\xff\x00\x01", "claims 4294967295 bytes"),
-        (b"\x00\0\0\0\x00", "0 quotients in a list where 1"),
-        (b"\x01\0\0\0\x00\x03", "2 quotients in a list where 1"),
-        (b"\x03\0\0\0\x00\x00\x00\x20", "a quotient of 21"),
-        (b"\x02\0\0\0\x00\x01\x00", "end before their bytes do"),
-        (b"\x01\0\0\0\x20\x01", "padding after the parameters"),
-        (b"\x01\0\0\0\x02\x01", "cut short"),
-        (b"\x01\0\0\0\x02\x01\x04", "padding after the remainders"),
-        (b"\x03\0\0\0\x00\x00\x00\x10\x00\0\0", "escaped values of a list are cut short"),
-        (b"\x03\0\0\0\x00\x00\x00\x10\x13\0\0\0", "out of its range"),
-        (b"\x03\0\0\0\x04\x00\x00\x10\x05\xff\xff\xff\xff", "out of its range"),
-        (b"\x01\0\0\0\x1e\x10\x00\x00\x00\x00", "out of its range"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), HOSTILE_LISTS)
 def test_a_list_that_is_not_what_its_parts_say_is_refused(data, reason):
     with pytest.raises(DeltaError, match=reason):
         unpack_list(np.frombuffer(data, np.uint8), 1)
+
+
+def test_every_implementation_refuses_such_lists(kernel):
+    refuse_hostile_lists(kernel)
+    refuse_hostile_lists(NUMPY)
 
 
 def test_a_list_ends_where_it_says():
