@@ -189,7 +189,6 @@ i64 unpack_changes(const u8 *data, i64 size, i64 universe, i64 count, int bits, 
     if (in.status) return in.status;
     if (in.next != in.end) return ERROR_REST;
     for (i64 i = 0; i < sizes[NUM_LEVELS]; i++) too_large |= codes[i] > largest / 2 - NUM_LEVELS;
-    if (too_large) return ERROR_RANGE;
     for (int level = NUM_LEVELS - 1; level >= 0; level--) spread(codes, sizes[level], members[level], sizes[level + 1]);
     for (i64 i = 0; i < count; i++) {
         codes[i] = codes[i] << 1 | (signs[i / 8] >> (i % 8) & 1);

@@ -146,7 +146,7 @@ static i64 unpack_group(BitReader *unary, BitReader *binary, int k, u32 *values,
 static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 *values)
 {
     i64 groups = (count + GROUP - 1) / GROUP, parameter_bytes = bytes_of(groups * PARAMETER_BITS);
-    i64 remainder_bits = 0, written = 0, status = 0;
+    i64 remainder_bits = 0, status = 0;
     if (size < HEADER_BYTES + parameter_bytes) return ERROR_CUT;
     u32 quotient_bytes;
     memcpy(&quotient_bytes, data, 4);
@@ -155,11 +155,11 @@ static i64 unpack_list(const u8 *data, i64 size, i64 count, u8 *parameters, u32 
     for (i64 g = 0; g < groups; g++) {
         i64 in_group = least(GROUP, count - g * GROUP);
         parameters[g] = (u8)take(&heads, PARAMETER_BITS);
-        if (parameters[g] != ALL_ZERO) written += in_group, remainder_bits += in_group * parameters[g];
+        if (parameters[g] != ALL_ZERO) remainder_bits += in_group * parameters[g];
     }
     if (peek(&heads)) return ERROR_PADDING;
     at += parameter_bytes;
-    if (quotient_bytes > end - at || quotient_bytes > bytes_of(written * (MAX_QUOTIENT + 1))) return ERROR_QUOTIENTS;
+    if (quotient_bytes > end - at) return ERROR_CUT;
     BitReader unary = {at, quotient_bytes, 0};
     at += quotient_bytes;
     if (bytes_of(remainder_bits) > end - at) return ERROR_CUT;

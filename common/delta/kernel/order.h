@@ -122,7 +122,6 @@ i64 out_of_order(const void *words, i64 n, int bits, int shift, int mask, int to
         while (i < m && places[i] < place) i++;
         stop[class] = i;
     }
-    if (stop[NUM_CLASSES - 1] < m) return ERROR_ORDER;
     for (int class = 0; class < NUM_CLASSES; class++) heads[class] = head_of(places, next[class], stop[class]);
     for (i64 start = 0; start < n; start += TILE) {
         u32 code_at[TILE], ends[NUM_CLASSES], present = 0;
@@ -150,5 +149,5 @@ i64 out_of_order(const void *words, i64 n, int bits, int shift, int mask, int to
                 codes_out[found] = code_at[offset];
             }
     }
-    return found == m ? m : ERROR_ORDER; /* a place was named twice */
+    return found == m ? m : ERROR_ORDER; /* else a place was named twice, or is not below n */
 }

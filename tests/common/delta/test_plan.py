@@ -121,6 +121,14 @@ def test_every_change_is_handed_to_the_tensor_it_belongs_to(max_elements):
     assert b"".join(words.tobytes() for words in flat.values()) == bytes(new)
 
 
+def test_a_tensor_may_have_more_elements_than_four_bytes_count():
+    (tensor,) = tensors_of(((1 << 17, 1 << 17), "bfloat16"))
+    start = (1 << 33) + 100
+    changes = Changes(np.array([3, 9], np.uint32), np.array([7, 8], np.uint16))
+    (found,) = changes_by_tensor(BlockPlace("bfloat16", 2 * start, 10), changes, (tensor,))
+    assert found.positions.tolist() == [start + 3, start + 9]
+
+
 def test_words_of_a_read_only_snapshot_cannot_be_written():
     words = blocks_of(A_MODEL)[0].words_of(bytes(500))
     with pytest.raises(ValueError, match="read-only"):
