@@ -11,7 +11,7 @@ class NumpyPrimitives:
     """Primitives in numpy alone."""
 
     def find_changes(self, old: Words, new: Words) -> tuple[U32, U32]:
-        positions = _differing(old, new)
+        positions = np.flatnonzero(old != new)
         difference = new[positions] - old[positions]  # modulo 2^bits
         sign = difference >> difference.dtype.type(difference.itemsize * 8 - 1)
         zigzag = (difference << difference.dtype.type(1)) ^ (np.zeros_like(sign) - sign)
@@ -42,17 +42,6 @@ class NumpyPrimitives:
 
     def unpack_changes(self, data: U8, universe: int, count: int, bits: int) -> tuple[U32, U32]:
         return numpy_changes.unpack_changes(data, universe, count, bits)
-
-
-def _differing(old: Words, new: Words) -> npt.NDArray[np.int64]:
-    """Positions of the elements that differ. Looks at 8 bytes at a time: mostly they are equal."""
-    per_word = 8 // old.itemsize
-    end = old.size - old.size % per_word
-    words = np.flatnonzero(old[:end].view(np.uint64) != new[:end].view(np.uint64))
-    in_words = (words[:, None] * per_word + np.arange(per_word)).ravel()
-    candidates = np.concatenate((in_words, np.arange(end, old.size)))
-    differing: npt.NDArray[np.int64] = candidates[old[candidates] != new[candidates]]
-    return differing
 
 
 def _sequence(words: Words, order: ExponentOrder) -> npt.NDArray[np.int64]:
