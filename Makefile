@@ -5,12 +5,12 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta bench-dataplane bench-stale-actions storm storm-real resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Start with make quickstart. Everything is installed into .venv first; running a target again is quick."
 
@@ -44,6 +44,27 @@ bench-rollout: venv ## tokens per second of the rollout server's engine over bar
 bench-delta: venv ## bytes and times of weight deltas, synthetic and of a real run, beside what others do
 	$(VENV)/python -m tests.benchmarks.bench_delta
 	$(VENV)/python -m tests.benchmarks.record_deltas
+
+bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
+	$(VENV)/python -m tests.benchmarks.bench_stale_actions
+
+storm: venv ## real processes killed and stopped at random, and an audit of what was recorded: make storm SEEDS=20
+	$(VENV)/python -m tests.storm --seeds $(or $(SEEDS),1)
+
+storm-real: venv ## the same on vLLM and DeepSpeed, with fewer faults: these take half a minute to start
+	$(VENV)/python -m tests.storm --real --seeds $(or $(SEEDS),1) --kills 20 --trajectories 2000 --servers 2
+
+resume: venv ## final weights after kills at 200 random points, bit for bit those of an undisturbed run (half an hour)
+	$(VENV)/python -m tests.storm.resume --points 200
+
+simulate: venv ## many histories of the coordinator under a virtual clock: make simulate SEEDS=1000000
+	$(VENV)/python -m tests.simulation --seeds $(or $(SEEDS),10000)
+
+simulate-scaling: venv ## learner idle, staleness and waste with 1 to 10,000 simulated servers; rewrites docs/scaling.md
+	$(VENV)/python -m tests.simulation.scaling --plot docs
+
+bench-dataplane: venv ## what trajectories cost on their way: rate, CPU, memory, latency of control messages
+	$(VENV)/python -m tests.benchmarks.bench_dataplane
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

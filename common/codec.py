@@ -1,14 +1,19 @@
 """Messages to frames and back. Everything that comes off the wire is doubted here, and nowhere after.
 
-A message is exactly two frames: the MessagePack header and the payload. The payload of a group is, for each of its
-trajectories in order, with T its number of tokens:
+A message is exactly two frames: the MessagePack header and the payload. The payload of a group is, with N the number
+of tokens of all its trajectories in order:
 
-    token_ids [T] int32, behavior_logprobs [T] float32, loss_mask [T] uint8 (0 or 1), all little-endian, no padding
+    token_ids [N] int32, behavior_logprobs [N] float32, loss_mask [N] uint8 (0 or 1), all little-endian, no padding
 
-token_versions are not in the payload: the header has them as runs over the sampled tokens.
+So a whole group is checked at once: numpy looks at 16 trajectories in the time it needs for 2. token_versions are not
+in the payload: the header has them as runs over the sampled tokens.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -79,11 +84,12 @@ def _printable(text: str) -> str:
 
 def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
     """The two halves of a group on the wire."""
-    parts: list[bytes] = []
-    for trajectory in group.trajectories:
-        parts.append(trajectory.token_ids.astype("<i4", copy=False).tobytes())
-        parts.append(trajectory.behavior_logprobs.astype("<f4", copy=False).tobytes())
-        parts.append(trajectory.loss_mask.astype(np.uint8).tobytes())
+    trajectories = group.trajectories
+    columns = (
+        *(trajectory.token_ids.astype("<i4", copy=False) for trajectory in trajectories),
+        *(trajectory.behavior_logprobs.astype("<f4", copy=False) for trajectory in trajectories),
+        *(trajectory.loss_mask.astype(np.uint8) for trajectory in trajectories),
+    )
     headers = tuple(
         TrajectoryHeader(
             num_tokens=len(trajectory),
@@ -92,9 +98,83 @@ def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
             turns=trajectory.turns,
             version_runs=tuple(trajectory.version_runs()),
         )
-        for trajectory in group.trajectories
+        for trajectory in trajectories
     )
-    return GroupHeader(lease_id=group.lease_id, task_id=group.task_id, trajectories=headers), b"".join(parts)
+    header = GroupHeader(lease_id=group.lease_id, task_id=group.task_id, trajectories=headers)
+    return header, b"".join(column.tobytes() for column in columns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupColumns:
+    """The tokens of a group's trajectories, one trajectory after the other. N = tokens of the group."""
+
+    bounds: tuple[int, ...]  # trajectory i has the tokens bounds[i] to bounds[i + 1]
+    token_ids_N: np.ndarray  # int32
+    behavior_logprobs_N: np.ndarray  # float32
+    loss_mask_N: np.ndarray  # bool
+
+    def where(self, bad_N: np.ndarray) -> str:
+        """The trajectory with the first bad token, for people."""
+        return f"trajectory {bisect_right(self.bounds, int(bad_N.argmax())) - 1}"
+
+
+def read_columns(header: GroupHeader, payload: Frame) -> GroupColumns:
+    """The group's tokens, each of them plausible by itself; raises ProtocolError unless header and payload fit.
+
+    The arrays are read-only, and views of the payload wherever they can be.
+    """
+    bounds = tuple(accumulate((trajectory.num_tokens for trajectory in header.trajectories), initial=0))
+    count = bounds[-1]
+    if len(payload) != count * BYTES_PER_TOKEN:
+        raise ProtocolError(f"payload: expected {count * BYTES_PER_TOKEN} bytes for {count} tokens, got {len(payload)}")
+    payload = memoryview(payload).toreadonly()
+    mask_N = np.frombuffer(payload, np.uint8, count, 8 * count)
+    columns = GroupColumns(
+        bounds,
+        np.frombuffer(payload, "<i4", count),
+        np.frombuffer(payload, "<f4", count, 4 * count),
+        mask_N.view(np.bool_),
+    )
+    if np.maximum.reduce(mask_N) > 1:
+        raise ProtocolError(f"{columns.where(mask_N > 1)}.loss_mask: expected 0 or 1, got {mask_N[mask_N > 1][0]}")
+    _check_token_ids(columns)
+    _check_logprobs(columns)
+    _check_version_runs(header, columns)
+    return columns
+
+
+def _check_token_ids(columns: GroupColumns) -> None:
+    ids_N = columns.token_ids_N
+    if np.minimum.reduce(ids_N) < 0:
+        raise ProtocolError(f"{columns.where(ids_N < 0)}.token_ids: expected ids >= 0, got {ids_N[ids_N < 0][0]}")
+
+
+def _check_logprobs(columns: GroupColumns) -> None:
+    logprobs_N = columns.behavior_logprobs_N
+    highest, lowest = float(np.maximum.reduce(logprobs_N)), float(np.minimum.reduce(logprobs_N))  # NaN if there is one
+    if not (math.isfinite(highest) and math.isfinite(lowest)):
+        bad_N = ~np.isfinite(logprobs_N)
+        where, value = columns.where(bad_N), logprobs_N[bad_N][0]
+        raise ProtocolError(f"{where}.behavior_logprobs: expected finite values, got {value}")
+    if highest > LOGPROB_SLACK:
+        bad_N = logprobs_N > LOGPROB_SLACK
+        where, value = columns.where(bad_N), logprobs_N[bad_N][0]
+        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {value:g}")
+    bad_N = np.greater(logprobs_N != 0, columns.loss_mask_N)
+    if np.logical_or.reduce(bad_N):
+        raise ProtocolError(f"{columns.where(bad_N)}.behavior_logprobs: expected 0 where no token was sampled")
+
+
+def _check_version_runs(header: GroupHeader, columns: GroupColumns) -> None:
+    for index, (start, end) in enumerate(pairwise(columns.bounds)):
+        num_sampled = np.count_nonzero(columns.loss_mask_N[start:end])
+        covered = sum([length for _, length in header.trajectories[index].version_runs])
+        if num_sampled == 0:
+            raise ProtocolError(f"trajectory {index}: expected at least one sampled token")
+        if covered != num_sampled:
+            raise ProtocolError(
+                f"trajectory {index}.version_runs: expected to cover {num_sampled} sampled tokens, got {covered}"
+            )
 
 
 def unpack_groups(headers: Sequence[GroupHeader], payload: Frame) -> tuple[Group, ...]:
@@ -102,82 +182,70 @@ def unpack_groups(headers: Sequence[GroupHeader], payload: Frame) -> tuple[Group
 
     The arrays are read-only, and views of the payload wherever they can be.
     """
-    payload = memoryview(payload).toreadonly()
-    num_tokens = sum(trajectory.num_tokens for header in headers for trajectory in header.trajectories)
-    if len(payload) != num_tokens * BYTES_PER_TOKEN:
-        raise ProtocolError(
-            f"payload: expected {num_tokens * BYTES_PER_TOKEN} bytes for {num_tokens} tokens, got {len(payload)}"
-        )
-    offset = 0
-    groups: list[Group] = []
-    for header in headers:
-        trajectories: list[Trajectory] = []
-        for index, trajectory in enumerate(header.trajectories):
-            trajectories.append(_unpack_trajectory(trajectory, payload, offset, f"trajectory {index}"))
-            offset += trajectory.num_tokens * BYTES_PER_TOKEN
-        groups.append(Group(lease_id=header.lease_id, task_id=header.task_id, trajectories=tuple(trajectories)))
-    return tuple(groups)
-
-
-def _unpack_trajectory(header: TrajectoryHeader, payload: Frame, offset: int, where: str) -> Trajectory:
-    count = header.num_tokens
-    token_ids = np.frombuffer(payload, "<i4", count, offset)
-    logprobs = np.frombuffer(payload, "<f4", count, offset + 4 * count)
-    mask = np.frombuffer(payload, np.uint8, count, offset + 8 * count)
-    if mask.max() > 1:
-        raise ProtocolError(f"{where}.loss_mask: expected 0 or 1, got {mask.max()}")
-    loss_mask = mask.view(np.bool_)
-    if token_ids.min() < 0:
-        raise ProtocolError(f"{where}.token_ids: expected ids >= 0, got {token_ids.min()}")
-    return Trajectory(
-        token_ids=token_ids,
-        loss_mask=loss_mask,
-        behavior_logprobs=_checked_logprobs(logprobs, loss_mask, where),
-        token_versions=_token_versions(header, loss_mask, where),
-        reward=header.reward,
-        finish_reason=FinishReason.TERMINATED if header.terminated else FinishReason.TRUNCATED,
-        turns=header.turns,
+    payload = memoryview(payload)
+    num_tokens = [sum(trajectory.num_tokens for trajectory in header.trajectories) for header in headers]
+    ends = list(accumulate((count * BYTES_PER_TOKEN for count in num_tokens), initial=0))
+    if len(payload) != ends[-1]:
+        raise ProtocolError(f"payload: expected {ends[-1]} bytes for {sum(num_tokens)} tokens, got {len(payload)}")
+    return tuple(
+        _unpack_group(header, payload[start:end]) for header, (start, end) in zip(headers, pairwise(ends), strict=True)
     )
 
 
-def _checked_logprobs(logprobs: np.ndarray, loss_mask: np.ndarray, where: str) -> np.ndarray:
-    if not np.isfinite(logprobs).all():
-        raise ProtocolError(
-            f"{where}.behavior_logprobs: expected finite values, got {logprobs[~np.isfinite(logprobs)][0]}"
+def _unpack_group(header: GroupHeader, payload: memoryview) -> Group:
+    columns = read_columns(header, payload)
+    logprobs_N = columns.behavior_logprobs_N
+    if logprobs_N.max() > 0:  # by rounding
+        logprobs_N = _read_only(np.minimum(logprobs_N, np.float32(0)))
+    versions_N = _token_versions(header, columns.loss_mask_N)
+    trajectories = tuple(
+        Trajectory(
+            token_ids=columns.token_ids_N[start:end],
+            loss_mask=columns.loss_mask_N[start:end],
+            behavior_logprobs=logprobs_N[start:end],
+            token_versions=versions_N[start:end],
+            reward=trajectory.reward,
+            finish_reason=FinishReason.TERMINATED if trajectory.terminated else FinishReason.TRUNCATED,
+            turns=trajectory.turns,
         )
-    if logprobs.max() > LOGPROB_SLACK:
-        raise ProtocolError(f"{where}.behavior_logprobs: expected values <= 0, got {logprobs.max():g}")
-    if logprobs[~loss_mask].any():
-        raise ProtocolError(f"{where}.behavior_logprobs: expected 0 where no token was sampled")
-    if logprobs.max() <= 0:
-        return logprobs
-    rounded: np.ndarray = np.minimum(logprobs, np.float32(0))
-    rounded.setflags(write=False)
-    return rounded
+        for trajectory, (start, end) in zip(header.trajectories, pairwise(columns.bounds), strict=True)
+    )
+    return Group(lease_id=header.lease_id, task_id=header.task_id, trajectories=trajectories)
 
 
-def _token_versions(header: TrajectoryHeader, loss_mask: np.ndarray, where: str) -> np.ndarray:
-    num_sampled = int(loss_mask.sum())
-    versions = [version for version, _ in header.version_runs]
-    lengths = [length for _, length in header.version_runs]
-    if num_sampled == 0:
-        raise ProtocolError(f"{where}: expected at least one sampled token")
-    if sum(lengths) != num_sampled:
-        raise ProtocolError(f"{where}.version_runs: expected to cover {num_sampled} sampled tokens, got {sum(lengths)}")
-    token_versions = np.full(loss_mask.size, NOT_SAMPLED, np.int32)
-    token_versions[loss_mask] = np.repeat(np.array(versions, np.int32), lengths)
-    token_versions.setflags(write=False)
-    return token_versions
+def _token_versions(header: GroupHeader, loss_mask_N: np.ndarray) -> np.ndarray:
+    runs = [run for trajectory in header.trajectories for run in trajectory.version_runs]
+    versions_R, lengths_R = np.array(runs, np.int32).T
+    versions_N = np.full(loss_mask_N.size, NOT_SAMPLED, np.int32)
+    versions_N[loss_mask_N] = np.repeat(versions_R, lengths_R)
+    return _read_only(versions_N)
 
 
-def check_group(group: Group, *, vocab_size: int, max_model_len: int, group_size: int, newest_version: int) -> None:
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+def check_group(
+    header: GroupHeader,
+    columns: GroupColumns,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    group_size: int,
+    newest_version: int,
+) -> None:
     """Raises ProtocolError unless the group is one this run can have asked for."""
-    if len(group.trajectories) != group_size:
-        raise ProtocolError(f"group: expected {group_size} trajectories, got {len(group.trajectories)}")
-    for index, trajectory in enumerate(group.trajectories):
-        if len(trajectory) > max_model_len:
-            raise ProtocolError(f"trajectory {index}: expected at most {max_model_len} tokens, got {len(trajectory)}")
-        if (largest := int(trajectory.token_ids.max())) >= vocab_size:
-            raise ProtocolError(f"trajectory {index}.token_ids: expected ids < {vocab_size}, got {largest}")
-        if (newest := int(trajectory.token_versions.max())) > newest_version:
+    if len(header.trajectories) != group_size:
+        raise ProtocolError(f"group: expected {group_size} trajectories, got {len(header.trajectories)}")
+    for index, trajectory in enumerate(header.trajectories):
+        if trajectory.num_tokens > max_model_len:
+            raise ProtocolError(
+                f"trajectory {index}: expected at most {max_model_len} tokens, got {trajectory.num_tokens}"
+            )
+        if (newest := max(trajectory.version_runs)[0]) > newest_version:
             raise ProtocolError(f"trajectory {index}: sampled by version {newest}, the newest is {newest_version}")
+    ids_N = columns.token_ids_N
+    if np.maximum.reduce(ids_N) >= vocab_size:
+        bad_N = ids_N >= vocab_size
+        raise ProtocolError(f"{columns.where(bad_N)}.token_ids: expected ids < {vocab_size}, got {ids_N[bad_N][0]}")

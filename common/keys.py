@@ -1,33 +1,23 @@
-"""Key files: who may talk to a run. CURVE keys as TOML with 64 hexadecimal digits.
+"""Keys: who may talk to a run, as files in a directory. CURVE keys, see key_files.py for what is in a file.
 
 The learner's directory holds `server.key` (its own pair), one `NAME.key` per rollout server (the one file to copy to
 the other node) and `allowed/NAME.pub` per key that may connect. Adding a .pub file admits a key, deleting it revokes
-the key, both while the run is going on, for the connections made from then on.
+the key, both while the run is going on; the connections of a revoked key end within two seconds.
 """
 
 import logging
 import os
 import re
-import stat
-import tempfile
-import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.lifecycle import UserError
+from common.key_files import KeyFileError, check_directory, read_public_key, read_secret_keys, write_keys
 
 KeyPair = tuple[bytes, bytes]  # public, secret; 32 bytes each
 
 logger = logging.getLogger(__name__)
-
-MAX_KEY_FILE_BYTES = 4096
-
-_HEX_KEY = re.compile(r"[0-9a-f]{64}")
-
-
-class KeyFileError(UserError):
-    """A key file that is missing, damaged, or readable by others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,38 +48,65 @@ def ensure_server_keys(directory: Path, generate: Callable[[], KeyPair]) -> Serv
     """The directory's server pair, generated at the first call."""
     path = directory / "server.key"
     if not path.exists():
-        (directory / "allowed").mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o700)
+        for private in (directory, directory / "allowed"):
+            private.mkdir(parents=True, exist_ok=True)
+            private.chmod(0o700)
         public, secret = generate()
-        _write_secret(path, public=public, secret=secret)
+        write_keys(path, public=public, secret=secret)
     return load_server_keys(directory)
 
 
 def load_server_keys(directory: Path) -> ServerKeys:
     """Raises KeyFileError also when others could add a key to the allow-list."""
-    values = _read_secret(directory / "server.key", ("public", "secret"))
-    if stat.S_IMODE(directory.stat().st_mode) & 0o022:
-        raise KeyFileError(f"others can write to {directory}, and so let themselves in; run: chmod 700 {directory}")
+    values = read_secret_keys(directory / "server.key", ("public", "secret"))
+    for private in (directory, directory / "allowed"):
+        try:
+            check_directory(private)
+        except OSError as error:
+            raise KeyFileError(f"{private} cannot be used: {error.strerror}") from error
     return ServerKeys(public=values["public"], secret=values["secret"], directory=directory)
 
 
 def ensure_client_key(server: ServerKeys, name: str, generate: Callable[[], KeyPair]) -> Path:
     """The key file of the client `name`, generated and allowed at the first call. Copy it to the client's node.
 
-    Raises KeyFileError for a key that exists but was revoked, or belongs to another server.
+    A file that was moved there instead is not replaced: its key stays allowed, and the path is returned as if it were
+    here. Raises KeyFileError for a key that was revoked, or belongs to another server.
     """
+    path, public_path = _paths(server.directory, name)
+    if path.exists():
+        _check_usable(path, load_client_key(path), server)
+    elif not public_path.exists():
+        public, secret = generate()
+        # Allowed before it exists: a crash in between must not leave a key that looks revoked.
+        write_keys(public_path, public=public)
+        try:
+            write_keys(path, public=public, secret=secret, server_public=server.public)
+        except OSError:
+            public_path.unlink()
+            raise
+    return path
+
+
+def revoke_key(directory: Path, name: str) -> None:
+    """Take the key `name` off the allow-list, and delete its file here, which is of no use any more.
+
+    Raises KeyFileError when there is no such key.
+    """
+    path, public_path = _paths(directory, name)
+    if not public_path.exists() and not path.exists():
+        raise KeyFileError(f"there is no key {name} in {directory}")
+    public_path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _paths(directory: Path, name: str) -> tuple[Path, Path]:
+    """Of the key file, and of the file that allows the key."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name) or name == "server":
         raise KeyFileError(
             f"a key's name is made of letters, digits, '.', '_' and '-', and is not server; got {name!r}"
         )
-    path = server.directory / f"{name}.key"
-    if not path.exists():
-        public, secret = generate()
-        # Allowed before it exists: a crash in between must not leave a key that looks revoked.
-        (server.directory / "allowed" / f"{name}.pub").write_text(f'public = "{public.hex()}"\n')
-        _write_secret(path, public=public, secret=secret, server_public=server.public)
-    _check_usable(path, load_client_key(path), server)
-    return path
+    return directory / f"{name}.key", directory / "allowed" / f"{name}.pub"
 
 
 def _check_usable(path: Path, key: ClientKey, server: ServerKeys) -> None:
@@ -100,7 +117,8 @@ def _check_usable(path: Path, key: ClientKey, server: ServerKeys) -> None:
 
 
 def load_client_key(path: Path) -> ClientKey:
-    return ClientKey(**_read_secret(path, ("public", "secret", "server_public")))
+    """Raises KeyFileError when it is missing, damaged, or others can read it."""
+    return ClientKey(**read_secret_keys(path, ("public", "secret", "server_public")))
 
 
 class AllowList:
@@ -108,76 +126,57 @@ class AllowList:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / "allowed"
-        self._seen: list[tuple[str, int, int, int]] = []
+        self._seen: list[tuple[str, int, int, int]] | None = None
         self._names: dict[bytes, str] = {}
+        self._trouble = ""  # why nobody is let in, as it was logged
 
     def __repr__(self) -> str:
         return f"<AllowList {self._directory}, {len(self._names)} keys>"
 
     def name_of(self, public: bytes) -> str | None:
         """Name of an allowed key, None for a stranger's. A file that is damaged allows nobody, and is logged."""
+        return (self.names() or {}).get(public)
+
+    def names(self) -> dict[bytes, str] | None:
+        """The names of all allowed keys; None when that cannot be found out at the moment: then nobody is let in."""
         try:
+            check_directory(self._directory)
             found = self._look()
             if found != self._seen:
-                self._names = self._read([name for name, *_ in found])
-                self._seen = found
-        except OSError as error:
-            logger.warning("nobody is let in until %s can be read: %s", self._directory, error.strerror)
-            self._seen, self._names = [], {}
-        return self._names.get(public)
+                self._names, self._seen = self._read([name for name, *_ in found]), found
+        except FileNotFoundError:
+            self._forget(f"there is no {self._directory}")
+        except (OSError, KeyFileError) as error:
+            self._forget(f"{self._directory} cannot be read: {error}" if isinstance(error, OSError) else str(error))
+            return None
+        else:
+            self._trouble = ""
+        return self._names
+
+    def _forget(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            logger.warning("nobody is let in: %s", trouble)
+        self._trouble, self._seen, self._names = trouble, None, {}
 
     def _look(self) -> list[tuple[str, int, int, int]]:
         """(name, inode, size, time of last change in ns) of every .pub file."""
+        found: list[tuple[str, int, int, int]] = []
         with os.scandir(self._directory) as entries:
-            files = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(".pub")]
-        return sorted((name, file.st_ino, file.st_size, file.st_ctime_ns) for name, file in files)
+            for entry in entries:
+                if entry.name.endswith(".pub"):
+                    with suppress(FileNotFoundError):  # deleted just now
+                        file = entry.stat()
+                        found.append((entry.name, file.st_ino, file.st_size, file.st_ctime_ns))
+        return sorted(found)
 
     def _read(self, file_names: list[str]) -> dict[bytes, str]:
         names: dict[bytes, str] = {}
         for file_name in file_names:
             path = self._directory / file_name
             try:
-                names[_read_keys(path, path.read_bytes(), ("public",))["public"]] = path.stem
+                names[read_public_key(path)] = path.stem
             except KeyFileError as error:
                 logger.warning("a key on the allow-list is skipped: %s", error)
+            except FileNotFoundError:
+                logger.debug("%s was deleted just now", path)
         return names
-
-
-def _write_secret(path: Path, **keys: bytes) -> None:
-    """Readable by the owner alone, and complete before it has its name. Raises FileExistsError if it has one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".new-key-") as file:
-        file.write("".join(f'{name} = "{key.hex()}"\n' for name, key in keys.items()))
-        file.flush()
-        os.fsync(file.fileno())
-        os.link(file.name, path)
-
-
-def _read_secret(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            content = file.read(MAX_KEY_FILE_BYTES + 1)
-    except FileNotFoundError as error:
-        raise KeyFileError(
-            f"there is no key file {path}; the learner writes it into keys/ of its run directory"
-        ) from error
-    except OSError as error:
-        raise KeyFileError(f"the key file {path} cannot be read: {error.strerror}") from error
-    if mode & 0o077:
-        raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
-    return _read_keys(path, content, names)
-
-
-def _read_keys(path: Path, content: bytes, names: tuple[str, ...]) -> dict[str, bytes]:
-    if len(content) > MAX_KEY_FILE_BYTES:
-        raise KeyFileError(f"{path} is not a key file: it has more than {MAX_KEY_FILE_BYTES} bytes")
-    try:
-        values = tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise KeyFileError(f"{path} is not a key file: {error}") from error
-    if sorted(values) != sorted(names):
-        raise KeyFileError(f"{path} must hold {', '.join(names)}; it holds {', '.join(sorted(values)) or 'nothing'}")
-    for name, value in values.items():
-        if not isinstance(value, str) or not _HEX_KEY.fullmatch(value):
-            raise KeyFileError(f"{path}: {name} must be 64 hexadecimal digits")
-    return {name: bytes.fromhex(value) for name, value in values.items()}

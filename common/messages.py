@@ -43,6 +43,7 @@ class Hello(Message, frozen=True, tag="Hello"):
     protocol: Count
     server: Name  # for people: metrics and logs name the server by it
     epoch: Name  # random per process start: a restarted server is another one
+    said_us: Count = 0  # on the server's clock: one that arrives late, over a connection that was cut, is known by it
 
 
 class HeldLease(Message, frozen=True):
@@ -77,7 +78,7 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
 
 
-class TrajectoryHeader(Message, frozen=True):
+class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
     """One trajectory of a group; its tokens are in the payload, see codec.py."""
 
     num_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -90,7 +91,7 @@ class TrajectoryHeader(Message, frozen=True):
     ]
 
 
-class GroupHeader(Message, frozen=True):
+class GroupHeader(Message, frozen=True, gc=False):
     """One group; the payload holds the tokens of its trajectories in the same order."""
 
     lease_id: Id
@@ -206,6 +207,7 @@ class OpenRun(Message, frozen=True, tag="OpenRun"):
     dtype: Name  # of the weights that will be published
     weights_address: Address
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
+    published_version: Version = -1  # the newest that servers may have loaded, when a coordinator is replaced
 
 
 class RunOpened(Message, frozen=True, tag="RunOpened"):
@@ -219,10 +221,15 @@ class TakeBatch(Message, frozen=True, tag="TakeBatch"):
 
 
 class Batch(Message, frozen=True, tag="Batch"):
-    """Groups for the step that updates `version`, in lease order; the payload holds their tokens in the same order."""
+    """Groups for the step that updates `version`, in task order; the payload holds their tokens in the same order.
+
+    The batch is complete when part num_parts - 1 has come; parts come in order, part 0 begins the batch anew.
+    """
 
     version: Version
     groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=1 << 16)]
+    part: Count = 0
+    num_parts: Annotated[int, Meta(ge=1, le=1 << 24)] = 1
 
 
 class StepCompleted(Message, frozen=True, tag="StepCompleted"):
@@ -278,6 +285,8 @@ class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     in_flight_tokens: dict[Count, Count]  # likewise, the part of the age until the group was accepted
     in_queue_tokens: dict[Count, Count]  # likewise, the part from then on
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
+    held_by: Name = ""  # the bound that keeps leases from all servers; empty when none does
+    servers_wait_for: Text = ""  # likewise, for people
 
 
 class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):

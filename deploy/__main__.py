@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.key_files import KeyFileError
 from common.lifecycle import configure_logging, run_until_stopped
+from deploy.key_commands import add_key, list_keys, remove_key
 from deploy.report import show_report
 from deploy.up import RunPlan, up
 from learner.__main__ import parse_learner
@@ -28,11 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="summarise a run: text and picture", description="Summarise a run.")
     report.add_argument("run_dir", type=Path, help="the learner's --run-dir")
 
+    _add_key_commands(commands)
+
     arguments, learner_flags = parser.parse_known_args(argv)
+    if learner_flags and arguments.command != "up":
+        parser.error(f"unrecognized arguments: {' '.join(learner_flags)}")
     if arguments.command == "report":
-        if learner_flags:
-            parser.error(f"unrecognized arguments: {' '.join(learner_flags)}")
         return show_report(arguments.run_dir)
+    if arguments.command == "key":
+        return _key(arguments)
     learner = parse_learner(["--config", str(arguments.config), *learner_flags])
     configure_logging("up")
     plan = RunPlan(
@@ -42,6 +48,38 @@ def main(argv: list[str] | None = None) -> int:
         num_rollout_servers=arguments.rollout_servers,
     )
     return run_until_stopped(lambda: up(plan))
+
+
+def _add_key_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    description = (
+        "Who may connect to a run. Takes effect at once, also while the learner runs: a new key is let in, the "
+        "connections of a revoked one end within two seconds. The same without this command: "
+        "keys/allowed/NAME.pub is put there or deleted."
+    )
+    key = commands.add_parser("key", help="let rollout servers in, or throw them out", description=description)
+    actions = key.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, words in (
+        ("add", "make a key file for one more rollout server"),
+        ("revoke", "take a key off the allow-list and delete its file"),
+        ("list", "names of the keys that are let in"),
+    ):
+        parser = actions.add_parser(action, help=words, description=words)
+        parser.add_argument("run_dir", type=Path, help="the learner's --run-dir")
+        if action != "list":
+            parser.add_argument("name", help="of the key; letters, digits, '.', '_' and '-'")
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    configure_logging("key")
+    try:
+        if arguments.action == "list":
+            list_keys(arguments.run_dir)
+        else:
+            {"add": add_key, "revoke": remove_key}[arguments.action](arguments.run_dir, arguments.name)
+    except KeyFileError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from common.config import parse, write_resolved
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
-from common.lifecycle import DedicatedThread, UserError, configure_logging, run_until_stopped
+from common.lifecycle import DedicatedThread, UserError, configure_logging, leave, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
@@ -41,20 +42,25 @@ examples:
   learner --max-staleness 2                          the demo model and task on this machine; prints how to join
   learner --config run.toml --max-staleness 0        synchronous PPO
   learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
+  learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
   learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
 
 A run directory that holds a checkpoint is resumed from it.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> NoReturn:
     config = parse_learner(sys.argv[1:] if argv is None else argv)
     configure_logging("learner")
-    return run_until_stopped(lambda: learn(config))
+    leave(run_until_stopped(lambda: learn(config)))
 
 
 def parse_learner(argv: list[str]) -> LearnerConfig:
     return parse(LearnerConfig, argv, program="learner", table="learner", known_tables=KNOWN_TABLES, epilog=EXAMPLES)
+
+
+EngineOpener = Callable[[TrainSettings, Checkpoint | None], TrainEngine]
+"""Opens the engine that trains, at the checkpoint if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,9 @@ class Learner:
     tasks: asyncio.TaskGroup
 
 
-async def learn(config: LearnerConfig) -> int:
-    async with open_learner(config) as learner:
+async def learn(config: LearnerConfig, *, open_engine: EngineOpener | None = None) -> int:
+    """Train to the end; open_engine: what trains, in place of DeepSpeed."""
+    async with open_learner(config, open_engine or open_default_engine) as learner:
         await open_run(learner)
         await train(learner)
         path = learner.run.huggingface / f"step-{learner.engine.version:06d}"
@@ -87,7 +94,7 @@ async def learn(config: LearnerConfig) -> int:
 
 
 @asynccontextmanager
-async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
+async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> AsyncIterator[Learner]:
     """Everything that has to be there before the first batch; closed in reverse order, whatever happens."""
     async with AsyncExitStack() as stack:
         run = stack.enter_context(open_run_directory(config.run_dir.absolute()))
@@ -111,9 +118,12 @@ async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
             )
         )
         coordinator = CoordinatorClient(coordinator_settings(config, settings, run, keys), run.private)
+        # A group of its own around the others: what is saved at the end needs the coordinator, whatever ended the rest.
+        outer = await stack.enter_async_context(asyncio.TaskGroup())
+        supervising = outer.create_task(coordinator.supervise())
+        stack.callback(supervising.cancel)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
-            tasks.create_task(coordinator.supervise()),
             tasks.create_task(publisher.watch()),
             tasks.create_task(announce_versions(publisher, coordinator)),
         ]
@@ -125,7 +135,7 @@ async def open_learner(config: LearnerConfig) -> AsyncIterator[Learner]:
             task.cancel()
 
 
-def open_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
+def open_default_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
     from learner.deepspeed_engine import open_deepspeed_engine  # takes seconds to import, and --help needs none of it
 
     engine = open_deepspeed_engine(settings)
@@ -235,4 +245,4 @@ async def refresh(display: ProgressDisplay) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

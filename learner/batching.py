@@ -24,12 +24,18 @@ def build_batch(groups: Sequence[Group], *, version: int, max_staleness: int, mi
         _pad([trajectories[index] for index in indexes], indexes, version=version, max_staleness=max_staleness)
         for indexes in _cut(order, trajectories, micro_batch_tokens)
     ]
+    loss_tokens_N = torch.zeros(len(trajectories), dtype=torch.int64)
+    for micro_batch in micro_batches:
+        loss_tokens_N[micro_batch.trajectory_index_B] = micro_batch.loss_mask_BT.sum(dim=1)
     over_stale = [_is_over_stale(trajectory, version, max_staleness) for trajectory in trajectories]
     return TrainBatch(
         micro_batches=micro_batches,
         rewards_N=torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32),
+        lengths_N=torch.tensor([int(trajectory.loss_mask.sum()) for trajectory in trajectories], dtype=torch.int64),
+        terminated_N=torch.tensor([t.finish_reason is FinishReason.TERMINATED for t in trajectories]),
         group_index_N=torch.tensor(group_index, dtype=torch.int64),
-        num_loss_tokens=sum(int(micro_batch.loss_mask_BT.sum()) for micro_batch in micro_batches),
+        loss_tokens_N=loss_tokens_N,
+        num_loss_tokens=int(loss_tokens_N.sum()),
         num_over_stale_tokens=sum(int(is_over_T.sum()) for is_over_T in over_stale),
     )
 
@@ -69,7 +75,5 @@ def _pad(trajectories: Sequence[Trajectory], indexes: Sequence[int], *, version:
         loss_mask_BT=loss_mask_BT,
         behavior_logprobs_BT=stack("behavior_logprobs", 0.0, torch.float32),
         staleness_BT=staleness_BT,
-        rewards_B=torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32),
-        terminated_B=torch.tensor([t.finish_reason is FinishReason.TERMINATED for t in trajectories]),
         trajectory_index_B=torch.tensor(indexes, dtype=torch.int64),
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from common.config import option
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
+from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
@@ -59,10 +60,54 @@ class LearnerConfig:
     # The algorithm
     loss: str = option("decoupled_ppo", help="policy loss; an unknown name is answered with the known ones")
     loss_setting: dict[str, float] = option(dict, help="a setting of the loss, e.g. clip_ratio=0.1; may be repeated")
-    advantage: str = option("grpo", help="advantages: grpo (relative to the group) or gae (with a critic)")
+    advantage: str = option(
+        "grpo",
+        help="advantages: grpo, dr_grpo, rloo, reinforce_plus_plus_baseline (all relative to the group), "
+        "reinforce_plus_plus (relative to the batch), reinforce (plain returns) or gae (with a critic)",
+    )
     advantage_setting: dict[str, float] = option(
         dict, help="a setting of the advantages, e.g. gae_lambda=0.95; may be repeated"
     )
+
+    # Near a reference
+    kl_coefficient: float = option(
+        0.0, help="cost of one nat of distance per token from the reference model; 0: none, and no reference is loaded"
+    )
+    kl_in: Literal["loss", "reward"] = option(
+        "loss",
+        help="where that cost goes: loss (as in GRPO), or reward (as in RLHF; the policy makes one more forward pass)",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = option(
+        None, help="of the distance at a token; default: k1 in the reward, k3 in the loss; k1 belongs in the reward"
+    )
+    kl_target: float | None = option(
+        None,
+        help="nats per trajectory, e.g. 6: the coefficient starts at kl_coefficient and adapts to stay there; "
+        "default: it stays as it is",
+    )
+    reference_model: str | None = option(
+        None, help="what the policy is held near; with kl_coefficient 0 only measured against; default: model"
+    )
+    reference_offload: bool = option(False, help="keep the reference in host memory between its passes")
+
+    # Rewards, in the order in which they are changed
+    overlong_buffer: int = option(
+        0, help="tokens before overlong_length in which a penalty for length grows from 0 (DAPO); 0: no penalty"
+    )
+    overlong_length: int | None = option(
+        None, help="sampled tokens at which that penalty is complete; default: max_new_tokens"
+    )
+    overlong_penalty: float = option(1.0, help="the complete penalty, taken from the reward")
+    reward_normalization: Literal["none", "batch", "running"] = option(
+        "none", help="mean 0 and standard deviation 1, over each batch or over all rewards so far"
+    )
+    reward_clip: float | None = option(None, help="rewards are clipped to plus and minus this; default: not")
+    drop_equal_groups: bool = option(
+        False, help="groups of equal rewards, which have no gradient, do not count among the tokens either (DAPO)"
+    )
+    drop_truncated: bool = option(False, help="truncated trajectories are compared with but not trained on (DAPO)")
+
+    # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
     critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
@@ -112,8 +157,12 @@ class LearnerConfig:
                 f"temperature must be finite and > 0, got {self.temperature}; a greedy policy explores nothing"
             )
         self._check_numbers()
-        if self.advantage == "grpo" and self.group_size == 1:
-            raise ValueError("group_size 1 leaves grpo nothing to compare with; use at least 2, or --advantage gae")
+        if self.advantage in GROUP_RELATIVE and self.group_size == 1:
+            raise ValueError(
+                f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
+            )
+        self.reward_settings.check_advantage(self.advantage)
+        self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
@@ -156,6 +205,32 @@ class LearnerConfig:
                 f"queue_bytes {self.queue_bytes} can never hold a batch: {self.groups_per_step} groups of up to "
                 f"{self.max_group_bytes} bytes; raise it to {batch_bytes}, or lower max_new_tokens or group_size"
             )
+
+    @property
+    def reward_settings(self) -> RewardSettings:
+        length = self.overlong_length
+        if length is None and self.overlong_buffer > 0:
+            length = self.max_new_tokens
+        return RewardSettings(
+            overlong_buffer=self.overlong_buffer,
+            overlong_length=length,
+            overlong_penalty=self.overlong_penalty,
+            normalization=self.reward_normalization,
+            clip=self.reward_clip,
+            drop_equal_groups=self.drop_equal_groups,
+            drop_truncated=self.drop_truncated,
+        )
+
+    def kl_settings(self, model: str) -> KlSettings:
+        """For a run that trains `model`."""
+        return KlSettings(
+            coefficient=self.kl_coefficient,
+            place=self.kl_in,
+            estimator=self.kl_estimator,
+            target=self.kl_target,
+            reference_model=self.reference_model or (model if self.kl_coefficient else None),
+            reference_offload=self.reference_offload,
+        )
 
     @property
     def queue_capacity(self) -> int:

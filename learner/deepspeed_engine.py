@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.lifecycle import UserError
 from learner.networks import load_critic, load_policy
 from learner.ppo_engine import PpoEngine
+from learner.reference import open_reference
 from learner.training import TrainSettings
 
 TAG = "state"
@@ -33,6 +34,10 @@ class DeepSpeedNetwork:
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         output = self._engine(*(tensor.to(self._engine.device) for tensor in inputs))
@@ -80,10 +85,12 @@ def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch
+        trained_policy = DeepSpeedNetwork(policy, settings)
         return PpoEngine(
             settings,
-            DeepSpeedNetwork(policy, settings),
+            trained_policy,
             DeepSpeedNetwork(critic, settings) if critic is not None else None,
+            open_reference(settings, trained_policy.device),
         )
 
 

@@ -19,7 +19,14 @@ class StepLog:
 
     def step_completed(self, version: int, groups: tuple[Group, ...], result: StepResult) -> None:
         histogram = staleness_histogram(groups, version - 1)
-        self._events.emit("step", step=version, staleness_histogram=histogram, **result.metrics)
+        self._events.emit(
+            "step",
+            step=version,
+            leases=[group.lease_id for group in groups],
+            tasks=[group.task_id for group in groups],
+            staleness_histogram=histogram,
+            **result.metrics,
+        )
         for tracker in self._trackers:
             tracker.log(version, result.metrics)
 

@@ -56,6 +56,8 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         loss_settings=config.loss_setting,
         advantage=config.advantage,
         advantage_settings=config.advantage_setting,
+        rewards=config.reward_settings,
+        kl=config.kl_settings(model),
         seed=config.seed,
     )
 

@@ -1,8 +1,6 @@
 """PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +10,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from learner.algorithms import build_advantages, build_loss, value_loss
+from learner.algorithms.kl import kl_metrics
+from learner.gradient_watch import GradientWatch
+from learner.kl_control import KlControl
 from learner.networks import CriticNetwork, PolicyNetwork
+from learner.opinions import ask_networks
+from learner.reference import ReferencePolicy
+from learner.reward_shaping import RewardShaper
+from learner.targets import Targets, build_targets
 from learner.training import MicroBatch, StepResult, TrainBatch, TrainSettings
 
 
@@ -39,42 +44,24 @@ class Trainable(Protocol):
     def load(self, directory: Path) -> None: ...
 
 
-class GradientWatch:
-    """Sees every gradient as it is computed, before an engine reduces, partitions or clips it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._bad: set[str] = set()
-        for name, parameter in module.named_parameters():
-            parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
-
-    def _look(self, name: str, gradient: Tensor) -> None:
-        if not torch.isfinite(gradient.sum()):
-            self._bad.add(name)
-
-    def take_complaint(self) -> str | None:
-        """What was not finite since the last call, for people."""
-        bad, self._bad = sorted(self._bad), set()
-        return f"the gradient of {bad[0]} and {len(bad) - 1} more tensors is not finite" if bad else None
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What a micro-batch is trained towards."""
-
-    advantages_BT: Tensor
-    old_values_BT: Tensor | None = None
-    returns_BT: Tensor | None = None
-
-
 class PpoEngine:
-    """A TrainEngine. `critic` is given exactly when the advantages are GAE."""
+    """A TrainEngine. `critic` is given exactly when the advantages are GAE, `reference` when the settings name one."""
 
-    def __init__(self, settings: TrainSettings, policy: Trainable, critic: Trainable | None) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        policy: Trainable,
+        critic: Trainable | None,
+        reference: ReferencePolicy | None = None,
+    ) -> None:
         assert isinstance(policy.module, PolicyNetwork)
         assert critic is None or isinstance(critic.module, CriticNetwork)
         self._settings = settings
         self._policy = policy
         self._critic = critic
+        self._reference = reference
+        self._shaper = RewardShaper(settings.rewards)
+        self._kl = KlControl(settings.kl)
         self._model = policy.module.model
         self._loss = build_loss(settings.loss, settings.loss_settings)
         self._advantages = build_advantages(settings.advantage, settings.advantage_settings)
@@ -96,9 +83,18 @@ class PpoEngine:
         metrics = _batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
+        batch, shaping_metrics = self._shaper.shape(batch)
+        opinions = ask_networks(
+            batch,
+            policy=self._policy.forward,
+            critic=self._critic.forward if self._critic is not None else None,
+            reference=self._reference,
+            kl=self._kl,
+        )
+        targets, target_metrics = build_targets(batch, opinions, self._advantages)
+        metrics |= shaping_metrics | target_metrics
         sums: dict[str, float] = {}
         last = len(batch.micro_batches) - 1
-        targets = self._targets(batch)
         for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
             partial = self._accumulate(micro_batch, target, batch.num_loss_tokens, is_last=index == last)
             for name, value in partial.items():
@@ -108,27 +104,10 @@ class PpoEngine:
         for watch in self._watches:
             if (complaint := watch.take_complaint()) is not None:
                 return StepResult(metrics=metrics, refusal=complaint)
+        metrics |= self._observe_kl(sums, batch)
         metrics |= _means(sums, batch.num_loss_tokens)
         metrics |= self._update()
         return StepResult(metrics=metrics)
-
-    def _targets(self, batch: TrainBatch) -> list[Targets]:
-        if self._critic is None:
-            advantages_N = self._advantages(batch.rewards_N, batch.group_index_N)
-            return [
-                Targets(advantages_N[micro.trajectory_index_B].unsqueeze(1) * micro.loss_mask_BT)
-                for micro in batch.micro_batches
-            ]
-        targets: list[Targets] = []
-        for micro in batch.micro_batches:
-            with torch.no_grad():
-                [values_BT] = self._critic.forward(micro.token_ids_BT, micro.attention_mask_BT)
-            values_BT = values_BT.cpu()
-            advantages_BT, returns_BT = self._advantages(
-                values_BT, micro.rewards_B, micro.loss_mask_BT, micro.terminated_B
-            )
-            targets.append(Targets(advantages_BT, values_BT, returns_BT))
-        return _whiten(targets, batch.micro_batches)
 
     def _accumulate(
         self, micro: MicroBatch, target: Targets, num_loss_tokens: int, *, is_last: bool
@@ -145,13 +124,37 @@ class PpoEngine:
             micro.loss_mask_BT.to(device),
             num_loss_tokens=num_loss_tokens,
         )
-        sums = {**output.metrics, "loss": float(output.loss.detach()), "entropy": float(entropy_BT.sum())}
+        loss, kl_sums = self._held_near_reference(output.loss, logprobs_BT, micro, target, num_loss_tokens)
+        sums = {**output.metrics, **kl_sums, "loss": float(loss.detach()), "entropy": float(entropy_BT.sum())}
         sums |= _mismatch(logprobs_BT.detach().cpu(), micro)
         if math.isfinite(sums["loss"]):
-            self._policy.backward(output.loss, is_last=is_last)
+            self._policy.backward(loss, is_last=is_last)
         if self._critic is not None:
             sums |= self._accumulate_critic(micro, target, num_loss_tokens, is_last=is_last)
         return sums
+
+    def _held_near_reference(
+        self, loss: Tensor, logprobs_BT: Tensor, micro: MicroBatch, target: Targets, num_loss_tokens: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(loss with the cost of the distance to the reference, if that is where it goes; metrics)."""
+        if target.reference_logprobs_BT is None:
+            return loss, {}
+        reference_logprobs_BT = target.reference_logprobs_BT.to(logprobs_BT.device)
+        loss_mask_BT = micro.loss_mask_BT.to(logprobs_BT.device)
+        sums = kl_metrics(logprobs_BT.detach(), reference_logprobs_BT, loss_mask_BT)
+        if not self._kl.is_in_loss:
+            return loss, sums
+        cost = self._kl.loss(logprobs_BT, reference_logprobs_BT, loss_mask_BT, num_loss_tokens=num_loss_tokens)
+        return loss + cost.loss, sums | cost.metrics
+
+    def _observe_kl(self, sums: dict[str, float], batch: TrainBatch) -> dict[str, float]:
+        """Called for a step that will be taken: from the next one on, the coefficient is another."""
+        if self._reference is None:
+            return {}
+        coefficient = self._kl.coefficient
+        per_trajectory = sums["reference_kl_k1"] / max(int((batch.loss_tokens_N > 0).sum()), 1)
+        self._kl.adapt(per_trajectory)
+        return {"kl_coefficient": coefficient, "reference_kl_per_trajectory": per_trajectory}
 
     def _accumulate_critic(
         self, micro: MicroBatch, target: Targets, num_loss_tokens: int, *, is_last: bool
@@ -179,6 +182,7 @@ class PpoEngine:
         metrics = {"learning_rate": learning_rate, "grad_norm": self._policy.step(learning_rate)}
         if self._critic is not None:
             metrics["critic_grad_norm"] = self._critic.step(self._settings.critic_learning_rate * scale)
+        self._shaper.keep()
         self._version += 1
         return metrics
 
@@ -190,6 +194,7 @@ class PpoEngine:
         if self._critic is not None:
             self._critic.save(directory / "critic")
         state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
+        state |= self._shaper.state() | self._kl.state()
         save_file(state, directory / "engine.safetensors")
 
     def load(self, directory: Path) -> None:
@@ -199,6 +204,8 @@ class PpoEngine:
         state = load_file(directory / "engine.safetensors")
         self._version = int(state["version"])
         torch.set_rng_state(state["rng"])
+        self._shaper.restore(state)
+        self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
         self._model.save_pretrained(directory)
@@ -215,21 +222,6 @@ def learning_rate_scale(version: int, settings: TrainSettings) -> float:
     if settings.lr_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     return 1.0
-
-
-def _whiten(targets: Sequence[Targets], micro_batches: Sequence[MicroBatch]) -> list[Targets]:
-    """Advantages of the whole batch with mean 0 and standard deviation 1 over the loss tokens."""
-    pairs = list(zip(targets, micro_batches, strict=True))
-    all_N = torch.cat([target.advantages_BT[micro.loss_mask_BT] for target, micro in pairs])
-    mean, std = all_N.mean(), all_N.std(unbiased=False)
-    return [
-        Targets(
-            torch.where(micro.loss_mask_BT, (target.advantages_BT - mean) / (std + 1e-6), 0.0),
-            target.old_values_BT,
-            target.returns_BT,
-        )
-        for target, micro in pairs
-    ]
 
 
 def _mismatch(logprobs_BT: Tensor, micro: MicroBatch) -> dict[str, float]:

@@ -11,13 +11,14 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from common import messages
 from common.codec import Decoder, ProtocolError, encode
 from common.keys import load_server_keys
-from common.lifecycle import DedicatedThread, configure_logging, die_with_parent, run_until_stopped
+from common.lifecycle import DedicatedThread, configure_logging, die_with_parent, leave, run_until_stopped
 from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
 from common.wire import Dealer, Incoming, Router, open_dealer, open_router
 from learner.snapshot_shelf import SnapshotShelf
@@ -140,12 +141,12 @@ async def serve(settings: SnapshotServerSettings) -> int:
     return 0
 
 
-def main() -> int:
+def main() -> NoReturn:
     settings = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SnapshotServerSettings)
     die_with_parent(settings.parent_pid)
     configure_logging("snapshots")
-    return run_until_stopped(lambda: serve(settings))
+    leave(run_until_stopped(lambda: serve(settings)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

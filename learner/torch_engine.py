@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from learner.networks import load_critic, load_policy
 from learner.ppo_engine import PpoEngine
+from learner.reference import open_reference
 from learner.training import TrainSettings
 
 
@@ -62,4 +63,5 @@ def open_torch_engine(settings: TrainSettings) -> PpoEngine:
         settings,
         TorchNetwork(policy, settings),
         TorchNetwork(critic, settings) if critic is not None else None,
+        open_reference(settings, torch.device("cpu")),
     )

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from learner.reward_settings import KlSettings, RewardSettings
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
@@ -31,13 +33,16 @@ class TrainSettings:
     loss_settings: Mapping[str, float] = field(default_factory=dict)
     advantage: str = "grpo"
     advantage_settings: Mapping[str, float] = field(default_factory=dict)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
+    kl: KlSettings = field(default_factory=KlSettings)
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.critic_model is not None) != (self.advantage == "gae"):
             raise ValueError(
-                f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, grpo none"
+                f"advantage {self.advantage} and critic_model {self.critic_model}: gae needs one, the others none"
             )
+        self.rewards.check_advantage(self.advantage)
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
@@ -53,8 +58,6 @@ class MicroBatch:
     loss_mask_BT: Tensor  # bool; True on tokens that contribute to the gradient
     behavior_logprobs_BT: Tensor  # float32
     staleness_BT: Tensor  # int32; optimizer steps
-    rewards_B: Tensor  # float32
-    terminated_B: Tensor  # bool
     trajectory_index_B: Tensor  # int64; place in the batch
 
 
@@ -64,8 +67,11 @@ class TrainBatch:
 
     micro_batches: Sequence[MicroBatch]
     rewards_N: Tensor  # float32
+    lengths_N: Tensor  # int64; sampled tokens
+    terminated_N: Tensor  # bool; False: truncated
     group_index_N: Tensor  # int64
-    num_loss_tokens: int
+    loss_tokens_N: Tensor  # int64; of each trajectory, tokens that contribute to the gradient
+    num_loss_tokens: int  # their sum, which losses are divided by
     num_over_stale_tokens: int  # sampled, but too old to contribute: masked
 
 

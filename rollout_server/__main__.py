@@ -5,14 +5,16 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import NoReturn
 
 from common import messages
 from common.config import parse
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import load_client_key
-from common.lifecycle import UserError, configure_logging, run_until_stopped
+from common.lifecycle import UserError, configure_logging, leave, run_until_stopped
 from common.metrics import start_metrics_server
 from common.wire import open_dealer
 from rollout_server.busy import MeteredEngine
@@ -21,7 +23,7 @@ from rollout_server.environments import environment_at
 from rollout_server.environments.environment import Environment, EnvironmentSettings
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.inference import InferenceEngine
-from rollout_server.server import RolloutServer, join
+from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
@@ -41,20 +43,29 @@ The learner prints the exact command. Weights come from the learner; this node n
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    config = parse(
+EngineOpener = Callable[[str, messages.Welcome, RolloutServerConfig], AbstractAsyncContextManager[InferenceEngine]]
+"""Opens the engine that samples: from the model's place on this node, what the learner said, and the configuration."""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    config = parse_rollout_server(sys.argv[1:] if argv is None else argv)
+    configure_logging("rollout-server")
+    leave(run_until_stopped(lambda: serve(config)))
+
+
+def parse_rollout_server(argv: list[str]) -> RolloutServerConfig:
+    return parse(
         RolloutServerConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         program="rollout-server",
         table="rollout_server",
         known_tables=KNOWN_TABLES,
         epilog=EXAMPLES,
     )
-    configure_logging("rollout-server")
-    return run_until_stopped(lambda: serve(config))
 
 
-async def serve(config: RolloutServerConfig) -> int:
+async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None = None) -> int:
+    """Sample until the run is finished; open_engine: what samples, in place of vLLM."""
     name = config.name or f"{socket.gethostname()}-{os.getpid()}"
     key = load_client_key(config.key) if config.key is not None else None
     hello = messages.Hello(protocol=messages.PROTOCOL_VERSION, server=name, epoch=secrets.token_hex(8))
@@ -62,13 +73,17 @@ async def serve(config: RolloutServerConfig) -> int:
         events = EventLog(config.run_dir / f"events-{name}.jsonl", "rollout_server")
         stack.callback(events.close)
         dealer = await stack.enter_async_context(open_dealer(config.learner, key=key, max_frame_bytes=MAX_FRAME_BYTES))
-        welcome = await join(dealer, hello)
+        try:
+            welcome = await join(dealer, hello)
+        except RunFinishedError as finished:
+            logger.info("%s", finished)
+            return 0
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
         environment = await stack.enter_async_context(environment_of(welcome, config))
-        logger.info("starting vLLM for %s", model)
-        vllm = await stack.enter_async_context(open_engine(model, welcome, config))
-        engine = MeteredEngine(vllm, events)
+        logger.info("starting the engine for %s", model)
+        opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
+        engine = MeteredEngine(opened, events)
         receiver = WeightReceiver(engine, events)
         stack.callback(receiver.close)
         server = RolloutServer(
@@ -118,7 +133,7 @@ def environment_of(welcome: messages.Welcome, config: RolloutServerConfig) -> En
         raise UserError(str(error)) from error
 
 
-def open_engine(
+def open_default_engine(
     model: str, welcome: messages.Welcome, config: RolloutServerConfig
 ) -> AbstractAsyncContextManager[InferenceEngine]:
     kv_cache_bytes = int(config.kv_cache_gib * (1 << 30)) if config.kv_cache_gib is not None else None
@@ -156,4 +171,4 @@ def episode_runner(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

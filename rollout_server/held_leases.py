@@ -32,6 +32,11 @@ class HeldLeases:
         )
         self._working[lease.lease_id] = work
 
+    def task_of(self, lease_id: int) -> int | None:
+        """None for a lease that is not held."""
+        held = self._proofs.get(lease_id)
+        return held.task_id if held is not None else None
+
     def finished(self, lease_id: int, frames: Frames, now_s: float) -> None:
         """The group is being sent, and kept until it is acknowledged."""
         self._working.pop(lease_id, None)

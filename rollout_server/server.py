@@ -39,10 +39,13 @@ class RunFinishedError(Exception):
 
 
 async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
-    """Introduce this server until the learner answers. Raises UserError when it does not want us."""
+    """Introduce this server until the learner answers.
+
+    Raises UserError when it does not want us, RunFinishedError when it needs nobody any more.
+    """
     said_s = time.monotonic()
     while True:
-        dealer.try_send(encode(hello))
+        dealer.try_send(encode(said_now(hello)))
         with suppress(TimeoutError):
             async with asyncio.timeout(HELLO_INTERVAL_S):
                 message = receive_message(await dealer.receive())
@@ -50,9 +53,15 @@ async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
                     return message
                 if isinstance(message, messages.Refused) and not message.retry:
                     raise UserError(f"the learner refuses this rollout server: {message.reason}")
+                if isinstance(message, messages.Finished):
+                    raise RunFinishedError(f"the run is finished: {message.reason}")
         if time.monotonic() - said_s > SAY_IT_EVERY_S:
             said_s = time.monotonic()
             logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)
+
+
+def said_now(hello: messages.Hello) -> messages.Hello:
+    return msgspec.structs.replace(hello, said_us=time.monotonic_ns() // 1000)
 
 
 def receive_message(frames: list[bytes | memoryview]) -> messages.Message | None:
@@ -179,7 +188,11 @@ class RolloutServer:
         match message:
             case messages.Lease() if message.lease_id not in self._leases:
                 self._leases.begin(message, self._tasks.create_task(self._work(message)))
-            case messages.LeaseCancelled(lease_id=lease_id) | messages.GroupAccepted(lease_id=lease_id):
+            case messages.LeaseCancelled(lease_id=lease_id):
+                self._leases.drop(lease_id)
+            case messages.GroupAccepted(lease_id=lease_id):
+                task_id = self._leases.task_of(lease_id)
+                self._events.emit("group_acknowledged", run=self._run_id, lease=lease_id, task=task_id)
                 self._leases.drop(lease_id)
             case messages.GroupRefused(lease_id=lease_id, reason=reason):
                 logger.warning("the learner refused group %d: %s", lease_id, reason)
@@ -198,14 +211,17 @@ class RolloutServer:
         self._session = welcome.session
         self._is_greeting_again = False
         await self._say_ready()
+        await self._say_alive()  # it has to know what is loaded before it hears of tokens sampled with that
         self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=0.0)
 
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:
             raise UserError(f"the learner refuses this rollout server: {refused.reason}")
-        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps.
+        # The connection was cut, and whatever was said on the new one before Hello was not heard: Ready perhaps,
+        # or what is loaded.
         self._is_greeting_again = True
-        self._dealer.try_send(encode(self._hello))
+        self._confirmed_version = NO_VERSION
+        self._dealer.try_send(encode(said_now(self._hello)))
 
     async def _work(self, lease: messages.Lease) -> None:
         try:
@@ -228,9 +244,12 @@ class RolloutServer:
         newest_version = max(int(trajectory.token_versions.max()) for trajectory in group.trajectories)
         if newest_version > self._confirmed_version:
             await self._receiver.wait_for_version(newest_version)
-            heartbeat = self._describe()
-            await self._dealer.send(encode(heartbeat))
-            self._confirmed_version = heartbeat.loaded_version
+            await self._say_alive()
+
+    async def _say_alive(self) -> None:
+        heartbeat = self._describe()
+        await self._dealer.send(encode(heartbeat))
+        self._confirmed_version = heartbeat.loaded_version
 
     async def _heartbeat(self) -> None:
         said_s = time.monotonic()

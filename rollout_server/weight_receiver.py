@@ -178,6 +178,8 @@ class WeightReceiver:
             raise SnapshotError(f"snapshot {manifest.version} is of run {manifest.run_id}, not of {self._run_id}")
         if manifest.version <= self.loaded_version:
             raise SnapshotError(f"asked for a version after {self.loaded_version}, was given {manifest.version}")
+        if manifest.version > self.published_version:  # the coordinator would not believe in tokens sampled with it
+            raise SnapshotError(f"snapshot {manifest.version} is not announced yet, {self.published_version} is")
 
     async def _receive(self, dealer: Dealer, what: str) -> tuple[messages.Message, memoryview] | None:
         try:

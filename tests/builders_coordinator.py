@@ -123,8 +123,8 @@ def an_open_run(**overrides: object) -> OpenRun:
     return OpenRun(**(values | overrides))  # type: ignore[arg-type]
 
 
-def a_hello(server: str = "a", *, epoch: str = "epoch-1", protocol: int = PROTOCOL_VERSION) -> Hello:
-    return Hello(protocol=protocol, server=server, epoch=epoch)
+def a_hello(server: str = "a", *, epoch: str = "epoch-1", protocol: int = PROTOCOL_VERSION, said_us: int = 0) -> Hello:
+    return Hello(protocol=protocol, server=server, epoch=epoch, said_us=said_us)
 
 
 def a_ready(**overrides: object) -> Ready:

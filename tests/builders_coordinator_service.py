@@ -50,6 +50,14 @@ class Party:
     async def expect(self, kind):
         return (await self.hear(kind))[0]
 
+    async def everything_until(self, kind):
+        """All messages up to the next one of this kind."""
+        heard = []
+        async with asyncio.timeout(PATIENCE_S):
+            while not heard or not isinstance(heard[-1], kind):
+                heard.append(self._decoder.decode(await self._dealer.receive())[0])
+        return heard
+
     async def ask(self, message, kind):
         await self.say(message)
         return await self.expect(kind)

@@ -1,6 +1,7 @@
 """Builders for the learner's tests: valid by default, every value can be overridden."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.batching import build_batch
-from learner.training import MicroBatch, StepResult, TrainBatch, TrainEngine, TrainSettings
+from learner.ppo_engine import PpoEngine
+from learner.training import StepResult, TrainBatch, TrainEngine, TrainSettings
 from tests.models import VOCAB_SIZE
 
 MAX_STALENESS = 2
@@ -100,6 +102,20 @@ def train(engine: TrainEngine, *, steps: int, micro_batch_tokens: int = 40) -> l
     return results
 
 
+def gradients_of_one_step(engine: PpoEngine, batch: TrainBatch) -> dict[str, torch.Tensor]:
+    """As the optimizer gets them; Adam's first step would hide their size and blow up their rounding errors."""
+    gradients: dict[str, torch.Tensor] = {}
+    for index, network in enumerate(engine._networks()):
+
+        def catch(optimizer, *_, index=index, module=network.module) -> None:
+            for name, parameter in module.named_parameters():
+                gradients[f"{index} {name}"] = parameter.grad.clone()
+
+        network._optimizer.register_step_pre_hook(catch)
+    assert engine.step(batch).refusal is None
+    return gradients
+
+
 def weights_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in engine.snapshot_tensors()}
 
@@ -110,20 +126,16 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def with_nan(batch: TrainBatch, name: str) -> TrainBatch:
-    """The batch with one nan in field `name` of its last micro-batch, at a token that is trained on."""
+    """The batch with one nan: in its last trajectory's reward, or in field `name` of its last micro-batch.
+
+    There it stands at a token that is trained on.
+    """
+    if name == "rewards_N":
+        rewards_N = batch.rewards_N.clone()
+        rewards_N[-1] = float("nan")
+        return replace(batch, rewards_N=rewards_N)
     *others, last = batch.micro_batches
-    values = {field: getattr(last, field) for field in MicroBatch.__slots__}
-    tensor = values[name].clone()
-    if tensor.dim() == 2:
-        row, token = last.loss_mask_BT.nonzero()[0].tolist()
-        tensor[row, token] = float("nan")
-    else:
-        tensor[0] = float("nan")
-    poisoned = MicroBatch(**(values | {name: tensor}))
-    return TrainBatch(
-        micro_batches=[*others, poisoned],
-        rewards_N=batch.rewards_N,
-        group_index_N=batch.group_index_N,
-        num_loss_tokens=batch.num_loss_tokens,
-        num_over_stale_tokens=batch.num_over_stale_tokens,
-    )
+    tensor_BT = getattr(last, name).clone()
+    row, token = last.loss_mask_BT.nonzero()[0].tolist()
+    tensor_BT[row, token] = float("nan")
+    return replace(batch, micro_batches=[*others, replace(last, **{name: tensor_BT})])

@@ -16,7 +16,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 MAX_FUNCTION_LINES = 50
 DOORS = {
-    "zmq": {"common/wire/doorkeeper.py", "common/wire/opening.py", "common/wire/sockets.py"},
+    "zmq": {f"common/wire/{name}.py" for name in ("lifeline", "opening", "options", "sockets", "watch")},
     "vllm": {"rollout_server/vllm_engine.py", "rollout_server/vllm_start.py", "rollout_server/vllm_worker.py"},
     "deepspeed": {"learner/deepspeed_engine.py"},
 }

@@ -9,7 +9,8 @@ shows any of it. With keys only those on the allow-list can send one; a memory l
 """
 
 from common.wire.addresses import WireError, is_local
-from common.wire.opening import curve_keypair, open_dealer, open_router
+from common.wire.opening import open_dealer, open_router
+from common.wire.options import curve_keypair
 from common.wire.sockets import Dealer, Incoming, Peer, Router, SendResult
 
 __all__ = [

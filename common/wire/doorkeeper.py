@@ -1,19 +1,12 @@
 """Who may connect: answers ZeroMQ's question about each new connection (ZeroMQ RFC 27, ZAP) from the allow-list."""
 
 import logging
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import zmq
-
 from common.keys import AllowList
+from common.wire.refusals import Reason, Refusals
 
 logger = logging.getLogger(__name__)
-
-ZAP_DOMAIN = b"countercurrent"
-REFUSAL_LOG_S = 10.0
 
 _LET_IN = b"200"
 # "Temporarily": the connection is closed without a word, and the peer tries again, until its key is allowed perhaps.
@@ -24,38 +17,37 @@ _REFUSED = b"300"
 class Doorkeeper:
     """The decision about one connection after the other. The name a peer gets here is its proven public key, in hex."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, refusals: Refusals) -> None:
         self._allowed = AllowList(directory)
-        self._refused = 0  # since they were last logged
-        self._logged_s = -REFUSAL_LOG_S
+        self._refusals = refusals
+        self._let_in: dict[str, str] = {}  # keys of connections that may still be there, by their names
+        self._missing: frozenset[str] = frozenset()  # not on the allow-list when it was last looked at
+        self.revoked: frozenset[str] = frozenset()  # keys that were let in and may not be here any more
 
     def answer(self, request: list[bytes]) -> list[bytes]:
-        version, request_id, _domain, _address, _routing_id, mechanism, *credentials = request
-        if mechanism == b"CURVE" and self._allowed.name_of(credentials[0]) is not None:
-            return [version, request_id, _LET_IN, b"OK", credentials[0].hex().encode(), b""]
-        self._refused += 1
-        if time.monotonic() - self._logged_s >= REFUSAL_LOG_S:
-            self._log(credentials[0].hex()[:8] if mechanism == b"CURVE" else "none")
+        """The reply to a request for one connection."""
+        version, request_id, _domain, address, _routing_id, mechanism, *credentials = request
+        name = self._allowed.name_of(credentials[0]) if mechanism == b"CURVE" else None
+        if name is not None:
+            key = credentials[0].hex()
+            self._let_in[key] = name
+            self._missing -= {key}
+            self.revoked -= {key}
+            return [version, request_id, _LET_IN, b"OK", key.encode(), b""]
+        key = credentials[0].hex()[:8] if mechanism == b"CURVE" else "none"
+        self._refusals.note(Reason.STRANGER, f"from {address.decode()} with key {key}; {self._allowed}")
         return [version, request_id, _REFUSED, b"not on the allow-list", b"", b""]
 
-    def _log(self, last_key: str) -> None:
-        logger.warning(
-            "refused %d connections; the key of the last one, %s..., is not on %s",
-            self._refused,
-            last_key,
-            self._allowed,
-        )
-        self._refused, self._logged_s = 0, time.monotonic()
+    def look(self) -> None:
+        """Find out which keys were revoked: those missing now and at the look before.
 
-
-def start_doorkeeper(context: "zmq.Context[zmq.Socket[bytes]]", directory: Path) -> None:
-    """A thread that ends with the context. If it should die earlier, nobody is let in any more."""
-    socket = context.socket(zmq.REP)
-    socket.bind("inproc://zeromq.zap.01")
-    threading.Thread(target=_answer_all, args=(socket, Doorkeeper(directory)), name="doorkeeper", daemon=True).start()
-
-
-def _answer_all(socket: "zmq.Socket[bytes]", doorkeeper: Doorkeeper) -> None:
-    with socket, suppress(zmq.ContextTerminated):
-        while True:
-            socket.send_multipart(doorkeeper.answer(socket.recv_multipart()))
+        Once is not enough: a file may be replaced at this moment. A list that cannot be read revokes nothing.
+        """
+        allowed = self._allowed.names()
+        if allowed is None:
+            return
+        missing = frozenset(self._let_in.keys() - {public.hex() for public in allowed})
+        for key in sorted((missing & self._missing) - self.revoked):
+            logger.warning("the key %s (%s...) was revoked: its connections end", self._let_in[key], key[:8])
+        self.revoked = missing & self._missing
+        self._missing = missing

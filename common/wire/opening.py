@@ -1,65 +1,72 @@
-"""Opening sockets: their limits, their keys, and who is let in."""
+"""Opening sockets, and closing them again."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 
 import zmq
-from zmq.utils import z85
 
-from common.keys import ClientKey, KeyPair, ServerKeys
+from common.keys import ClientKey, ServerKeys
+from common.memory import MemoryBound
+from common.wire import options
 from common.wire.addresses import WireError, check_address, check_path_is_free, is_local
-from common.wire.doorkeeper import ZAP_DOMAIN, start_doorkeeper
+from common.wire.lifeline import Lifeline
 from common.wire.sockets import Dealer, Router
+from common.wire.watch import Watch, watching
 
-HANDSHAKE_MS = 3_000
-HEARTBEAT_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 8_000
-RECONNECT_MS = 100
-RECONNECT_MAX_MS = 2_000
-LINGER_MS = 500
-SEND_QUEUE_MESSAGES = 1_000  # per connection
-RECEIVE_QUEUE_MESSAGES = 1_000  # per connection, and fewer if they are large:
-RECEIVE_QUEUE_BYTES = 64 << 20
 REMOTE_FRAME_BYTES = 256 << 20
-
-CURVE_OVERHEAD_BYTES = 33  # that encryption adds to a frame
-
-
-def curve_keypair() -> KeyPair:
-    """A fresh (public, secret) pair, 32 bytes each."""
-    public, secret = zmq.curve_keypair()
-    return z85.decode(public), z85.decode(secret)
 
 
 @asynccontextmanager
-async def open_router(address: str, *, max_frame_bytes: int, keys: ServerKeys | None = None) -> AsyncIterator[Router]:
+async def open_router(
+    address: str,
+    *,
+    max_frame_bytes: int,
+    keys: ServerKeys | None = None,
+    send_queue_messages: int = options.SEND_QUEUE_MESSAGES,
+    max_growth_bytes: int | None = None,
+) -> AsyncIterator[Router]:
     """Binds to `address`; port 0 takes a free one. With keys, only those on their allow-list can connect.
 
+    send_queue_messages: that ZeroMQ holds for each connection before Router.send says FULL.
+    max_growth_bytes: how much the memory of this process may grow from now on. Beyond it, those connections are cut
+    that have most data on their way to us. None: without bound.
     Raises WireError when it cannot be bound, or is reachable from other machines and has no keys.
     """
     check_address(address, has_keys=keys is not None, where_keys_are="rollout servers need a key file from keys/")
     check_path_is_free(address)
+    encrypted = keys is not None
+    watch = Watch(
+        limits=options.connection_limits(max_frame_bytes, encrypted=encrypted),
+        keys_directory=keys.directory if keys is not None else None,
+        memory=MemoryBound(max_growth_bytes) if max_growth_bytes is not None else None,
+    )
+    options.hide_routing_ids()
     with _open_context() as context, context.socket(zmq.ROUTER) as socket:
-        _set_options(socket, max_frame_bytes, encrypted=keys is not None)
+        options.set_options(socket, address, max_frame_bytes, encrypted=encrypted)
+        socket.set(zmq.SNDHWM, send_queue_messages)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
-            start_doorkeeper(context, keys.directory)
-            _set_key_pair(socket, keys)
-            socket.set(zmq.CURVE_SERVER, 1)
-            socket.set(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorkeeper nobody is let in, instead of everybody
-        try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            raise WireError(f"cannot listen on {address}: {error.strerror}; choose another address") from error
-        endpoint = socket.get(zmq.LAST_ENDPOINT)
-        assert isinstance(endpoint, bytes)
-        router = Router(socket, endpoint.decode().rstrip("\0"), has_keys=keys is not None)
+            options.set_key_pair(socket, keys)
+            options.ask_for_keys(socket)
+        with watching(context, socket, watch):
+            bound_address = _bind(socket, address)
+        router = Router(socket, bound_address, watch)
         router.attach()
         try:
             yield router
         finally:
             router.detach()
+
+
+def _bind(socket: "zmq.Socket[bytes]", address: str) -> str:
+    """Returns the address as bound."""
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise WireError(f"cannot listen on {address}: {error.strerror}; choose another address") from error
+    endpoint = socket.get(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return endpoint.decode().rstrip("\0")
 
 
 @asynccontextmanager
@@ -74,13 +81,17 @@ async def open_dealer(
     check_address(address, has_keys=key is not None, where_keys_are="give the key file the learner wrote, with --key")
     if max_frame_bytes is None:
         max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
-    with _open_context() as context, context.socket(zmq.DEALER) as socket:
-        _set_options(socket, max_frame_bytes, encrypted=key is not None)
+    with (
+        _open_context() as context,
+        context.socket(zmq.DEALER) as socket,
+        closing(Lifeline(context, socket, address)) as lifeline,
+    ):
+        options.set_options(socket, address, max_frame_bytes, encrypted=key is not None)
         # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
-        socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-        socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.set(zmq.RECONNECT_IVL, options.RECONNECT_MS)
+        socket.set(zmq.RECONNECT_IVL_MAX, options.RECONNECT_MAX_MS)
         if key is not None:
-            _set_key_pair(socket, key)
+            options.set_key_pair(socket, key)
             socket.set(zmq.CURVE_SERVERKEY, key.server_public)
         try:
             socket.connect(address)
@@ -88,7 +99,7 @@ async def open_dealer(
             raise WireError(
                 f"cannot connect to {address}: {error.strerror}; it must be like tcp://HOST:PORT"
             ) from error
-        dealer = Dealer(socket, address)
+        dealer = Dealer(socket, address, lifeline)
         dealer.attach()
         try:
             yield dealer
@@ -99,29 +110,9 @@ async def open_dealer(
 @contextmanager
 def _open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
     """A context per socket: each has an allow-list of its own, and they end independently."""
+    options.check_library()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         yield context
     finally:
-        context.term()  # waits for LINGER_MS at most, and ends the doorkeeper
-
-
-def _set_options(socket: "zmq.Socket[bytes]", max_frame_bytes: int, *, encrypted: bool) -> None:
-    queue_messages = RECEIVE_QUEUE_MESSAGES
-    if max_frame_bytes >= 0:
-        queue_messages = min(queue_messages, max(2, RECEIVE_QUEUE_BYTES // max(max_frame_bytes, 1)))
-        socket.set(zmq.MAXMSGSIZE, max_frame_bytes + (CURVE_OVERHEAD_BYTES if encrypted else 0))
-    socket.set(zmq.LINGER, LINGER_MS)
-    socket.set(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
-    socket.set(zmq.RCVHWM, queue_messages)
-    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
-
-
-def _set_key_pair(socket: "zmq.Socket[bytes]", pair: ServerKeys | ClientKey) -> None:
-    if z85.decode(zmq.curve_public(z85.encode(pair.secret))) != pair.public:
-        raise WireError(f"the public and the secret key of {pair} do not belong together; make new keys")
-    socket.set(zmq.CURVE_PUBLICKEY, pair.public)
-    socket.set(zmq.CURVE_SECRETKEY, pair.secret)
+        context.term()  # waits for LINGER_MS at most, and ends the watch

@@ -1,19 +1,29 @@
 """Router and Dealer: ZeroMQ sockets in an event loop, drained without blocking when their descriptor fires."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import zmq
 
 from common.codec import Frame, Frames
+from common.wire import options
+from common.wire.connections import wire_bytes
+from common.wire.lifeline import Lifeline
+from common.wire.refusals import Reason
+from common.wire.watch import Watch
 
 DRAIN_LIMIT = 64  # messages per turn, so that one busy socket does not starve the event loop
-DRAIN_BYTES = 16 << 20
+DRAIN_BYTES = 4 << 20
 LOOK_ANYWAY_S = 1.0
 ZERO_COPY_BYTES = 1 << 16  # below this, copying is cheaper than sharing
+
+# As plain numbers: pyzmq's enumerations take longer to combine than a small frame takes to send.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN, _POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 
 
 class SendResult(Enum):
@@ -22,16 +32,14 @@ class SendResult(Enum):
     GONE = "gone"
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """The other end of one connection. Its identity is its key; the routing id only says where to send."""
 
     routing_id: bytes
     key: str  # public key in hexadecimal, proven; empty on a local socket without keys
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     peer: Peer
     frames: Frames
 
@@ -45,11 +53,13 @@ class _Socket:
 
     _frames_per_message: int
 
-    def __init__(self, socket: "zmq.Socket[bytes]", address: str) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, *, encrypted: bool = False) -> None:
         self._socket = socket
+        self._encrypted = encrypted
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
         self._parts: list[zmq.Frame] = []  # of a message that is being received
+        self._wire_bytes = 0  # of all its frames, those not kept included
         self.address = address
         self.malformed = 0  # messages dropped for their number of frames
 
@@ -71,9 +81,9 @@ class _Socket:
     def _look(self) -> None:
         events = self._socket.get(zmq.EVENTS)
         assert isinstance(events, int)
-        if events & zmq.POLLIN:
+        if events & _POLLIN:
             self._readable.set()
-        if events & zmq.POLLOUT:
+        if events & _POLLOUT:
             self._writable.set()
 
     async def _wait_for_messages(self) -> list[list[zmq.Frame]]:
@@ -93,27 +103,34 @@ class _Socket:
         num_bytes = 0
         for _ in range(DRAIN_LIMIT * self._frames_per_message):
             try:
-                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+                frame = self._socket.recv(_NOBLOCK, copy=False)
             except zmq.Again:
                 break
             if len(self._parts) <= self._frames_per_message:
                 self._parts.append(frame)
+            self._wire_bytes += wire_bytes(len(frame), encrypted=self._encrypted)
+            num_bytes += len(frame)
             if frame.more:
                 continue
-            if len(self._parts) == self._frames_per_message:
-                messages.append(self._parts)
-            else:
-                self.malformed += 1
-            self._parts = []
-            num_bytes += len(frame)
+            self._finish_message(messages)
             if num_bytes >= DRAIN_BYTES:
                 break
         self._look()
         return messages
 
+    def _finish_message(self, messages: list[list[zmq.Frame]]) -> None:
+        """All frames of a message were received."""
+        if len(self._parts) == self._frames_per_message:
+            messages.append(self._parts)
+        else:
+            self.malformed += 1
+        self._parts, self._wire_bytes = [], 0
+
     def _send_now(self, frames: Sequence[Frame]) -> SendResult:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=all(len(f) < ZERO_COPY_BYTES for f in frames))
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE, copy=len(frame) < ZERO_COPY_BYTES)
+            self._socket.send(frames[-1], _NOBLOCK, copy=len(frames[-1]) < ZERO_COPY_BYTES)
         except zmq.Again:
             return SendResult.FULL
         except zmq.ZMQError as error:
@@ -135,37 +152,105 @@ class Router(_Socket):
 
     _frames_per_message = 3  # routing id, header, payload
 
-    def __init__(self, socket: "zmq.Socket[bytes]", address: str, *, has_keys: bool) -> None:
-        super().__init__(socket, address)
-        self._has_keys = has_keys
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, watch: Watch) -> None:
+        super().__init__(socket, address, encrypted=watch.asks_for_keys)
+        self._watch = watch
 
     async def receive(self) -> list[Incoming]:
         """What has arrived: at least one message, at most DRAIN_LIMIT."""
         return [self._incoming(frames) for frames in await self._wait_for_messages()]
-
-    def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
-        routing_id, *body = frames
-        # The doorkeeper set User-Id to the key that the peer has proven to hold.
-        key = routing_id.get("User-Id") if self._has_keys else ""
-        assert isinstance(key, str)
-        return Incoming(Peer(routing_id.bytes, key), _body(body))
 
     def send(self, peer: Peer, frames: Frames) -> SendResult:
         """Hands the message to ZeroMQ or says why not; never waits, never queues.
 
         Frames of ZERO_COPY_BYTES or more are not copied: they must not change until the peer has them.
         """
+        if self.is_revoked(peer):
+            return SendResult.GONE
         return self._send_now([peer.routing_id, *frames])
+
+    def is_revoked(self, peer: Peer) -> bool:
+        """Whether the peer's key was taken off the allow-list: its connection ends, nothing of it is received."""
+        return peer.key in self._watch.revoked
+
+    def refusals(self) -> dict[str, int]:
+        """How often strangers and liars were refused since the router was opened, by reason, for metrics."""
+        return self._watch.refusals.counts()
+
+    @property
+    def connections_ended(self) -> int:
+        """TCP connections that are no more, for whatever reason: a stopped server, a pulled cable, damaged bytes."""
+        return self._watch.connections_ended
+
+    def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
+        routing_id, *body = frames
+        return Incoming(Peer(routing_id.bytes, self._key_of(routing_id)), _body(body))
+
+    def _key_of(self, routing_id: zmq.Frame) -> str:
+        # The doorkeeper set User-Id to the key that the peer has proven to hold.
+        key = routing_id.get("User-Id") if self._encrypted else ""
+        assert isinstance(key, str)
+        return key
+
+    def _finish_message(self, messages: list[list[zmq.Frame]]) -> None:
+        routing_id, wire_size = self._parts[0], self._wire_bytes
+        if self._is_welcome(routing_id, wire_size):
+            super()._finish_message(messages)
+        else:
+            self._parts, self._wire_bytes = [], 0
+
+    def _is_welcome(self, routing_id: zmq.Frame, num_bytes: int) -> bool:
+        """num_bytes: of the message with its routing id, which ZeroMQ added."""
+        try:
+            descriptor = routing_id.get(zmq.SRCFD)
+        except zmq.ZMQError:  # ZeroMQ still talks to peers of its earliest versions, and knows nothing about them
+            self._watch.refusals.note(Reason.OLD_PROTOCOL, "before ZMTP 3")
+            return False
+        key = self._key_of(routing_id)
+        own_bytes = wire_bytes(len(routing_id), encrypted=self._encrypted)
+        self._watch.note(descriptor, key, num_bytes - own_bytes)
+        if key in self._watch.revoked:
+            self._watch.refusals.note(Reason.REVOKED_MESSAGE, f"of key {key[:8]}")
+            return False
+        if len(self._parts) != self._frames_per_message:
+            self._watch.refusals.note(Reason.MALFORMED, f"of {f'key {key[:8]}' if key else 'a peer without key'}")
+        return True
 
 
 class Dealer(_Socket):
-    """Connects to one router; reconnects by itself when the connection breaks."""
+    """Connects to one router, and again when the connection breaks, or is not answered: it may be half-open.
+
+    Only over TCP everything is expected to be answered: of a path the kernel knows who is there.
+    """
 
     _frames_per_message = 2  # header, payload
 
-    def __init__(self, socket: "zmq.Socket[bytes]", address: str) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, lifeline: Lifeline) -> None:
         super().__init__(socket, address)
+        self._lifeline = lifeline
         self._received: deque[list[zmq.Frame]] = deque()
+        self._expects_answers = address.startswith("tcp://")
+        self._unanswered_since_s: float | None = None
+
+    def _look_anyway(self) -> None:
+        self._lifeline.look()
+        super()._look_anyway()
+        since_s, now_s = self._unanswered_since_s, time.monotonic()
+        if since_s is not None and now_s - since_s > options.SILENCE_S and not self._readable.is_set():
+            self._unanswered_since_s = now_s
+            self._lifeline.connect_again()
+
+    def _drain(self) -> list[list[zmq.Frame]]:
+        messages = super()._drain()
+        if messages:
+            self._unanswered_since_s = None
+        return messages
+
+    def _send_now(self, frames: Sequence[Frame]) -> SendResult:
+        result = super()._send_now(frames)
+        if result is SendResult.SENT and self._unanswered_since_s is None and self._expects_answers:
+            self._unanswered_since_s = time.monotonic()
+        return result
 
     async def receive(self) -> Frames:
         """The next message."""

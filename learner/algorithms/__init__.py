@@ -8,11 +8,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from learner.algorithms.advantages import generalized_advantages, group_relative_advantages
+from learner.algorithms import advantages
+from learner.algorithms.advantages import Estimate
 from learner.algorithms.losses import LossOutput, decoupled_ppo_loss, ppo_loss, value_loss
 
 LOSSES: dict[str, Callable[..., LossOutput]] = {"ppo": ppo_loss, "decoupled_ppo": decoupled_ppo_loss}
-ADVANTAGES: dict[str, Callable[..., Any]] = {"grpo": group_relative_advantages, "gae": generalized_advantages}
+ADVANTAGES: dict[str, Callable[..., Estimate]] = {
+    "dr_grpo": advantages.unbiased_group_advantages,
+    "gae": advantages.generalized_advantages,
+    "grpo": advantages.group_relative_advantages,
+    "reinforce": advantages.return_advantages,
+    "reinforce_plus_plus": advantages.global_advantages,
+    "reinforce_plus_plus_baseline": advantages.group_baseline_advantages,
+    "rloo": advantages.leave_one_out_advantages,
+}
+DISCOUNTS = ("gamma", "gae_lambda")
 
 __all__ = ["ADVANTAGES", "LOSSES", "LossOutput", "build_advantages", "build_loss", "settings_of", "value_loss"]
 
@@ -22,9 +32,13 @@ def build_loss(name: str, settings: Mapping[str, float]) -> Callable[..., LossOu
     return _build("loss", LOSSES, name, settings)
 
 
-def build_advantages(name: str, settings: Mapping[str, float]) -> Callable[..., Any]:
+def build_advantages(name: str, settings: Mapping[str, float]) -> Callable[..., Estimate]:
     """The advantage estimator `name` with its settings filled in; raises ValueError naming what is known."""
-    return _build("advantage", ADVANTAGES, name, settings)
+    estimator = _build("advantage", ADVANTAGES, name, settings)
+    for setting in DISCOUNTS:
+        if not 0 <= settings.get(setting, 1.0) <= 1:
+            raise ValueError(f"{setting} of {name} must be from 0 to 1, got {settings[setting]}")
+    return estimator
 
 
 def settings_of(function: Callable[..., Any]) -> dict[str, float]:
@@ -41,5 +55,5 @@ def _build(
     known = settings_of(table[name])
     for setting in settings:
         if setting not in known:
-            raise ValueError(f"{name} has no setting {setting}; it takes: {', '.join(known)}")
+            raise ValueError(f"{name} has no setting {setting}; it takes: {', '.join(known) or 'none'}")
     return partial(table[name], **settings)

@@ -1,68 +1,175 @@
-"""Advantages: how much better than expected a trajectory, or a token, was. Pure functions.
+"""Advantages: how much better than expected a trajectory, or a token, was. One pure function per estimator.
 
-Shape suffixes: N = trajectories of a batch, B = trajectories of a micro-batch, T = tokens (padded).
+Every estimator sees the whole global batch, so that what it says depends neither on how the batch is cut into
+micro-batches nor on how these are spread over ranks.
+
+Shape suffixes: N = trajectories of the batch, K = trained tokens of a trajectory (padded).
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from learner.algorithms.moments import Moments
 
-def group_relative_advantages(
-    rewards_N: Tensor,
-    group_index_N: Tensor,  # int64; trajectories of one task share an index
-    *,
-    normalize_std: float = 1.0,
-    epsilon: float = 1e-6,
-) -> Tensor:
-    """Reward minus the mean of its group, over the group's standard deviation: GRPO, arXiv:2402.03300, equation 4.1.2.
 
-    normalize_std 0 leaves the deviation out, which does not favour tasks that are nearly solved or nearly hopeless
-    (Dr. GRPO, arXiv:2503.20783). A group of one, or of equal rewards, has advantage 0: it says nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episodes:
+    """What advantages are estimated from. Outside mask_NK anything may stand, -inf and nan included.
+
+    Column k is a trajectory's k-th trained token: prompts, environment tokens and tokens too old to be trained are not
+    among them, so time runs over what the policy did, and nothing is discounted across what it did not.
     """
-    num_groups = int(group_index_N.max()) + 1
-    count_G = torch.zeros(num_groups, dtype=rewards_N.dtype).index_add_(0, group_index_N, torch.ones_like(rewards_N))
-    total_G = torch.zeros_like(count_G).index_add_(0, group_index_N, rewards_N)
-    least_G = torch.zeros_like(count_G).scatter_reduce_(0, group_index_N, rewards_N, "amin", include_self=False)
-    most_G = torch.zeros_like(count_G).scatter_reduce_(0, group_index_N, rewards_N, "amax", include_self=False)
-    # Equal rewards differ from their mean by a rounding error, which dividing by the deviation would blow up.
-    centered_N = torch.where((least_G == most_G)[group_index_N], 0.0, rewards_N - (total_G / count_G)[group_index_N])
+
+    rewards_N: Tensor  # of the whole trajectory, given at its last trained token
+    group_index_N: Tensor  # int64; trajectories of one task share an index
+    mask_NK: Tensor  # bool; True for the first tokens of a row, as many as it has
+    token_rewards_NK: Tensor  # what single tokens got or cost beside it, such as -beta KL
+    values_NK: Tensor | None = None  # with a critic: V of the state before each token
+    bootstrap_N: Tensor | None = None  # with a critic: V of the state after the last token; 0 where the episode ended
+
+    @property
+    def totals_N(self) -> Tensor:
+        """Undiscounted reward of each trajectory, what its tokens cost included."""
+        return self.rewards_N + torch.where(self.mask_NK, self.token_rewards_NK, 0.0).sum(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    advantages_NK: Tensor  # 0 outside the mask
+    returns_NK: Tensor | None = None  # what the critic is trained towards; 0 outside the mask
+
+
+def group_relative_advantages(episodes: Episodes, *, normalize_std: float = 1.0, epsilon: float = 1e-6) -> Estimate:
+    """Reward minus the mean of its group, over the group's standard deviation: GRPO, arXiv:2402.03300, section 4.1.2.
+
+    normalize_std 0 leaves the deviation out. A group of one, or of equal rewards, has advantage 0: it says nothing.
+    """
+    centered_N, count_N = _center_on_groups(episodes.totals_N, episodes.group_index_N)
     if not normalize_std:
-        return centered_N
-    squares_G = torch.zeros_like(count_G).index_add_(0, group_index_N, centered_N.square())
-    std_G = (squares_G / (count_G - 1).clamp(min=1)).sqrt()
-    return centered_N / (std_G[group_index_N] + epsilon)
+        return _same_for_all_tokens(centered_N, episodes)
+    std_N = (_group_sums(centered_N.square(), episodes.group_index_N) / (count_N - 1).clamp(min=1)).sqrt()
+    return _same_for_all_tokens(centered_N / (std_N + epsilon), episodes)
+
+
+def unbiased_group_advantages(episodes: Episodes) -> Estimate:
+    """Reward minus the mean of its group: Dr. GRPO, arXiv:2503.20783.
+
+    Not divided by the deviation, which favours tasks that are nearly solved or nearly hopeless. The paper's other half,
+    a sum over tokens divided by a constant rather than by each trajectory's length, is the loss's aggregation.
+    """
+    centered_N, _ = _center_on_groups(episodes.totals_N, episodes.group_index_N)
+    return _same_for_all_tokens(centered_N, episodes)
+
+
+def leave_one_out_advantages(episodes: Episodes) -> Estimate:
+    """Reward minus the mean of the others in its group: RLOO, arXiv:2402.14740. A group of one has 0."""
+    centered_N, count_N = _center_on_groups(episodes.totals_N, episodes.group_index_N)
+    # r - (S - r) / (n - 1) = n / (n - 1) (r - S / n)
+    return _same_for_all_tokens(centered_N * count_N / (count_N - 1).clamp(min=1), episodes)
+
+
+def return_advantages(episodes: Episodes, *, gamma: float = 1.0, whiten: float = 0.0) -> Estimate:
+    """The discounted return from each token on, without a baseline: REINFORCE, Williams 1992.
+
+    whiten 1: with mean 0 and standard deviation 1 over the trained tokens of the batch.
+    """
+    return _from_returns(episodes, episodes.rewards_N, gamma=gamma, whiten=whiten)
+
+
+def global_advantages(episodes: Episodes, *, gamma: float = 1.0) -> Estimate:
+    """The return from each token on, whitened over the tokens of the batch: REINFORCE++, arXiv:2501.03262.
+
+    The paper takes its KL penalty token by token from the reward.
+    """
+    return _from_returns(episodes, episodes.rewards_N, gamma=gamma, whiten=1.0)
+
+
+def group_baseline_advantages(episodes: Episodes, *, gamma: float = 1.0) -> Estimate:
+    """As global_advantages, with rewards relative to the mean of their group: REINFORCE++-baseline, arXiv:2501.03262.
+
+    A group of equal rewards is not quite silent: like all others it is seen relative to the mean over all tokens.
+    """
+    centered_N, _ = _center_on_groups(episodes.rewards_N, episodes.group_index_N)
+    return _from_returns(episodes, centered_N, gamma=gamma, whiten=1.0)
 
 
 def generalized_advantages(
-    values_BT: Tensor,  # V of the state before each token
-    rewards_B: Tensor,  # of the whole trajectory, given at its last sampled token
-    loss_mask_BT: Tensor,  # bool; True where the policy sampled the token
-    terminated_B: Tensor,  # bool; False: truncated, there would have been more
-    *,
-    gamma: float = 1.0,
-    gae_lambda: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(advantages_BT, returns_BT) by GAE, Schulman et al. 2015 (arXiv:1506.02438), equation 16.
+    episodes: Episodes, *, gamma: float = 1.0, gae_lambda: float = 1.0, whiten: float = 1.0
+) -> Estimate:
+    """GAE: Schulman et al. 2015 (arXiv:1506.02438), equation 16, with a critic.
 
-    Time runs over sampled tokens only: environment tokens in between are neither discounted across nor valued. After
-    the last sampled token a terminated trajectory is worth 0; a truncated one is bootstrapped with that token's value.
+    After its last token a terminated trajectory is worth 0, a truncated one what the critic says of the state it
+    stopped in. whiten 1: advantages, not returns, get mean 0 and standard deviation 1 over the tokens of the batch.
     """
-    advantages_BT = torch.zeros_like(values_BT)
-    num_rows, num_tokens = values_BT.shape
-    next_value_B = torch.zeros(num_rows, dtype=values_BT.dtype, device=values_BT.device)
-    running_B = torch.zeros_like(next_value_B)
-    seen_B = torch.zeros(num_rows, dtype=torch.bool, device=values_BT.device)
-    for t in reversed(range(num_tokens)):
-        sampled_B = loss_mask_BT[:, t]
-        value_B = values_BT[:, t]
-        is_last_B = sampled_B & ~seen_B
-        bootstrap_B = torch.where(terminated_B, 0.0, value_B)
-        following_B = torch.where(is_last_B, bootstrap_B, next_value_B)
-        reward_B = torch.where(is_last_B, rewards_B, 0.0)
-        delta_B = reward_B + gamma * following_B - value_B
-        advantage_B = delta_B + gamma * gae_lambda * running_B
-        advantages_BT[:, t] = torch.where(sampled_B, advantage_B, 0.0)
-        running_B = torch.where(sampled_B, advantage_B, running_B)
-        next_value_B = torch.where(sampled_B, value_B, next_value_B)
-        seen_B = seen_B | sampled_B
-    return advantages_BT, torch.where(loss_mask_BT, advantages_BT + values_BT, 0.0)
+    assert episodes.values_NK is not None
+    assert episodes.bootstrap_N is not None
+    mask_NK = episodes.mask_NK
+    values_NK = torch.where(mask_NK, episodes.values_NK, 0.0)
+    following_NK = torch.where(_is_last(mask_NK), episodes.bootstrap_N.unsqueeze(1), values_NK.roll(-1, dims=1))
+    rewards_NK = _token_rewards(episodes, episodes.rewards_N)
+    deltas_NK = torch.where(mask_NK, rewards_NK + gamma * following_NK - values_NK, 0.0)
+    advantages_NK = torch.where(mask_NK, _discounted_to_go(deltas_NK, gamma * gae_lambda), 0.0)
+    returns_NK = advantages_NK + values_NK
+    return Estimate(_whiten(advantages_NK, mask_NK) if whiten else advantages_NK, returns_NK)
+
+
+def _from_returns(episodes: Episodes, rewards_N: Tensor, *, gamma: float, whiten: float) -> Estimate:
+    returns_NK = _discounted_to_go(_token_rewards(episodes, rewards_N), gamma)
+    advantages_NK = torch.where(episodes.mask_NK, returns_NK, 0.0)
+    return Estimate(_whiten(advantages_NK, episodes.mask_NK) if whiten else advantages_NK)
+
+
+def _same_for_all_tokens(advantages_N: Tensor, episodes: Episodes) -> Estimate:
+    return Estimate(torch.where(episodes.mask_NK, advantages_N.unsqueeze(1), 0.0))
+
+
+def _token_rewards(episodes: Episodes, rewards_N: Tensor) -> Tensor:
+    """[N, K]: what each token got, the trajectory's reward at its last one; 0 outside the mask."""
+    at_the_end_NK = torch.where(_is_last(episodes.mask_NK), rewards_N.unsqueeze(1), 0.0)
+    return at_the_end_NK + torch.where(episodes.mask_NK, episodes.token_rewards_NK, 0.0)
+
+
+def _is_last(mask_NK: Tensor) -> Tensor:
+    return mask_NK & ~torch.nn.functional.pad(mask_NK[:, 1:], (0, 1))
+
+
+def _discounted_to_go(rewards_NK: Tensor, discount: float) -> Tensor:
+    """out[:, k] = the sum over j >= k of discount^(j - k) rewards[:, j]."""
+    columns = list(rewards_NK.unbind(dim=1))
+    for k in reversed(range(len(columns) - 1)):
+        columns[k] = columns[k] + discount * columns[k + 1]
+    return torch.stack(columns, dim=1) if columns else rewards_NK
+
+
+def _whiten(values_NK: Tensor, mask_NK: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the mask."""
+    return torch.where(mask_NK, Moments.of(values_NK[mask_NK]).normalize(values_NK), 0.0)
+
+
+def _group_sums(values_N: Tensor, group_index_N: Tensor) -> Tensor:
+    """[N]: of each trajectory, the sum over its group."""
+    num_groups = int(group_index_N.max()) + 1
+    sums_G = torch.zeros(num_groups, dtype=values_N.dtype).index_add_(0, group_index_N, values_N)
+    return sums_G[group_index_N]
+
+
+def _center_on_groups(values_N: Tensor, group_index_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(values minus the mean of their group, size of their group), both [N]; exactly 0 in a group of equals."""
+    count_N = _group_sums(torch.ones_like(values_N), group_index_N)
+    centered_N = values_N - _group_sums(values_N, group_index_N) / count_N
+    # Equal values differ from their mean by a rounding error, which dividing by the deviation would blow up.
+    return torch.where(equal_in_group(values_N, group_index_N), 0.0, centered_N), count_N
+
+
+def equal_in_group(values_N: Tensor, group_index_N: Tensor) -> Tensor:
+    """[N] bool: all values of its group are the same, as in a group of one."""
+    num_groups = int(group_index_N.max()) + 1
+    least_G, most_G = (
+        torch.zeros(num_groups, dtype=values_N.dtype).scatter_reduce_(
+            0, group_index_N, values_N, how, include_self=False
+        )
+        for how in ("amin", "amax")
+    )
+    return (most_G - least_G == 0)[group_index_N]  # not so of infinities, which are to be noticed

@@ -13,6 +13,7 @@ class Batches:
         self.settings = settings
         self.queue = ReplayQueue(max_groups=settings.queue_groups, max_bytes=settings.queue_bytes)
         self.recorded = dict(recovered.batches)  # version -> its batch, to be delivered again as it was
+        self.delivered: tuple[QueuedGroup, ...] = ()  # the batch from the queue that the learner has now
         self.deadlines = Deadlines(settings.groups_per_step)
         for group in recovered.queued:
             self.queue.put_back(group)
@@ -36,10 +37,17 @@ class Batches:
         """The groups to train at `version`, in task order; none while there are too few, or one must be waited for."""
         if version in self.recorded:
             return self.recorded[version]
+        if self.delivered:  # asked again, told again, whatever has arrived meanwhile
+            return self.delivered
         batch = self._earliest()
         if not batch or (self.settings.stale_action != "mask" and self.late_after(version) is not None):
             return ()
         return tuple(sorted(batch, key=lambda group: group.task_id))
+
+    def deliver(self, version: int, batch: tuple[QueuedGroup, ...]) -> None:
+        """The learner gets what next() chose: only it has the bytes from now on, and the journal."""
+        if version not in self.recorded:
+            self.delivered = self.queue.hand_out(group.lease_id for group in batch)
 
     def late_after(self, version: int) -> int | None:
         """The first step that would have too much to train in time, were the next batch trained at `version`.
@@ -52,14 +60,19 @@ class Batches:
         return self.deadlines.first_overfull(version + 1, trained=map(self._deadline, batch))
 
     def would_fit(self, deadline: int, *, version: int) -> bool:
-        """Whether one more open lease with this deadline can be trained in time, with all that is open."""
+        """Whether one more open lease with this deadline can be trained in time, with all that is open.
+
+        It can not be in the batch any more that the learner has now.
+        """
+        next_version = version + 1 if self.delivered else version
         self.deadlines.add(deadline)
-        fits = self.deadlines.first_overfull(version, trained=()) is None
+        fits = self.deadlines.first_overfull(next_version, trained=map(self._deadline, self.delivered)) is None
         self.deadlines.remove(deadline)
         return fits
 
     def consume(self, version: int, lease_ids: tuple[int, ...]) -> tuple[QueuedGroup, ...]:
         """The batch that was trained at `version`; it is not kept any longer."""
+        self.delivered = ()
         recorded = self.recorded.pop(version, None)
         trained = recorded or self.queue.consume(lease_ids)
         for group in trained:
@@ -68,8 +81,8 @@ class Batches:
 
     def _earliest(self) -> tuple[QueuedGroup, ...]:
         """A batch of the groups with the earliest deadlines; empty while there are too few."""
-        batch = self.queue.oldest(self.settings.groups_per_step)
-        return batch if len(batch) == self.settings.groups_per_step else ()
+        needed = self.settings.groups_per_step
+        return self.queue.oldest(needed) if len(self.queue) >= needed else ()
 
     def _deadline(self, group: QueuedGroup) -> int:
         return group.oldest_version + self.settings.max_staleness

@@ -15,10 +15,11 @@ from pathlib import Path
 import msgspec
 
 from common import messages
-from common.codec import Decoder, encode, unpack_groups
+from common.codec import Decoder, encode
 from common.lifecycle import ChildProcess, UserError
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
+from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.service_settings import ServiceSettings, write_settings
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ SAY_IT_EVERY_S = 10.0
 FAREWELL_S = 3.0
 COORDINATOR_GRACE_S = 1.0
 LONG_LIFE_S = 30.0  # a coordinator that lived shorter is started again only after a pause, which doubles
-MAX_PAUSE_S = 8.0
+MAX_PAUSE_S = 4.0
 
 
 class CoordinatorLostError(UserError):
@@ -46,8 +47,10 @@ class CoordinatorClient:
         )
         self._run: messages.OpenRun | None = None  # as the coordinator would have to be told it now
         self._published: messages.SnapshotPublished | None = None
+        self._untold: list[messages.Message] = []  # progress since OpenRun was said, until it is answered
         self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
-        self._answers: dict[type[messages.Message], asyncio.Future[tuple[messages.Message, memoryview]]] = {}
+        self._answers: dict[type[messages.Message], asyncio.Future[messages.Message]] = {}
+        self._batch = BatchReceiver()
         self._dealer: Dealer | None = None  # while a coordinator knows the run
         self._starts = asyncio.Event()
         self._ended = asyncio.Event()
@@ -63,24 +66,32 @@ class CoordinatorClient:
 
         Raises CoordinatorLostError when one ended by itself: the next one would do the same.
         """
+        try:
+            await self._supervise()
+        finally:
+            self._lose(CoordinatorLostError("the coordinator was stopped; start the learner to resume"))
+            self._ended.set()
+
+    async def _supervise(self) -> None:
         pause_s = 0.0
         for life in itertools.count(1):
             born_s = time.monotonic()
             code = await self._live(life)
             if self._is_closing:
-                break
+                return
             if code >= 0:
-                raise self._give_up(code)
+                raise self._lose(
+                    CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
+                )
             pause_s = 0.0 if time.monotonic() - born_s > LONG_LIFE_S else min(MAX_PAUSE_S, max(0.25, 2 * pause_s))
             logger.error("the coordinator was killed by signal %d; starting another in %.2f s", -code, pause_s)
             await asyncio.sleep(pause_s)
-        self._ended.set()
 
     async def open_run(self, request: messages.OpenRun) -> str:
         """Returns the address rollout servers join at, as bound."""
         self._run = request
         self._starts.set()
-        opened, _ = await self._ask(request, messages.RunOpened)
+        opened = await self._ask(request, messages.RunOpened)
         assert isinstance(opened, messages.RunOpened)
         return opened.listen_address
 
@@ -88,13 +99,13 @@ class CoordinatorClient:
         """Groups for the step that updates `version`; waits as long as it takes, and says for what."""
         self._waiting_since_s = time.monotonic()
         try:
-            batch, payload = await self._ask(messages.TakeBatch(version=version), messages.Batch)
+            batch = await self._ask(messages.TakeBatch(version=version), messages.Batch)
         finally:
             self._waited_s, self._waiting_since_s = self.waited_s, None
         assert isinstance(batch, messages.Batch)
         if batch.version != version:
             raise RuntimeError(f"asked for a batch for version {version}, was given one for {batch.version}")
-        return unpack_groups(batch.groups, payload)
+        return self._batch.take()
 
     @property
     def waited_s(self) -> float:
@@ -109,11 +120,13 @@ class CoordinatorClient:
 
     async def published(self, version: int) -> None:
         self._published = messages.SnapshotPublished(version=version)
+        if self._run is not None:
+            self._run = msgspec.structs.replace(self._run, published_version=version)
         await self._tell(self._published)
 
     async def take_frontier(self) -> bytes:
         """What a checkpoint must hold of the coordinator."""
-        frontier, _ = await self._ask(messages.TakeFrontier(), messages.Frontier)
+        frontier = await self._ask(messages.TakeFrontier(), messages.Frontier)
         assert isinstance(frontier, messages.Frontier)
         return frontier.frontier
 
@@ -140,7 +153,7 @@ class CoordinatorClient:
         write_settings(settings, path)
         arguments = ("learner.coordinator", str(path), "--parent", str(os.getpid()))
         child = ChildProcess.run_module(*arguments, grace_s=COORDINATOR_GRACE_S)
-        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=MAX_BATCH_BYTES) as dealer:
+        async with child as process, open_dealer(settings.learner_socket, max_frame_bytes=None) as dealer:
             self.pid = process.pid
             async with asyncio.TaskGroup() as tasks:
                 conversation = tasks.create_task(self._converse(dealer))
@@ -153,6 +166,7 @@ class CoordinatorClient:
         try:
             await self._starts.wait()
             assert self._run is not None
+            self._untold.clear()
             await dealer.send(encode(self._run))
             while True:
                 message, payload = self._decoder.decode(await dealer.receive())
@@ -160,14 +174,16 @@ class CoordinatorClient:
                     await self._opened(dealer, message)
                 if isinstance(message, messages.CoordinatorStatus):
                     self.status = message
-                else:
-                    self._answer(message, payload)
+                elif not isinstance(message, messages.Batch) or self._batch.add(message, payload):
+                    self._answer(message)
         finally:
             self._dealer = None
 
     async def _opened(self, dealer: Dealer, opened: messages.RunOpened) -> None:
         """This coordinator knows the run: tell it what its predecessor knew, ask it what that did not answer."""
         self._settings = msgspec.structs.replace(self._settings, listen=opened.listen_address)
+        while self._untold:
+            await dealer.send(encode(self._untold.pop(0)))
         self._dealer = dealer
         if self._published is not None:
             await dealer.send(encode(self._published))
@@ -175,14 +191,15 @@ class CoordinatorClient:
             if not isinstance(request, messages.OpenRun):
                 await dealer.send(encode(request))
 
-    def _answer(self, message: messages.Message, payload: memoryview) -> None:
+    def _answer(self, message: messages.Message) -> None:
         self._asked.pop(type(message), None)
         answer = self._answers.pop(type(message), None)
         if answer is not None and not answer.done():
-            answer.set_result((message, payload))
+            answer.set_result(message)
 
-    def _give_up(self, code: int) -> CoordinatorLostError:
-        self._lost = CoordinatorLostError(f"the coordinator ended with exit code {code}; start the learner to resume")
+    def _lose(self, error: CoordinatorLostError) -> CoordinatorLostError:
+        """There will be no coordinator any more: whoever waits for one, or will, is told the first reason why."""
+        self._lost = self._lost or error
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self._lost)
@@ -190,16 +207,16 @@ class CoordinatorClient:
         return self._lost
 
     async def _tell(self, message: messages.Message) -> None:
-        """A coordinator that is not there now will be told when it is: by OpenRun, and by what was published."""
+        """A coordinator that is not there now will be told when it is: by OpenRun, or when it has answered that."""
         if self._dealer is not None:
             await self._dealer.send(encode(message))
+        elif isinstance(message, messages.StepCompleted | messages.CheckpointSaved):
+            self._untold.append(message)
 
-    async def _ask(
-        self, request: messages.Message, answer_type: type[messages.Message]
-    ) -> tuple[messages.Message, memoryview]:
+    async def _ask(self, request: messages.Message, answer_type: type[messages.Message]) -> messages.Message:
         if self._lost is not None:
             raise self._lost
-        answer: asyncio.Future[tuple[messages.Message, memoryview]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
         self._asked[answer_type], self._answers[answer_type] = request, answer
         await self._tell(request)
         asked_s = time.monotonic()

@@ -8,6 +8,7 @@ Why no token that is too old is ever trained: see deadlines.py.
 
 from collections.abc import Sequence
 
+from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
     AcceptGroup,
     Decision,
@@ -17,27 +18,21 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
-from learner.coordinator.delivery import Delivery
-from learner.coordinator.leases import LeaseBook
+from learner.coordinator.delivery import Delivery, LearnerError
+from learner.coordinator.leases import LEASE_ID_LEAP, LeaseBook
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.members import Member, Offences
+from learner.coordinator.members import HungServers, Member, Members, Offences, OwnPauses
 from learner.coordinator.records import Claim, Counts, count, grant_of
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.settings import CoordinatorSettings
-
-# Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
-LEASE_ID_LEAP = 1 << 16
-
-
-class LearnerError(ValueError):
-    """The learner said something that does not fit the state of the run: a bug of ours, or a wrong resume."""
 
 
 class Coordinator:
     """The rules of one run, from `version` on.
 
     frontier: what frontier() said for the learner's last checkpoint, if there is one. journal: what was accepted since.
+    published_version: what servers may have loaded by now.
     servers_return_until: it replaces a coordinator, whose leases servers may claim before any are granted.
     Raises ledger.FrontierError when they do not belong to this version and these data.
     """
@@ -49,11 +44,13 @@ class Coordinator:
         version: int = 0,
         frontier: bytes = b"",
         journal: JournalContents | None = None,
+        published_version: int = NO_VERSION,
         servers_return_until: float | None = None,
     ) -> None:
         self.settings = settings
         state = decode_frontier(frontier, version=version, source=settings.source)
         self.book = LeaseBook(settings, recover(state, journal or JournalContents(), version=version))
+        self.book.published_version = published_version
         if servers_return_until is not None:
             self.book.next_lease_id += LEASE_ID_LEAP
         self.failures_in_a_row = 0  # at all servers together
@@ -61,8 +58,9 @@ class Coordinator:
         self._servers_return_until = servers_return_until or 0.0
         self._delivery = Delivery(self.book.batches.recorded.get(version, ()))
         self._joined = 0
-        self._last_tick_at: float | None = None
+        self._own_pauses = OwnPauses()
         self._offences = Offences(settings.max_offences)
+        self._hung = HungServers()
 
     @property
     def version(self) -> int:
@@ -70,7 +68,7 @@ class Coordinator:
         return self.book.version
 
     @property
-    def members(self) -> dict[str, Member]:
+    def members(self) -> Members:
         return self.book.members
 
     # --- servers ---------------------------------------------------------------------------------------------------
@@ -88,10 +86,11 @@ class Coordinator:
                 f"{self.settings.max_group_bytes}; raise the server's capacity, or lower max_new_tokens or group_size"
             )
             return [DropServer(server_id=server_id, reason=reason, may_return=False)]
-        is_new = server_id not in self.members
-        if is_new:
+        member = self.members.get(server_id)
+        is_new = member is None
+        if member is None:
             self._joined += 1
-            self.members[server_id] = Member(
+            member = Member(
                 server_id=server_id,
                 joined=self._joined,
                 capacity_groups=capacity_groups,
@@ -99,9 +98,11 @@ class Coordinator:
                 heard_at=now,
                 progressed_at=now,
             )
-        member = self.members[server_id]
+        self.members.add(member)
         member.capacity_groups, member.capacity_bytes, member.heard_at = capacity_groups, capacity_bytes, now
         if is_new:
+            if server_id in self._hung:  # others first, and one lease at a time, until it has finished one
+                member.failures_in_a_row = self.settings.failures_before_pause
             return [*self.book.adopt(member, claims, now), *self._go_on(now)]
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
         return [*again, *self._go_on(now)]
@@ -127,7 +128,7 @@ class Coordinator:
         if member is None:
             return []
         expired = self.book.expire_all(member, reason)
-        del self.members[server_id]
+        self.members.remove(member)
         return [*expired, DropServer(server_id=server_id, reason=reason), *self._go_on(now)]
 
     def garbage(self, server_id: str, what: str, now: float) -> list[Decision]:
@@ -145,16 +146,15 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Decision]:
         """Time has passed; call about once a second, after everything that had arrived was handled."""
-        since_s = now - self._last_tick_at if self._last_tick_at is not None else 0.0
-        self._last_tick_at = now
-        # When the coordinator itself was stopped, the silence was its own: nobody is lost because of it.
-        own_pause_s = since_s if since_s > self.settings.server_timeout_s / 2 else 0.0
+        own_pause_s = self._own_pauses.since_last_tick(self.settings, now)
         decisions: list[Decision] = []
         for member in list(self.members.values()):
             member.forgive(own_pause_s, now)
             if not member.has_work(self.book.published_version):
                 member.progressed_at = now
             if reason := member.loss(self.settings, now):
+                if not member.is_silent(self.settings, now):
+                    self._hung.note(member.server_id)
                 decisions += self.server_lost(member.server_id, reason, now)
         return [*decisions, *self._go_on(now)]
 
@@ -172,6 +172,7 @@ class Coordinator:
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
+        self._hung.forgive(server_id)
         self.failures_in_a_row = 0
         return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
 
@@ -189,6 +190,8 @@ class Coordinator:
         kind, reason = self.book.why_not_running(lease_id)
         offence = f"a group for lease {lease_id}, which it was never granted" if kind == "not_yours" else ""
         count(self.book.endings.refused, kind)
+        if kind == "ended":
+            self.book.endings.note_refused(lease_id)
         refused = RefuseGroup(server_id=server_id, lease_id=lease_id, kind=kind, reason=f"lease {lease_id}: {reason}")
         # A server that is no member yet may hold leases of a coordinator before this one: that is no offence.
         blamed = offence and server_id in self.members
@@ -261,15 +264,19 @@ class Coordinator:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
-        may_grant = now >= self._servers_return_until
-        while may_grant and not self.hold() and (member := self.book.freest_member(now)) is not None:
-            decisions.append(self.book.grant(member, now))
+        if now >= self._servers_return_until and not self.closed and not self.book.held_by():
+            free = self.members.free(now)
+            while free and not self.book.held_by():
+                member = free.take()
+                decisions.append(self.book.grant(member, now))
+                free.put_back(member)
         return decisions
 
     def _deliver(self, now: float) -> list[Decision]:
         batch = self.book.batch()
         if not batch:
             return []
+        self.book.batches.deliver(self.version, batch)
         idle_share = self._delivery.deliver(batch, now)
         if idle_share is not None:
             self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))
@@ -285,7 +292,7 @@ class Coordinator:
         if member is None:
             return []
         cancelled = self.book.cancel_all(member, kind, reason)
-        del self.members[server_id]
+        self.members.remove(member)
         return [*cancelled, DropServer(server_id=server_id, reason=reason)]
 
     def counts(self) -> Counts:

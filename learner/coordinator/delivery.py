@@ -3,6 +3,10 @@
 from learner.coordinator.replay_queue import QueuedGroup
 
 
+class LearnerError(ValueError):
+    """The learner said something that does not fit the state of the run: a bug of ours, or a wrong resume."""
+
+
 class Delivery:
     """One batch at a time: wanted, delivered, completed. All times are seconds of the caller's clock."""
 

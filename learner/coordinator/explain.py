@@ -30,6 +30,11 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
     return _cut("; ".join(reasons or ["leases to be granted"]) + _parked(coordinator))
 
 
+def what_all_servers_wait_for(coordinator: Coordinator) -> str:
+    """What keeps new leases away from every server; empty when nothing does."""
+    return _cut(coordinator.hold())
+
+
 def what_a_server_waits_for(coordinator: Coordinator, server_id: str, now: float) -> str:
     """What keeps new leases away from this server; empty when nothing does."""
     member = coordinator.members.get(server_id)

@@ -1,31 +1,17 @@
-"""JournalKeeper: the journal beside the event loop. What waits is written together, and promised only then."""
+"""JournalKeeper: the journal beside the event loop. What waits is written together."""
 
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.lifecycle import DedicatedThread
 from common.messages import GroupHeader
-from learner.coordinator.decisions import AcceptGroup, DeliverBatch, RefuseGroup
 from learner.coordinator.journal import Journal, Record
 from learner.coordinator.ledger import FrontierState, PastLeases
-from learner.coordinator.outbound import Promise
 from learner.coordinator.recovery import JournalContents
-from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedBatch:
-    """A batch with its bytes, as the learner is sent it."""
-
-    version: int
-    headers: tuple[GroupHeader, ...]
-    accepted_versions: tuple[int, ...]
-    payload: bytes
 
 
 class JournalKeeper:
@@ -59,31 +45,13 @@ class JournalKeeper:
             logger.info("journal: %d groups, %d of them delivered before", len(contents.groups), delivered)
         return contents
 
-    async def keep(
-        self, records: Sequence[Record], promises: Sequence[Promise], past: PastLeases
-    ) -> list[AcceptGroup | RefuseGroup | LoadedBatch]:
-        """The promises, to be told now that the records are on the disk. Raises JournalError."""
-        return await self._thread.run(self._keep, records, promises, past)
+    async def keep(self, records: Sequence[Record], past: PastLeases) -> None:
+        """Returns when the records are on the disk. Raises JournalError."""
+        await self._thread.run(self._journal.commit, records, past)
 
-    def _keep(
-        self, records: Sequence[Record], promises: Sequence[Promise], past: PastLeases
-    ) -> list[AcceptGroup | RefuseGroup | LoadedBatch]:
-        self._journal.commit(records, past)
-        return [self._load(promise) if isinstance(promise, DeliverBatch) else promise for promise in promises]
-
-    def _load(self, batch: DeliverBatch) -> LoadedBatch:
-        on_disk = [group.lease_id for group in batch.groups if isinstance(group, JournaledGroup)]
-        stored = self._journal.read(on_disk)
-        contents = [
-            (group.header, group.payload) if isinstance(group, FinishedGroup) else stored[group.lease_id]
-            for group in batch.groups
-        ]
-        return LoadedBatch(
-            version=batch.version,
-            headers=tuple(header for header, _ in contents),
-            accepted_versions=tuple(group.accepted_version for group in batch.groups),
-            payload=b"".join(payload for _, payload in contents),
-        )
+    async def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
+        """Header and payload by lease. Raises JournalError when one is missing."""
+        return await self._thread.run(self._journal.read, lease_ids)
 
 
 @asynccontextmanager

@@ -1,17 +1,23 @@
 """LeaseBook: the open leases of a run; who holds them, what bounds them, when they are due, and how they end."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from common.snapshot import NO_VERSION
 from learner.coordinator.batches import Batches
 from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
 from learner.coordinator.depth import Depth
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
-from learner.coordinator.members import Member
+from learner.coordinator.members import Member, Members
 from learner.coordinator.records import ACCEPTED, Claim, Counts, Endings, OpenLease, grant_of
 from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
 from learner.coordinator.settings import CoordinatorSettings
+
+# Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
+LEASE_ID_LEAP = 1 << 16
+
+Bound = Literal["max_staleness", "queue_groups", "queue_bytes", "depth"]
 
 
 class LeaseBook:
@@ -23,7 +29,7 @@ class LeaseBook:
         self.published_version = NO_VERSION
         self.batches = Batches(settings, recovered)
         self.tasks = TaskLedger(max_failures=settings.max_task_failures, max_losses=settings.max_task_losses)
-        self.members: dict[str, Member] = {}
+        self.members = Members(settings)
         self.running: dict[int, OpenLease] = {}  # in the order of granting
         self.next_lease_id = recovered.next_lease_id
         self.leased = recovered.past.leased
@@ -40,29 +46,37 @@ class LeaseBook:
     def num_open(self) -> int:
         return len(self.running) + len(self.batches)
 
-    def hold(self) -> str:
-        """Which bound keeps leases from being granted to anybody, for people; empty when none does."""
+    @property
+    def bytes_with_one_more(self) -> int:
+        """Bytes that are queued, or would be set aside for running leases, were there one more."""
+        return self.queue.num_bytes + (len(self.running) + 1) * self.settings.max_group_bytes
+
+    def held_by(self) -> Bound | None:
+        """The bound that keeps leases from being granted to anybody, if one does."""
         settings, num_open = self.settings, self.num_open
         if num_open >= (settings.max_staleness + 1) * settings.groups_per_step:
-            return f"the learner to complete step {self.version + 1}: more data would be older than max_staleness"
+            return "max_staleness"
         if num_open >= settings.queue_groups:
-            return f"the learner to empty the queue: {num_open} of {settings.queue_groups} groups are open"
-        reserved_bytes = self.queue.num_bytes + (len(self.running) + 1) * settings.max_group_bytes
-        if reserved_bytes > settings.queue_bytes:
-            return f"the learner to empty the queue: {reserved_bytes} of {settings.queue_bytes} bytes would be needed"
-        if num_open >= self.depth.leases:
-            return f"the learner to complete step {self.version + 1}: {num_open} open groups keep it busy"
-        return ""
+            return "queue_groups"
+        if self.bytes_with_one_more > settings.queue_bytes:
+            return "queue_bytes"
+        return "depth" if num_open >= self.depth.leases else None
 
-    def freest_member(self, now: float) -> Member | None:
-        """The server to grant to: with no recent failure if possible, then the one with most free capacity."""
-        best, best_key = None, (0, 0, 0)
-        for member in self.members.values():
-            free = member.free_groups(self.settings, now)
-            key = (-member.failures_in_a_row, free, -member.joined)
-            if free > 0 and (best is None or key > best_key):
-                best, best_key = member, key
-        return best
+    def hold(self) -> str:
+        """Who must do what before leases can be granted to anybody, for people; empty when they can be."""
+        settings, num_open = self.settings, self.num_open
+        match self.held_by():
+            case "max_staleness":
+                return f"the learner to complete step {self.version + 1}: more data would be older than max_staleness"
+            case "queue_groups":
+                return f"the learner to empty the queue: {num_open} of {settings.queue_groups} groups are open"
+            case "queue_bytes":
+                needed, bound = self.bytes_with_one_more, settings.queue_bytes
+                return f"the learner to empty the queue: {needed} of {bound} bytes would be needed"
+            case "depth":
+                return f"the learner to complete step {self.version + 1}: {num_open} open groups keep it busy"
+            case None:
+                return ""
 
     def grant(self, member: Member, now: float) -> GrantLease:
         """The next task to `member`. See deadlines.py for why min_version bounds the staleness."""
@@ -87,6 +101,8 @@ class LeaseBook:
         """The server goes on with leases from before, as far as their tasks are free and still in time."""
         decisions: list[Decision] = []
         for claim in claims:
+            if claim.lease_id in member.leases:
+                continue  # claimed twice
             if self._may_adopt(claim):
                 lease = OpenLease(
                     lease_id=claim.lease_id,
@@ -242,13 +258,12 @@ class LeaseBook:
     def _may_adopt(self, claim: Claim) -> bool:
         """Takes the task, if so. Adopting must keep every bound that granting keeps."""
         ceiling = (self.settings.max_staleness + 1) * self.settings.groups_per_step
-        bytes_needed = self.queue.num_bytes + (len(self.running) + 1) * self.settings.max_group_bytes
         is_open = claim.lease_id in self.running or claim.lease_id in self.queue
         if is_open or not self.endings.may_go_on(claim.lease_id):
             return False
         if self.num_open >= min(ceiling, self.settings.queue_groups):
             return False
-        if bytes_needed > self.settings.queue_bytes or claim.min_version > self.version:
+        if self.bytes_with_one_more > self.settings.queue_bytes or claim.min_version > self.version:
             return False
         in_time = self.batches.would_fit(claim.min_version + self.settings.max_staleness, version=self.version)
         return in_time and self.tasks.claim(claim.task_id, at_most_ahead=ceiling)
@@ -264,7 +279,7 @@ class LeaseBook:
     def _close(self, lease: OpenLease) -> None:
         del self.running[lease.lease_id]
         self.batches.deadlines.remove(lease.deadline)
-        del self.members[lease.server_id].leases[lease.lease_id]
+        self.members.end_lease(lease.server_id, lease.lease_id)
 
     def _parked(self, task_id: int) -> ParkTask:
         return ParkTask(task_id=task_id, reason=self.tasks.parked[task_id])

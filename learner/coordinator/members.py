@@ -1,6 +1,8 @@
 """Member: one rollout server as the rules see it. Capacity, signs of life, and how much it is trusted with."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from learner.coordinator.settings import CoordinatorSettings
 
@@ -30,10 +32,14 @@ class Member:
         """Leases the server may be granted now. A server that only fails gets one at a time, after a pause."""
         if now - self.heard_at > settings.notice_timeout_s:
             return 0
-        free = min(self.capacity_groups, self.capacity_bytes // settings.max_group_bytes) - len(self.leases)
+        free = self.room(settings)
         if self.failures_in_a_row < settings.failures_before_pause:
             return free
         return min(free, 1) if now >= self.paused_until and not self.leases else 0
+
+    def room(self, settings: CoordinatorSettings) -> int:
+        """Leases it could hold beside those it has, were there nothing against it."""
+        return min(self.capacity_groups, self.capacity_bytes // settings.max_group_bytes) - len(self.leases)
 
     def note_failure(self, reason: str, *, failures_before_pause: int, now: float) -> None:
         self.failures_in_a_row += 1
@@ -56,13 +62,100 @@ class Member:
         self.heard_at = min(now, self.heard_at + pause_s)
         self.progressed_at = min(now, self.progressed_at + pause_s)
 
+    def is_silent(self, settings: CoordinatorSettings, now: float) -> bool:
+        return now - self.heard_at > settings.server_timeout_s
+
     def loss(self, settings: CoordinatorSettings, now: float) -> str:
         """Why the server counts as lost; empty while it does not."""
-        if now - self.heard_at > settings.server_timeout_s:
+        if self.is_silent(settings, now):
             return f"not heard of for {now - self.heard_at:.0f} s"
         if now - self.progressed_at > settings.hang_timeout_s:
             return f"alive, but no progress on its {len(self.leases)} leases for {now - self.progressed_at:.0f} s"
         return ""
+
+
+class OwnPauses:
+    """Notices when the coordinator itself was stopped: the silence of others is then its own."""
+
+    def __init__(self) -> None:
+        self._last_tick_at: float | None = None
+
+    def since_last_tick(self, settings: CoordinatorSettings, now: float) -> float:
+        """Seconds that must not count as anybody's silence."""
+        since_s = now - self._last_tick_at if self._last_tick_at is not None else 0.0
+        self._last_tick_at = now
+        return since_s if since_s > settings.server_timeout_s / 2 else 0.0
+
+
+class HungServers:
+    """Servers that were given up alive, and have finished nothing since."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, server_id: str) -> bool:
+        return server_id in self._names
+
+    def note(self, server_id: str) -> None:
+        self._names = dict.fromkeys([*self._names, server_id][-MAX_OFFENDERS:])
+
+    def forgive(self, server_id: str) -> None:
+        self._names.pop(server_id, None)
+
+
+class FreeMembers:
+    """Servers to grant to at one moment: those without a recent failure first, then those with most free capacity."""
+
+    def __init__(self, members: Iterable[Member], settings: CoordinatorSettings, now: float) -> None:
+        self._settings = settings
+        self._now = now
+        self._heap = [place for member in members if (place := self._place(member)) is not None]
+        heapify(self._heap)
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def take(self) -> Member:
+        """To be granted one lease; then it is to be put back."""
+        return heappop(self._heap)[-1]
+
+    def put_back(self, member: Member) -> None:
+        place = self._place(member)
+        if place is not None:
+            heappush(self._heap, place)
+
+    def _place(self, member: Member) -> tuple[int, int, int, Member] | None:
+        free = member.free_groups(self._settings, self._now)
+        return (member.failures_in_a_row, -free, member.joined, member) if free > 0 else None
+
+
+class Members(dict[str, Member]):
+    """The servers of a run, by id."""
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        # Those that may have room: most servers are full most of the time, and only the end of a lease changes that.
+        self._roomy: dict[str, Member] = {}
+
+    def add(self, member: Member) -> None:
+        """A server joins, or a member has another capacity now."""
+        self[member.server_id] = self._roomy[member.server_id] = member
+
+    def remove(self, member: Member) -> None:
+        """Its leases must have ended."""
+        del self[member.server_id]
+        self._roomy.pop(member.server_id, None)
+
+    def end_lease(self, server_id: str, lease_id: int) -> None:
+        member = self._roomy[server_id] = self[server_id]
+        del member.leases[lease_id]
+
+    def free(self, now: float) -> FreeMembers:
+        """Servers that leases may be granted to now."""
+        for server_id in [one for one, member in self._roomy.items() if member.room(self._settings) <= 0]:
+            del self._roomy[server_id]
+        return FreeMembers(self._roomy.values(), self._settings, now)
 
 
 class Offences:

@@ -92,6 +92,10 @@ class Endings:
         """Not an ending yet, but the last that its server can do about the lease."""
         self._remember(lease_id, ACCEPTED)
 
+    def note_refused(self, lease_id: int) -> None:
+        """Its server is told to forget the group: it must not be taken to go on with the lease."""
+        self._remember(lease_id, "ended, and its group was refused")
+
     def of(self, lease_id: int) -> str:
         """What became of a lease that is not running; empty when it is forgotten or was never granted."""
         return self._recent.get(lease_id, "")

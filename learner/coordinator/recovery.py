@@ -96,7 +96,8 @@ def _past(frontier: FrontierState, journal: JournalContents, *, num_trained: int
     leased = max(newer.leased, ended + num_kept)
     lost = leased - ended - num_kept
     cancelled = newer.cancelled | ({"restart": newer.cancelled.get("restart", 0) + lost} if lost else {})
-    known_ids = [newer.next_lease_id, *(group.lease_id + 1 for group in journal.groups)]
+    told_ids = [frontier.past.next_lease_id, journal.past.next_lease_id]
+    known_ids = [*told_ids, *(group.lease_id + 1 for group in journal.groups)]
     return msgspec.structs.replace(
         newer,
         leased=leased,

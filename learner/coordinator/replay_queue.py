@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from common.codec import Frame
 from common.messages import GroupHeader
 
 # What a decoded header costs in memory, rounded up, beside the payload: so that a header of many short version
@@ -18,7 +19,7 @@ class FinishedGroup:
     """One validated group as it arrived: header and raw payload, so that it is handed on without being packed again."""
 
     header: GroupHeader
-    payload: bytes
+    payload: Frame
     oldest_version: int  # of all its sampled tokens
     newest_version: int
     accepted_version: int  # where the run was when it arrived
@@ -38,6 +39,17 @@ class FinishedGroup:
             len(self.header.trajectories), sum(len(t.version_runs) for t in self.header.trajectories)
         )
 
+    def without_bytes(self) -> "JournaledGroup":
+        """For when they are elsewhere."""
+        return JournaledGroup(
+            lease_id=self.lease_id,
+            task_id=self.task_id,
+            oldest_version=self.oldest_version,
+            newest_version=self.newest_version,
+            accepted_version=self.accepted_version,
+            num_bytes=self.num_bytes,
+        )
+
     def __repr__(self) -> str:
         versions = f"{self.oldest_version}..{self.newest_version}"
         return (
@@ -47,19 +59,15 @@ class FinishedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournaledGroup:
-    """A group accepted before a restart. Its bytes are in the journal and are read when it is delivered."""
+    """A group whose bytes are in the journal alone: it was accepted before a restart, or delivered to the learner."""
 
     lease_id: int
     task_id: int
     oldest_version: int
     newest_version: int
     accepted_version: int
+    num_bytes: int = 0  # charged like those of any other group: they are read when it is delivered
     batch_version: int | None = None  # of the batch it was delivered in
-
-    @property
-    def num_bytes(self) -> int:
-        """In memory."""
-        return 0
 
 
 QueuedGroup = FinishedGroup | JournaledGroup
@@ -103,6 +111,16 @@ class ReplayQueue:
     def oldest(self, num_groups: int) -> tuple[QueuedGroup, ...]:
         """The first `num_groups` groups, or fewer if there are fewer. They stay in the queue."""
         return tuple(self._groups[lease_id] for _, lease_id in self._order[:num_groups])
+
+    def hand_out(self, lease_ids: Iterable[int]) -> tuple[QueuedGroup, ...]:
+        """The bytes of these groups go to the learner: what stays are their places, charged as before, and returned."""
+        handed_out = []
+        for lease_id in lease_ids:
+            group = self._groups[lease_id]
+            if isinstance(group, FinishedGroup):
+                group = self._groups[lease_id] = group.without_bytes()
+            handed_out.append(group)
+        return tuple(handed_out)
 
     def consume(self, lease_ids: Iterable[int]) -> tuple[QueuedGroup, ...]:
         """Forget these groups for good, and return them; raises KeyError for one that is not there."""

@@ -9,12 +9,10 @@ import asyncio
 import logging
 import secrets
 import time
-from functools import partial
 
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
 from common.messages import (
-    Batch,
     CheckpointSaved,
     CloseRun,
     CoordinatorToLearner,
@@ -29,16 +27,18 @@ from common.messages import (
     TakeFrontier,
 )
 from common.wire import Incoming, Peer, Router
-from learner.coordinator.background import in_thread
-from learner.coordinator.core import Coordinator, LearnerError
-from learner.coordinator.decisions import GrantLease
+from learner.coordinator.batch_sender import BatchSender
+from learner.coordinator.core import Coordinator
+from learner.coordinator.decisions import DeliverBatch
+from learner.coordinator.delivery import LearnerError
 from learner.coordinator.inbound import Inbound
-from learner.coordinator.journal_keeper import JournalKeeper, LoadedBatch
-from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
+from learner.coordinator.journal_keeper import JournalKeeper
+from learner.coordinator.lender import Lender
+from learner.coordinator.mailer import MAX_KEPT_BYTES, Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.status import status_of
-from learner.coordinator.tasks import Task, TaskSource
+from learner.coordinator.tasks import TaskSource
 from learner.coordinator.token_ages import TokenAges
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,6 @@ class Service:
         journal: JournalKeeper,
         events: EventLog | None,
     ) -> None:
-        self._tasks = tasks
         self._core = core
         self._outbound = Outbound(settings, core)
         self._inbound = Inbound(settings, core, run, self._outbound, session=secrets.token_hex(8))
@@ -75,14 +74,15 @@ class Service:
         self._journal = journal
         self._events = events
         self._ages = TokenAges()
+        self._batches = BatchSender(learner, learner_peer, journal, ages=self._ages, events=events)
         self._to_servers = Mailer(servers)
         self._to_learner = Mailer(learner)
+        self._lender = Lender(tasks, self._outbound, self._to_servers, post=self._post)
         self._decoder = Decoder(
             ServerToCoordinator,
             max_payload_bytes=settings.rules.max_group_bytes,
             max_header_bytes=MAX_HEADER_BYTES,
         )
-        self._granted = asyncio.Event()
         self._recorded = asyncio.Event()
         self._done = asyncio.Event()
 
@@ -90,8 +90,11 @@ class Service:
         """Serve until the learner closes the run."""
         self._tell_learner(RunOpened(listen_address=self._servers.address))
         async with asyncio.TaskGroup() as group:
-            loops = (self._hear_servers, self._hear_learner, self._lend, self._keep_journal, self._tick, self._retry)
-            running = [group.create_task(loop()) for loop in loops]
+            loops = (
+                self._hear_servers(), self._hear_learner(), self._lender.run(), self._keep_journal(),
+                self._batches.run(), self._tick(), self._retry(),
+            )  # fmt: skip
+            running = [group.create_task(loop) for loop in loops]
             await self._done.wait()
             for task in running:
                 task.cancel()
@@ -103,6 +106,8 @@ class Service:
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:
+        if self._outbound.is_blocked(incoming.peer):  # before anything it sent is looked at: floods must be cheap
+            return
         now = time.monotonic()
         try:
             message, payload = self._decoder.decode(incoming.frames)
@@ -147,34 +152,25 @@ class Service:
                 for session in self._outbound.sessions:
                     self._outbound.pulse(session, now)
 
-    async def _lend(self) -> None:
-        """Leases are told when their dataset rows are there; a slow generator holds up nothing else."""
-        while True:
-            await self._granted.wait()
-            self._granted.clear()
-            grants = list(self._outbound.grants)
-            self._outbound.grants.clear()
-            for grant, task in await in_thread(partial(self._make_tasks, grants)):
-                self._outbound.lend(grant, task)
-            self._post()
-
-    def _make_tasks(self, grants: list[GrantLease]) -> list[tuple[GrantLease, Task]]:
-        return [(grant, self._tasks.task(grant.task_id)) for grant in grants]
-
     async def _keep_journal(self) -> None:
         """What was accepted is acknowledged, and what was chosen is trained, only once it is on the disk."""
         while True:
             await self._recorded.wait()
             self._recorded.clear()
-            records, promises = self._outbound.take_records()
-            for kept in await self._journal.keep(records, promises, self._core.book.past()):
-                if isinstance(kept, LoadedBatch):
-                    self._deliver(kept)
-                else:
-                    self._outbound.acknowledge(kept)
+            await self._keep_records()
             self._post()
 
+    async def _keep_records(self) -> None:
+        records, promises = self._outbound.take_records()
+        await self._journal.keep(records, self._core.book.past())
+        for promise in promises:
+            if isinstance(promise, DeliverBatch):
+                self._batches.put(promise)
+            else:
+                self._outbound.acknowledge(promise)
+
     async def _tick(self) -> None:
+        self._inbound.tick(time.monotonic())  # from now on its own pauses are told from the servers' silence
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
@@ -189,7 +185,7 @@ class Service:
             self._ages,
             now,
             listen_address=self._servers.address,
-            malformed=self._servers.malformed,
+            strangers=self._servers.refusals(),
         )
         if not self._to_learner.is_behind(self._learner_peer):
             self._tell_learner(status)
@@ -208,6 +204,7 @@ class Service:
         while True:
             await asyncio.sleep(RETRY_S)
             self._to_servers.retry()
+            self._lender.retry()
             self._to_learner.retry()
 
     def _post(self) -> None:
@@ -218,26 +215,12 @@ class Service:
             if not self._to_servers.send(letter.peer, encode(letter.message)):
                 session = self._outbound.sessions.of_peer(letter.peer)
                 if session is not None:
-                    reason = f"did not read {MAX_KEPT_MESSAGES} messages"
+                    reason = f"left more than {MAX_KEPT_BYTES} bytes of messages unread"
                     self._outbound.carry_out(self._core.server_lost(session.server_id, reason, time.monotonic()))
         if self._outbound.grants:
-            self._granted.set()
+            self._lender.wake()
         if self._outbound.records or self._outbound.promises:
             self._recorded.set()
-
-    def _deliver(self, batch: LoadedBatch) -> None:
-        for header, accepted_version in zip(batch.headers, batch.accepted_versions, strict=True):
-            self._ages.add(header, accepted_version=accepted_version, trained_version=batch.version)
-        message = Batch(version=batch.version, groups=batch.headers)
-        self._to_learner.send(self._learner_peer, encode(message, batch.payload))
-        if self._events is not None:
-            self._events.emit(
-                "batch_delivered",
-                version=batch.version,
-                num_bytes=len(batch.payload),
-                leases=[header.lease_id for header in batch.headers],
-                tasks=[header.task_id for header in batch.headers],
-            )
 
     def _tell_learner(self, message: CoordinatorToLearner) -> None:
         self._to_learner.send(self._learner_peer, encode(message))

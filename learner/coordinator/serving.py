@@ -7,11 +7,14 @@ from pathlib import Path
 
 from common.codec import Decoder
 from common.events import EventLog
-from common.keys import KeyFileError, ServerKeys, load_server_keys
+from common.key_files import KeyFileError
+from common.keys import ServerKeys, load_server_keys
 from common.lifecycle import UserError
 from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
-from learner.coordinator.core import Coordinator, LearnerError
+from learner.coordinator.batch_sender import PARTS_ON_THE_WAY
+from learner.coordinator.core import Coordinator
+from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import open_journal
 from learner.coordinator.ledger import FrontierError, decode_frontier
 from learner.coordinator.service import MAX_HEADER_BYTES, MAX_LEARNER_HEADER_BYTES, Service
@@ -20,6 +23,7 @@ from learner.coordinator.tasks import TaskSource
 
 logger = logging.getLogger(__name__)
 
+BESIDE_QUEUE_BYTES = 512 << 20  # of memory: nobody but liars can make the process need more
 SERVERS_RETURN_S = 2.0  # after a coordinator was replaced: until then servers may claim what they hold
 
 
@@ -28,7 +32,11 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
     keys = _load_keys(settings)
     async with AsyncExitStack() as stack:
         learner = await stack.enter_async_context(
-            open_router(settings.learner_socket, max_frame_bytes=MAX_LEARNER_HEADER_BYTES)
+            open_router(
+                settings.learner_socket,
+                max_frame_bytes=MAX_LEARNER_HEADER_BYTES,
+                send_queue_messages=PARTS_ON_THE_WAY,
+            )
         )
         learner_peer, run = await _wait_for_learner(learner)
         journal = await stack.enter_async_context(open_journal(Path(settings.journal), lineage=settings.run_id))
@@ -40,12 +48,22 @@ async def serve(settings: ServiceSettings, tasks: TaskSource) -> int:
                 version=run.version,
                 frontier=run.frontier,
                 journal=contents,
+                published_version=run.published_version,
                 servers_return_until=time.monotonic() + SERVERS_RETURN_S if journal.is_of_this_life else None,
             )
         except FrontierError as error:
             raise UserError(f"the run cannot be resumed: {error}") from error
+        # Lease ids go on from here, also if this coordinator is killed before it has written anything else.
+        await journal.keep((), core.book.past())
         frame_bytes = max(MAX_HEADER_BYTES, settings.rules.max_group_bytes)
-        servers = await stack.enter_async_context(open_router(settings.listen, max_frame_bytes=frame_bytes, keys=keys))
+        servers = await stack.enter_async_context(
+            open_router(
+                settings.listen,
+                max_frame_bytes=frame_bytes,
+                keys=keys,
+                max_growth_bytes=settings.rules.queue_bytes + BESIDE_QUEUE_BYTES,
+            )
+        )
         events = EventLog(Path(settings.event_log), "coordinator") if settings.event_log else None
         if events is not None:
             stack.callback(events.close)

@@ -18,6 +18,7 @@ class Session:
     peer: Peer  # the connection it was last heard on
     epoch: str
     heard_at: float
+    greeted_us: int = 0  # when its last Hello was said, on the server's clock
     ready: bool = False
     heartbeat: Heartbeat | None = None
 
@@ -54,12 +55,14 @@ class Sessions:
         present = self._by_peer.get(peer)
         if present is not None and present is not session:
             raise GreetingRefused(f"this connection speaks for server {present.server_id} already; open another one")
+        if session is not None and hello.said_us < session.greeted_us:
+            raise GreetingRefused("this connection is an old one: a later Hello of this server came over another")
         if session is None:
             if len(self) >= MAX_SESSIONS:
                 raise GreetingRefused(f"{MAX_SESSIONS} servers have joined already; try again when one has left")
             session = Session(server_id=self._free_name(hello), peer=peer, epoch=hello.epoch, heard_at=now)
         self._by_peer.pop(session.peer, None)
-        session.peer, session.heard_at = peer, now
+        session.peer, session.heard_at, session.greeted_us = peer, now, hello.said_us
         self._by_peer[peer] = self._by_server[session.server_id] = session
         self._by_epoch[peer.key, hello.epoch] = session
         return session

@@ -1,19 +1,27 @@
 """The coordinator's status as a message: what the learner shows and logs once a second."""
 
+from collections.abc import Mapping
+
 from common.messages import CoordinatorStatus, ServerStatus
 from common.snapshot import NO_VERSION
 from learner.coordinator.core import Coordinator
-from learner.coordinator.explain import what_the_learner_waits_for
+from learner.coordinator.explain import what_all_servers_wait_for, what_the_learner_waits_for
 from learner.coordinator.sessions import Session, Sessions
 from learner.coordinator.token_ages import TokenAges
 
 
 def status_of(
-    core: Coordinator, sessions: Sessions, ages: TokenAges, now: float, *, listen_address: str, malformed: int = 0
+    core: Coordinator,
+    sessions: Sessions,
+    ages: TokenAges,
+    now: float,
+    *,
+    listen_address: str,
+    strangers: Mapping[str, int],
 ) -> CoordinatorStatus:
-    """`malformed`: messages that the socket dropped for their number of frames."""
+    """`strangers`: connections and messages that the socket did not take, by reason."""
     counts = core.counts()
-    refused = counts.refused | ({"malformed": malformed} if malformed else {})
+    refused = {**counts.refused, **strangers}
     return CoordinatorStatus(
         servers=tuple(_server_status(core, session, now) for session in sessions),
         leased=counts.leased,
@@ -30,6 +38,8 @@ def status_of(
         in_flight_tokens=dict(ages.in_flight),
         in_queue_tokens=dict(ages.in_queue),
         waiting_for=what_the_learner_waits_for(core, now, listen_address=listen_address),
+        held_by=core.book.held_by() or "",
+        servers_wait_for=what_all_servers_wait_for(core),
     )
 
 

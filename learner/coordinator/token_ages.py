@@ -1,6 +1,7 @@
 """TokenAges: how old tokens were when they were trained, and where they grew old: in flight, or in the queue."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,13 +19,16 @@ class TokenAges:
         self.in_flight: Counter[int] = Counter()  # the part until the group was accepted
         self.in_queue: Counter[int] = Counter()  # the part from then on
 
-    def add(self, header: GroupHeader, *, accepted_version: int, trained_version: int) -> None:
-        """The group is delivered for the step that updates trained_version."""
-        runs = [run for trajectory in header.trajectories for run in trajectory.version_runs]
-        versions_R = np.array([version for version, _ in runs])
-        waited = trained_version - accepted_version
-        staleness_R = token_staleness(versions_R, current=trained_version)
-        for staleness, (_, num_tokens) in zip(staleness_R.tolist(), runs, strict=True):
+    def add(self, groups: Iterable[tuple[GroupHeader, int]], *, trained_version: int) -> None:
+        """Groups, and the versions they were accepted at, are delivered for the step that updates trained_version."""
+        tokens: Counter[tuple[int, int]] = Counter()  # by sampled and accepted version: few, while runs may be many
+        for header, accepted_version in groups:
+            for trajectory in header.trajectories:
+                for version, length in trajectory.version_runs:
+                    tokens[version, accepted_version] += length
+        staleness_V = token_staleness(np.array([version for version, _ in tokens]), current=trained_version)
+        for staleness, ((_, accepted_version), num_tokens) in zip(staleness_V.tolist(), tokens.items(), strict=True):
+            waited = trained_version - accepted_version
             self.staleness[_bounded(staleness)] += num_tokens
             self.in_flight[_bounded(staleness - waited)] += num_tokens
             self.in_queue[_bounded(waited)] += num_tokens

@@ -1,4 +1,6 @@
+import math
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -7,8 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import BYTES_PER_TOKEN, Decoder, ProtocolError, check_group, encode, pack_group, unpack_groups
-from common.messages import GroupFinished, GroupHeader, Leaving, ServerToCoordinator, TakeFrontier
+from common.codec import (
+    BYTES_PER_TOKEN,
+    LOGPROB_SLACK,
+    Decoder,
+    ProtocolError,
+    check_group,
+    encode,
+    pack_group,
+    read_columns,
+    unpack_groups,
+)
+from common.messages import GroupFinished, GroupHeader, Leaving, ServerToCoordinator, TakeFrontier, TrajectoryHeader
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from tests.builders_codec import UNIONS, a_group, a_group_header, a_trajectory, examples_of
@@ -222,6 +234,53 @@ def test_the_offending_trajectory_is_named():
         unpack_groups([header], payload[:-1] + b"\7")
 
 
+def plausible(trajectory: TrajectoryHeader, ids: list[int], logprobs: list[float], mask: list[int]) -> bool:
+    """One trajectory, token by token: what a group's columns are checked for all at once."""
+    sampled = 0
+    for token_id, logprob, is_sampled in zip(ids, logprobs, mask, strict=True):
+        if token_id < 0 or is_sampled not in (0, 1):
+            return False
+        if math.isnan(logprob) or math.isinf(logprob) or logprob > LOGPROB_SLACK:
+            return False
+        if not is_sampled and logprob != 0:
+            return False
+        sampled += is_sampled
+    return sampled > 0 and sum(length for _, length in trajectory.version_runs) == sampled
+
+
+ODD_IDS = st.sampled_from((-1, -(1 << 31), (1 << 31) - 1, 0))
+ODD_LOGPROBS = st.sampled_from((float("nan"), float("inf"), -float("inf"), 1.0, 2e-4, 5e-5, -0.0, 0.0, -1.0, -3e38))
+ODD_FLAGS = st.sampled_from((0, 1, 2, 255))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(trajectories(), min_size=1, max_size=4), st.data())
+def test_a_group_is_refused_exactly_when_one_of_its_trajectories_would_be_and_that_one_is_named(drawn, data):
+    header, payload = pack_group(a_group(*drawn))
+    count = sum(len(trajectory) for trajectory in drawn)
+    ids = np.frombuffer(payload, "<i4", count).copy()
+    logprobs = np.frombuffer(payload, "<f4", count, 4 * count).copy()
+    mask = np.frombuffer(payload, np.uint8, count, 8 * count).copy()
+    for _ in range(data.draw(st.integers(0, 3))):
+        column, odd = data.draw(st.sampled_from(((ids, ODD_IDS), (logprobs, ODD_LOGPROBS), (mask, ODD_FLAGS))))
+        column[data.draw(st.integers(0, count - 1))] = data.draw(odd)
+    bounds = list(accumulate((len(trajectory) for trajectory in drawn), initial=0))
+    bad = [
+        index
+        for index, (start, end) in enumerate(pairwise(bounds))
+        if not plausible(
+            header.trajectories[index], ids[start:end].tolist(), logprobs[start:end].tolist(), mask[start:end].tolist()
+        )
+    ]
+    damaged = ids.tobytes() + logprobs.tobytes() + mask.tobytes()
+    if not bad:
+        assert read_columns(header, damaged).bounds == tuple(bounds)
+        return
+    with pytest.raises(ProtocolError) as refusal:
+        read_columns(header, damaged)
+    assert int(str(refusal.value).removeprefix("trajectory ").split(".")[0].split(":")[0]) in bad
+
+
 def test_a_log_probability_that_rounding_made_positive_is_zero():
     [group] = unpack_groups([a_group_header()], a_payload(logprobs=(0, 5e-5, -0.5)))
     logprobs = group.trajectories[0].behavior_logprobs
@@ -239,12 +298,15 @@ def test_a_log_probability_that_rounding_made_positive_is_zero():
 )
 def test_a_group_that_this_run_cannot_have_asked_for_is_refused(limits: dict[str, int], complaint: str):
     fitting = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
-    check_group(a_group(), **fitting)
+    header, payload = pack_group(a_group())
+    check_group(header, read_columns(header, payload), **fitting)
     with pytest.raises(ProtocolError, match=complaint):
-        check_group(a_group(), **(fitting | limits))
+        check_group(header, read_columns(header, payload), **(fitting | limits))
 
 
 def test_a_later_trajectory_is_checked_too():
-    longer = replace(a_trajectory(), token_ids=np.array([1, 2, 50], np.int32))
+    larger = replace(a_trajectory(), token_ids=np.array([1, 2, 50], np.int32))
+    header, payload = pack_group(a_group(a_trajectory(), larger))
+    limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
     with pytest.raises(ProtocolError, match=r"trajectory 1.token_ids: expected ids < 13, got 50"):
-        check_group(a_group(a_trajectory(), longer), vocab_size=13, max_model_len=3, group_size=2, newest_version=4)
+        check_group(header, read_columns(header, payload), **limits)

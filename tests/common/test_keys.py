@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from common.key_files import KeyFileError
 from common.keys import (
     AllowList,
-    KeyFileError,
     KeyPair,
     ServerKeys,
     ensure_client_key,
@@ -61,7 +61,7 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_repairs_it(
 
 def test_a_directory_where_others_could_let_themselves_in_is_refused(server: ServerKeys):
     server.directory.chmod(0o770)
-    with pytest.raises(KeyFileError, match=f"run: chmod 700 {server.directory}"):
+    with pytest.raises(KeyFileError, match=f"so let themselves in; run: chmod go-w {server.directory}$"):
         load_server_keys(server.directory)
 
 
@@ -144,7 +144,7 @@ def test_without_an_allow_list_nobody_is_let_in(server: ServerKeys, caplog: pyte
     assert allowed.name_of(key.public) == "node"
     (server.directory / "allowed").rename(server.directory / "elsewhere")
     assert allowed.name_of(key.public) is None
-    assert "nobody is let in until" in caplog.text
+    assert f"nobody is let in: there is no {server.directory}/allowed" in caplog.text
 
 
 def test_a_revoked_key_is_not_handed_out_again(server: ServerKeys):

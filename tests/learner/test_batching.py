@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from learner.batching import build_batch
 from tests.builders_learner import a_batch, a_group, a_trajectory, random_groups
@@ -24,11 +25,12 @@ def test_every_token_a_policy_sampled_is_trained_on_exactly_once_with_what_belon
             np.testing.assert_array_equal(micro.token_ids_BT[row, :length], trajectory.token_ids)
             np.testing.assert_array_equal(micro.loss_mask_BT[row, :length], trajectory.loss_mask)
             np.testing.assert_array_equal(micro.behavior_logprobs_BT[row, :length], trajectory.behavior_logprobs)
-            assert float(micro.rewards_B[row]) == pytest.approx(trajectory.reward)
-            assert bool(micro.terminated_B[row]) == (trajectory.finish_reason.value == "terminated")
             seen.append(index)
     assert sorted(seen) == list(range(len(trajectories)))
     assert batch.num_loss_tokens == sum(group.num_sampled_tokens for group in groups)
+    assert batch.loss_tokens_N.tolist() == [int(trajectory.loss_mask.sum()) for trajectory in trajectories]
+    assert torch.equal(batch.lengths_N, batch.loss_tokens_N)
+    assert batch.terminated_N.tolist() == [each.finish_reason.value == "terminated" for each in trajectories]
     assert batch.group_index_N.tolist() == [index for index in range(4) for _ in range(4)]
     assert batch.rewards_N.tolist() == pytest.approx([trajectory.reward for trajectory in trajectories])
 
@@ -36,7 +38,7 @@ def test_every_token_a_policy_sampled_is_trained_on_exactly_once_with_what_belon
 @pytest.mark.parametrize("budget", [1, 13, 30, 64, 10_000])
 def test_a_micro_batch_stays_within_the_token_budget_unless_one_trajectory_alone_does_not(budget):
     for micro in a_batch(random_groups(3, num_groups=5), micro_batch_tokens=budget).micro_batches:
-        assert micro.token_ids_BT.numel() <= budget or len(micro.rewards_B) == 1
+        assert micro.token_ids_BT.numel() <= budget or len(micro.token_ids_BT) == 1
 
 
 def test_a_token_older_than_the_limit_stays_as_context_and_is_counted():
@@ -47,6 +49,7 @@ def test_a_token_older_than_the_limit_stays_as_context_and_is_counted():
     assert micro.attention_mask_BT.all()
     assert micro.staleness_BT.tolist() == [[0, 6, 3, 2, 0]]
     assert (batch.num_loss_tokens, batch.num_over_stale_tokens) == (2, 2)
+    assert (batch.loss_tokens_N.tolist(), batch.lengths_N.tolist()) == ([2], [4])
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])

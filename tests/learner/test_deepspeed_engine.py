@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.lifecycle import UserError
 from learner.deepspeed_engine import open_deepspeed_engine
 from learner.ppo_engine import PpoEngine
+from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
 from learner.training import StepResult, TrainSettings
 from tests.builders_learner import (
@@ -106,6 +107,25 @@ def gae_settings(model: str, **overrides) -> TrainSettings:
     )
 
 
+def test_a_reference_and_shaped_rewards_on_deepspeed_equal_those_on_plain_torch(model, tmp_path):
+    other = str(save_tiny_model(tmp_path / "other", seed=1, tied=True))
+    settings = some_train_settings(
+        model,
+        learning_rate=1e-3,
+        advantage="reinforce_plus_plus",
+        kl=KlSettings(coefficient=0.1, place="reward", target=1.0, reference_model=other, reference_offload=True),
+        rewards=RewardSettings(normalization="running", clip=2.0),
+    )
+    engine, twin = open_deepspeed_engine(settings), open_torch_engine(settings)
+    train(engine, steps=1)
+    engine.save(tmp_path)
+    assert_close_metrics(train(engine, steps=2), train(twin, steps=3)[1:])
+    resumed = open_deepspeed_engine(settings)
+    resumed.load(tmp_path)
+    train(resumed, steps=2)
+    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
+
+
 @pytest.fixture(scope="module")
 def checkpoint_after_two_steps(model, tmp_path_factory) -> tuple[Path, PpoEngine, list[StepResult]]:
     """Policy and critic, stage 1: the checkpoint, and what became of the engine in two more steps."""
@@ -180,7 +200,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_no_weight_moves(broken_ste
     assert largest_difference(after, before) == 0.0
 
 
-@pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_B"])
+@pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_N"])
 def test_a_loss_that_is_not_finite_is_refused_and_no_weight_moves(field, model):
     engine = open_deepspeed_engine(gae_settings(model))
     train(engine, steps=1)

@@ -44,6 +44,15 @@ def test_a_count_below_one_is_refused(name, value):
         ({"max_model_len": 0}, "max_model_len must be at least 2, got 0"),
         ({"max_model_len": 256}, "max_new_tokens 256 leaves no room for a prompt within max_model_len 256"),
         ({"group_size": 1}, "group_size 1 leaves grpo nothing to compare with"),
+        ({"group_size": 1, "advantage": "rloo"}, "group_size 1 leaves rloo nothing to compare with"),
+        ({"kl_coefficient": -1.0}, "kl_coefficient must be finite and >= 0, got -1.0"),
+        ({"kl_target": 6.0}, "kl_target multiplies kl_coefficient, which is 0"),
+        ({"kl_coefficient": 0.1, "kl_estimator": "k1"}, "kl_estimator k1 in the loss has a gradient that does not"),
+        ({"reference_offload": True}, "reference_offload: there is no reference; set kl_coefficient or"),
+        ({"overlong_buffer": 300}, "overlong_buffer must be at most overlong_length 256, got 300"),
+        ({"overlong_length": 0}, "overlong_length and overlong_penalty punish nothing while overlong_buffer is 0"),
+        ({"reward_clip": -1.0}, "reward_clip must be finite and > 0, got -1.0"),
+        ({"drop_equal_groups": True, "advantage": "gae"}, "drop_equal_groups: with advantage gae a group of equal"),
         ({"group_size": 5000}, "group_size must be at most 4096, got 5000"),
         ({"dtype": "bfloat16", "zero_stage": 0}, "dtype bfloat16 needs zero_stage 1 or 2"),
         ({"queue_groups": 15}, "queue_groups 15 can never hold a batch of groups_per_step 16"),
@@ -52,7 +61,9 @@ def test_a_count_below_one_is_refused(name, value):
     ],
 )
 def test_an_impossible_value_is_refused_with_a_sentence(settings, sentence):
-    with pytest.raises(ValueError, match=r"must|needs|leaves|can never") as refusal:
+    with pytest.raises(
+        ValueError, match=r"must|needs|leaves|can never|multiplies|has a gradient|there is no|punish"
+    ) as refusal:
         LearnerConfig(**settings)
     assert str(refusal.value).startswith(sentence)
 
@@ -65,6 +76,9 @@ def test_an_impossible_value_is_refused_with_a_sentence(settings, sentence):
         (["--lr-schedule", "step"], "--lr-schedule must be one of constant, linear, cosine; got 'step'"),
         (["--total-steps", "1.5"], "--total-steps must be a whole number, got '1.5'"),
         (["--temperature", "hot"], "--temperature must be a number, got 'hot'"),
+        (["--kl-in", "advantage"], "--kl-in must be one of loss, reward; got 'advantage'"),
+        (["--kl-estimator", "k4"], "--kl-estimator must be one of k1, k2, k3; got 'k4'"),
+        (["--reward-normalization", "z"], "--reward-normalization must be one of none, batch, running; got 'z'"),
         (["--loss-setting", "clip"], "--loss-setting takes NAME=NUMBER, got 'clip'"),
     ],
 )
@@ -74,8 +88,15 @@ def test_a_flag_of_the_wrong_kind_is_refused_with_a_sentence(argv, sentence):
     assert str(refusal.value) == sentence
 
 
-def test_a_group_of_one_is_possible_with_a_critic():
-    assert LearnerConfig(group_size=1, advantage="gae").group_size == 1
+@pytest.mark.parametrize("advantage", ["gae", "reinforce", "reinforce_plus_plus"])
+def test_a_group_of_one_is_possible_where_nothing_is_compared_within_groups(advantage):
+    assert LearnerConfig(group_size=1, advantage=advantage).group_size == 1
+
+
+def test_the_penalty_for_length_is_complete_at_the_longest_completion_unless_told_otherwise():
+    assert LearnerConfig(overlong_buffer=10, max_new_tokens=100).reward_settings.overlong_length == 100
+    assert LearnerConfig(overlong_buffer=10, overlong_length=50).reward_settings.overlong_length == 50
+    assert LearnerConfig().reward_settings.overlong_length is None
 
 
 def test_the_queue_holds_what_the_staleness_allows_unless_told_otherwise():
@@ -86,7 +107,16 @@ def test_the_queue_holds_what_the_staleness_allows_unless_told_otherwise():
 
 def test_the_resolved_configuration_is_read_back_equal(tmp_path):
     config = LearnerConfig(
-        model="m", advantage="gae", loss_setting={"clip_ratio": 0.1}, run_dir=Path("some") / "run", max_model_len=512
+        model="m",
+        advantage="gae",
+        loss_setting={"clip_ratio": 0.1},
+        run_dir=Path("some") / "run",
+        max_model_len=512,
+        kl_coefficient=0.1,
+        kl_in="reward",
+        kl_estimator="k3",
+        reward_clip=2.0,
+        drop_truncated=True,
     )
     write_resolved(config, tmp_path / "learner.toml", table="learner")
     assert parsed("--config", str(tmp_path / "learner.toml")) == config

@@ -4,6 +4,7 @@ from common.lifecycle import UserError
 from learner import plan
 from learner.config import LearnerConfig
 from learner.demo import model as demo_model
+from learner.reward_settings import KlSettings, RewardSettings
 from learner.run_directory import RunDirectory
 
 
@@ -51,13 +52,42 @@ def test_a_critic_starts_from_the_model_unless_told_otherwise():
     assert plan.train_settings(LearnerConfig(advantage="gae", critic_model="c"), "m").critic_model == "c"
 
 
+def test_the_reference_is_the_model_unless_told_otherwise_and_nothing_where_it_costs_nothing():
+    def reference(**settings):
+        return plan.train_settings(LearnerConfig(**settings), "m").kl.reference_model
+
+    assert reference() is None
+    assert reference(kl_coefficient=0.1) == "m"
+    assert reference(kl_coefficient=0.1, reference_model="r") == reference(reference_model="r") == "r"
+
+
+def test_rewards_and_kl_reach_the_training_settings():
+    config = LearnerConfig(
+        kl_coefficient=0.1, kl_in="reward", kl_estimator="k2", kl_target=6.0, reference_offload=True,
+        overlong_buffer=5, overlong_length=9, overlong_penalty=2.0, reward_normalization="running", reward_clip=3.0,
+        drop_equal_groups=True, drop_truncated=True,
+    )  # fmt: skip
+    settings = plan.train_settings(config, "m")
+    assert settings.kl == KlSettings(
+        coefficient=0.1, place="reward", estimator="k2", target=6.0, reference_model="m", reference_offload=True
+    )
+    assert settings.rewards == RewardSettings(
+        overlong_buffer=5, overlong_length=9, overlong_penalty=2.0, normalization="running", clip=3.0,
+        drop_equal_groups=True, drop_truncated=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"loss": "trpo"}, "unknown loss trpo; known: decoupled_ppo, ppo"),
-        ({"advantage": "td"}, "unknown advantage td; known: gae, grpo"),
+        ({"advantage": "td"}, "unknown advantage td; known: dr_grpo, gae, grpo, reinforce"),
         ({"loss_setting": {"clip": 0.1}}, "decoupled_ppo has no setting clip; it takes: clip_ratio"),
-        ({"advantage_setting": {"gamma": 0.9}}, "grpo has no setting gamma"),
+        ({"advantage_setting": {"gamma": 0.9}}, "grpo has no setting gamma; it takes: normalize_std, epsilon"),
+        (
+            {"advantage": "gae", "advantage_setting": {"gae_lambda": 2.0}},
+            "gae_lambda of gae must be from 0 to 1, got 2.0",
+        ),
     ],
 )
 def test_an_algorithm_or_a_setting_that_does_not_exist_is_refused_before_any_model_is_loaded(settings, sentence):

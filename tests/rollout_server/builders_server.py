@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from common.codec import Decoder, encode, unpack_groups
@@ -115,6 +116,12 @@ class FakeLearner:
             if isinstance(message, kind):
                 return message, payload
 
+    async def hear_hello(self) -> None:
+        """Said now, and otherwise always the same."""
+        hello = await self.hear(Hello)
+        assert hello.said_us > 0
+        assert msgspec.structs.replace(hello, said_us=0) == HELLO
+
     async def hear_group(self) -> Group:
         message, payload = await self._next(GroupFinished)
         [group] = unpack_groups((message.group,), payload)
@@ -191,7 +198,7 @@ async def a_joined_server(
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
     serving = asyncio.create_task(serve(learner.address, tmp_path, environment or ScriptedEnvironment(), step_s=step_s))
     try:
-        assert await learner.hear(Hello) == HELLO
+        await learner.hear_hello()
         learner.say(learner.welcome())
         assert await learner.hear(Ready) == READY
         yield serving

@@ -25,7 +25,7 @@ from common.messages import (
 from common.wire import open_dealer
 from rollout_server import server as server_module
 from rollout_server.environments.environment import EnvironmentFailure
-from rollout_server.server import join, with_host_of
+from rollout_server.server import RunFinishedError, join, with_host_of
 from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner
 from tests.rollout_server.test_episodes import ScriptedEnvironment
 
@@ -142,7 +142,7 @@ async def test_when_the_learner_comes_back_the_server_begins_anew_and_what_was_l
             learner.published = 4  # what its last checkpoint has
             assert (await learner.hear(Heartbeat)).running_groups >= 0
             learner.say(Refused(reason="say Hello", retry=True))
-            assert await learner.hear(Hello) == HELLO
+            await learner.hear_hello()
             learner.say(learner.welcome())
             assert await learner.hear(Ready) == READY
             await learner.hear_heartbeat(running_groups=0, loaded_version=4)
@@ -169,7 +169,7 @@ async def test_a_server_that_must_introduce_itself_again_says_again_that_it_is_r
         learner.lease(3)
         await learner.hear_heartbeat(running_groups=1)
         learner.say(Refused(reason="say Hello", retry=True))
-        assert await learner.hear(Hello) == HELLO
+        await learner.hear_hello()
         learner.say(learner.welcome())
         ready = await learner.hear(Ready)
         assert msgspec.structs.replace(ready, held=()) == READY
@@ -183,8 +183,11 @@ async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_s
         learner.lease(3)
         first = await learner.hear_group()
         learner.say(learner.welcome(session="2", run_id=learner.run_id))
+        learner.heard.clear()
         assert [held.lease_id for held in (await learner.hear(Ready)).held] == [3]
         again = await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
         assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
         learner.say(LeaseCancelled(lease_id=3, reason="it was given up meanwhile"))
         await assert_silence(learner, GroupFinished)
@@ -194,11 +197,34 @@ async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_s
 async def test_a_group_follows_the_word_that_the_version_it_was_sampled_by_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 60.0)
     async with a_learner() as learner, a_joined_server(learner, tmp_path):
-        learner.lease(3, min_version=2)
+        learner.lease(3)
+        assert (await learner.hear_group()).lease_id == 3  # so version 0 has been pulled
+        learner.lease(4, min_version=2)
         learner.published = 2
         learner.say(Pulse(published_version=2))
         await learner.hear_heartbeat(loaded_version=2)
-        assert (await learner.hear_group()).lease_id == 3
+        assert (await learner.hear_group()).lease_id == 4
+
+
+async def test_a_coordinator_that_may_have_forgotten_is_told_again_what_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_INTERVAL_S", 60.0)
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease(3)
+        await learner.hear_group()
+        learner.say(Refused(reason="say Hello", retry=True))
+        await learner.hear(Hello)
+        learner.heard.clear()
+        learner.lease(4)  # before it is welcome
+        await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
+        learner.say(learner.welcome())
+        await learner.hear(Ready)
+        learner.heard.clear()
+        learner.lease(5)
+        await learner.hear_group()
+        kinds = [type(message) for message in learner.heard]
+        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
 
 
 @pytest.mark.parametrize("changes", [{"model_fingerprint": "other"}, {"tokenizer_fingerprint": "other"}])
@@ -262,6 +288,19 @@ async def test_a_refusal_for_good_ends_the_joining_with_its_reason():
 
 async def refused(dealer) -> None:
     with pytest.raises(UserError, match="the learner refuses this rollout server: install the same version"):
+        await join(dealer, HELLO)
+
+
+async def test_a_server_that_comes_when_the_run_is_over_is_told_so():
+    async with a_learner() as learner, open_dealer(learner.address) as dealer, asyncio.TaskGroup() as tasks:
+        joining = tasks.create_task(too_late(dealer))
+        await learner.hear(Hello)
+        learner.say(Finished(reason="60 steps are trained"))
+        await joining
+
+
+async def too_late(dealer) -> None:
+    with pytest.raises(RunFinishedError, match="the run is finished: 60 steps are trained"):
         await join(dealer, HELLO)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from common.wire import Dealer, Router, SendResult, open_dealer, sockets
+from common.wire import Dealer, Router, SendResult, open_dealer, options, sockets
 from tests.builders_wire import SHORT_S, TIMEOUT_S, a_router, is_heard
 
 
@@ -247,3 +247,18 @@ def test_no_descriptor_stays_open():
     before = len(os.listdir("/proc/self/fd"))
     asyncio.run(once())
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_dealer_on_a_path_keeps_its_connection_though_nobody_answers(tmp_path, monkeypatch):
+    """Its router knows it by that."""
+    monkeypatch.setattr(options, "SILENCE_S", 0.1)
+    monkeypatch.setattr(sockets, "LOOK_ANYWAY_S", 0.05)
+    async with a_router(f"ipc://{tmp_path}/socket") as router, open_dealer(router.address) as dealer:
+        peers = set()
+        async with asyncio.timeout(TIMEOUT_S):
+            for _ in range(5):
+                await dealer.send([b"header", b"payload"])
+                [incoming] = await router.receive()
+                peers.add(incoming.peer)
+                await asyncio.sleep(0.1)
+        assert len(peers) == 1

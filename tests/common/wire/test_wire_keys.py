@@ -10,8 +10,9 @@ import pytest
 import zmq
 
 from common.keys import ClientKey, ServerKeys, ensure_server_keys
-from common.wire import WireError, curve_keypair, open_dealer, opening
+from common.wire import WireError, curve_keypair, open_dealer, watch
 from common.wire.doorkeeper import Doorkeeper
+from common.wire.refusals import Refusals
 from tests.builders_wire import SHORT_S, TIMEOUT_S, a_client_key, a_router, is_heard
 
 
@@ -73,7 +74,7 @@ async def test_a_revoked_key_is_refused_at_its_next_connection_and_a_new_one_is_
 
 
 async def test_without_a_doorkeeper_nobody_is_let_in(keys: ServerKeys, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(opening, "start_doorkeeper", lambda *_: None)
+    monkeypatch.setattr(watch, "_open_zap_socket", lambda context: context.socket(zmq.REP))
     async with a_router(keys=keys) as router, open_dealer(router.address, key=a_client_key(keys)) as dealer:
         assert not await is_heard(router, dealer, SHORT_S)
 
@@ -138,15 +139,15 @@ async def test_keys_that_do_not_belong_together_are_refused_before_anything_is_t
 def test_refusals_are_logged_with_the_key_but_not_at_the_pace_of_the_attempts(
     keys: ServerKeys, caplog: pytest.LogCaptureFixture
 ):
-    doorkeeper = Doorkeeper(keys.directory)
+    doorkeeper = Doorkeeper(keys.directory, Refusals())
     public = curve_keypair()[0]
     with caplog.at_level(logging.WARNING):
         for _ in range(1000):
             answer = doorkeeper.answer([b"1.0", b"1", b"domain", b"10.0.0.9", b"", b"CURVE", public])
             assert answer[2] == b"300"
     assert [record.message for record in caplog.records] == [
-        f"refused 1 connections; the key of the last one, {public.hex()[:8]}..., is not on "
-        f"<AllowList {keys.directory}/allowed, 0 keys>"
+        "refused a connection whose key is not on the allow-list: 1 times, the last time "
+        f"from 10.0.0.9 with key {public.hex()[:8]}; <AllowList {keys.directory}/allowed, 0 keys>"
     ]
 
 

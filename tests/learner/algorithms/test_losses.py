@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.algorithms import LOSSES, build_advantages, build_loss, settings_of
+from learner.algorithms import LOSSES, build_loss, settings_of
 from learner.algorithms.losses import decoupled_ppo_loss, ppo_loss, value_loss
 from tests import oracles
 
@@ -150,8 +150,6 @@ def test_a_token_the_behavior_policy_hardly_knew_is_not_blown_up():
 def test_an_unknown_algorithm_or_setting_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown loss trpo; known: decoupled_ppo, ppo"):
         build_loss("trpo", {})
-    with pytest.raises(ValueError, match="unknown advantage td; known: gae, grpo"):
-        build_advantages("td", {})
     with pytest.raises(
         ValueError, match="ppo has no setting clip; it takes: clip_ratio, clip_ratio_high, max_behavior_weight"
     ):

@@ -10,6 +10,7 @@ import pytest
 
 from common.messages import Finished, GroupAccepted, GroupRefused, HeldLease, Lease, Refused, Welcome
 from learner.coordinator.client import CoordinatorClient, CoordinatorLostError
+from learner.coordinator.leases import LEASE_ID_LEAP
 from tests.builders_coordinator import a_heartbeat, a_hello, a_ready, an_open_run
 from tests.builders_coordinator_service import a_server, finish, settings_in
 
@@ -112,6 +113,7 @@ async def test_what_a_checkpoint_covers_is_not_repeated_after_a_restart_of_the_l
         frontier = await client.take_frontier()
         await client.checkpoint_saved(1, frontier)
         await client.take_frontier()
+        await kill(client)  # the journal has forgotten the first batch: the next coordinator must be told of the second
     client = CoordinatorClient(settings, tmp_path)
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:
         supervising = tasks.create_task(client.supervise())
@@ -123,6 +125,13 @@ async def test_what_a_checkpoint_covers_is_not_repeated_after_a_restart_of_the_l
             await finish(server, lease, version=1)
             assert sorted(group.task_id for group in await client.take_batch(1)) == [2, 3]
         supervising.cancel()
+
+
+async def test_a_question_to_a_coordinator_that_was_stopped_is_not_waited_for(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, _):
+        pass
+    with pytest.raises(CoordinatorLostError, match="the coordinator was stopped"):
+        await client.take_frontier()
 
 
 async def test_a_coordinator_that_ends_by_itself_ends_the_learner_with_its_reason(tmp_path):
@@ -139,3 +148,27 @@ async def test_a_coordinator_that_ends_by_itself_ends_the_learner_with_its_reaso
     assert failure.group_contains(CoordinatorLostError, match="ended with exit code 2; start the learner to resume")
     with pytest.raises(CoordinatorLostError):
         await client.take_frontier()
+
+
+async def test_a_step_completed_while_the_next_coordinator_starts_is_told_to_it(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, address), a_server(address) as server:
+        for lease in [await server.expect(Lease) for _ in range(2)]:
+            await finish(server, lease)
+        batch = await client.take_batch(0)
+        before = client.pid
+        os.kill(before, signal.SIGKILL)
+        while client.pid == before:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # it has been told where the run is, and has not answered
+        await client.step_completed(1, tuple(group.lease_id for group in batch))
+        await client.published(1)
+        await client.take_frontier()
+        await client.checkpoint_saved(1, await client.take_frontier())
+
+
+async def test_lease_ids_go_on_though_coordinators_are_killed_before_they_have_done_anything(tmp_path):
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, address):
+        await kill(client)
+        await kill(client)
+        async with a_server(address) as server:
+            assert (await server.expect(Lease)).lease_id >= 2 * LEASE_ID_LEAP

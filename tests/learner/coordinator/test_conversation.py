@@ -318,7 +318,9 @@ def test_the_status_shows_every_server_and_what_the_learner_waits_for():
     desk.join(A, now=1.0)
     desk.say(A, a_heartbeat(generated_tokens=77), now=2.0)
     desk.say(B, a_hello("b\n", epoch="2"), now=3.0)
-    status = status_of(desk.core, desk.outbound.sessions, TokenAges(), 4.0, listen_address="tcp://x", malformed=2)
+    status = status_of(
+        desk.core, desk.outbound.sessions, TokenAges(), 4.0, listen_address="tcp://x", strangers={"malformed": 2}
+    )
     assert [
         (one.server, one.running_groups, one.generated_tokens, one.silent_s, one.doing) for one in status.servers
     ] == [
@@ -352,3 +354,14 @@ def test_the_number_of_sessions_is_bounded(monkeypatch):
     desk.join(A)
     [(_, refused)] = desk.say(B, a_hello("b", epoch="2"))
     assert refused == Refused(reason="1 servers have joined already; try again when one has left", retry=True)
+
+
+def test_a_hello_that_arrives_late_over_a_connection_that_was_cut_does_not_take_the_session():
+    desk = Desk()
+    desk.say(A, a_hello("a", said_us=2))
+    elsewhere = Peer(b"old connection", A.key)
+    [(_, refused)] = desk.say(elsewhere, a_hello("a", said_us=1))
+    assert refused.reason == "this connection is an old one: a later Hello of this server came over another"
+    assert desk.outbound.sessions.of_peer(A).server_id == "a"
+    assert isinstance(desk.say(elsewhere, a_hello("a", said_us=3))[0][1], Welcome)
+    assert desk.outbound.sessions.of_peer(A) is None

@@ -1,6 +1,6 @@
 import pytest
 
-from learner.coordinator.core import LearnerError
+from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -10,6 +10,8 @@ from learner.coordinator.decisions import (
     Quarantine,
     RefuseGroup,
 )
+from learner.coordinator.delivery import LearnerError
+from learner.coordinator.replay_queue import JournaledGroup
 from tests.builders_coordinator import (
     MAX_GROUP_BYTES,
     a_coordinator,
@@ -213,12 +215,23 @@ def test_a_server_that_only_fails_gets_leases_only_when_the_others_are_full():
 
 
 def test_the_server_with_most_free_capacity_is_granted_first():
-    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
-    for server_id in ("a", "b"):
-        join(coordinator, server_id, groups=0)
+    coordinator = Coordinator(some_settings(max_staleness=0), servers_return_until=1.0)
+    coordinator.published(0, now=0.0)
     for server_id, groups in (("a", 1), ("b", 4)):
-        coordinator.members[server_id].capacity_groups = groups
+        assert join(coordinator, server_id, groups=groups) == []
     assert [grant.server_id for grant in grants(coordinator.tick(now=1.0))] == ["b", "b"]
+
+
+def test_a_server_whose_lease_ended_has_room_again_and_one_that_left_has_none():
+    coordinator = a_coordinator(groups_per_step=10)
+    [first] = join(coordinator, "a", groups=1)
+    [other] = join(coordinator, "b", groups=1)
+    assert grants(coordinator.tick(now=1.0)) == []
+    decisions = coordinator.lease_failed("a", first.lease_id, "boom", "", now=1.0)
+    assert [(grant.server_id, grant.task_id) for grant in grants(decisions)] == [("a", first.task_id)]
+    assert grants(coordinator.server_left("b", "enough", now=1.0)) == []
+    [again] = grants(coordinator.server_ready("a", capacity_groups=2, capacity_bytes=1 << 30, now=1.0))[1:]
+    assert (again.server_id, again.task_id) == ("a", other.task_id)
 
 
 def test_a_server_never_holds_more_than_its_capacity_in_groups_and_bytes():
@@ -417,8 +430,12 @@ def test_a_batch_asked_for_again_is_delivered_again_until_the_step_is_completed(
     coordinator = a_coordinator()
     for grant in join(coordinator)[:2]:
         coordinator.group_finished("a", group_for(grant), now=1.0)
-    first = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
-    assert first == of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+    charged = coordinator.book.queue.num_bytes
+    for _ in range(2):
+        [batch] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+        assert [group.lease_id for group in batch.groups] == [0, 1]
+        assert coordinator.book.queue.num_bytes == charged
+        assert all(isinstance(group, JournaledGroup) for group in coordinator.book.queue.oldest(2))  # bytes are gone
     coordinator.step_completed(1, (0, 1), now=1.0)
     with pytest.raises(LearnerError, match="asks for the batch of version 0, the run is at 1"):
         coordinator.take_batch(0, now=1.0)
@@ -473,3 +490,78 @@ def test_repr_shows_what_an_operator_asks_for():
 def test_settings_under_which_a_batch_could_never_fill_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         some_settings(**overrides)
+
+
+def test_a_lease_asks_for_no_older_version_than_its_server_has_so_that_it_is_due_later():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
+    for grant in join(coordinator)[:2]:
+        coordinator.group_finished("a", group_for(grant), now=1.0)
+    coordinator.take_batch(0, now=1.0)
+    coordinator.step_completed(1, (0, 1), now=1.0)
+    publishes(coordinator, 1)
+    for lease_id in (2, 3):
+        coordinator.group_finished("a", a_group(lease_id), now=1.0)
+    coordinator.take_batch(1, now=1.0)
+    coordinator.step_completed(2, (2, 3), now=1.0)
+    last = list(coordinator.book.running.values())[-1]
+    assert (last.min_version, last.deadline) == (2 + 7 // 2 - 3, 5)
+    assert [lease.min_version for lease in coordinator.book.running.values()][-2:] == [2, 2]
+    [again] = grants(coordinator.lease_failed("a", 8, "environment", "boom", now=1.0))
+    assert again.min_version == 2
+
+
+def test_a_batch_is_in_task_order_whatever_the_order_of_the_leases():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
+    granted = join(coordinator)
+    [again] = grants(coordinator.lease_failed("a", 0, "environment", "boom", now=1.0))
+    assert (again.lease_id, again.task_id) == (2, 0)
+    coordinator.take_batch(0, now=1.0)
+    coordinator.group_finished("a", group_for(granted[1]), now=1.0)
+    [batch] = of_kind(coordinator.group_finished("a", group_for(again), now=1.0), DeliverBatch)
+    assert [(group.task_id, group.lease_id) for group in batch.groups] == [(0, 2), (1, 1)]
+
+
+def test_a_server_that_is_silent_for_a_moment_is_granted_nothing_more_and_keeps_what_it_has():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0, notice_timeout_s=2.5, server_timeout_s=10.0)
+    [grant] = join(coordinator, now=0.0)
+    assert grants(coordinator.lease_failed("a", grant.lease_id, "environment", "boom", now=0.0))
+    join(coordinator, "b", now=3.0)
+    coordinator.heartbeat("b", progress=1, loaded_version=0, now=3.0)
+    assert coordinator.tick(now=3.0) == []
+    [lease] = coordinator.book.running.values()
+    assert lease.server_id == "a"
+    coordinator.server_lost("a", "test", now=3.0)
+    join(coordinator, "a", now=3.0)
+    coordinator.server_lost("b", "test", now=6.0)  # "a" is silent since 3 s, and nobody else is there
+    assert coordinator.counts().running == 0
+
+
+def test_leases_are_held_back_when_those_that_are_open_keep_the_learner_busy():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
+    coordinator.book.depth.leases = 3
+    assert len(join(coordinator)) == 3
+    assert coordinator.hold() == "the learner to complete step 1: 3 open groups keep it busy"
+
+
+def test_a_batch_asked_for_again_is_the_same_whatever_has_arrived_since():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
+    join(coordinator)
+    for lease_id in (2, 3):
+        coordinator.group_finished("a", a_group(lease_id), now=1.0)
+    [first] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+    coordinator.group_finished("a", a_group(0), now=1.0)  # as old, and of an older lease
+    [again] = of_kind(coordinator.take_batch(0, now=1.0), DeliverBatch)
+    assert [group.lease_id for group in again.groups] == [group.lease_id for group in first.groups] == [2, 3]
+
+
+def test_a_server_that_was_given_up_while_it_hung_gets_one_lease_at_a_time_until_it_finishes_one():
+    coordinator = a_coordinator(groups_per_step=8, max_staleness=0, server_timeout_s=1e6, hang_timeout_s=10.0)
+    join(coordinator, "hangs", groups=8)
+    coordinator.tick(now=0.0)
+    coordinator.heartbeat("hangs", progress=0, loaded_version=0, now=20.0)
+    join(coordinator, "works", groups=2, now=20.0)
+    coordinator.tick(now=20.0)
+    again = join(coordinator, "hangs", groups=8, now=20.0)
+    assert [grant.server_id for grant in again] == ["hangs"]
+    coordinator.group_finished("hangs", group_for(again[0]), now=21.0)
+    assert len(coordinator.members["hangs"].leases) == 5

@@ -237,12 +237,12 @@ class CoordinatorMachine(RuleBasedStateMachine):
             world.join("good")
             for server in SERVERS:
                 world.beat(server)
-            if world.training is None:
-                world.tell(world.core.published(world.core.version, world.now))
+            world.tell(world.core.published(world.core.version, world.now))
             for server in list(world.core.members):
                 world.beat(server)
             for lease_id, grant in list(world.open.items()):
-                world.finish(lease_id, grant.min_version)
+                if grant.min_version <= world.core.book.published_version:
+                    world.finish(lease_id, grant.min_version)
             if world.training is None:
                 world.ask()
             if world.training is not None:

@@ -1,5 +1,15 @@
-from learner.coordinator.explain import what_a_server_waits_for, what_the_learner_waits_for
-from tests.builders_coordinator import a_coordinator, group_for, join
+import pytest
+
+from learner.coordinator.explain import (
+    what_a_server_waits_for,
+    what_all_servers_wait_for,
+    what_the_learner_waits_for,
+)
+from learner.coordinator.sessions import Sessions
+from learner.coordinator.status import status_of
+from learner.coordinator.token_ages import TokenAges
+from learner.measurements import measure_run
+from tests.builders_coordinator import MAX_GROUP_BYTES, a_coordinator, group_for, join
 
 
 def learner_waits_for(coordinator, now=0.0):
@@ -48,3 +58,29 @@ def test_a_server_waits_for_the_learner_when_a_bound_is_met():
         "the learner to complete step 1: more data would be older than max_staleness"
     )
     assert what_a_server_waits_for(coordinator, "z", now=0.0) == "this server is not ready"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "held_by", "words"),
+    [
+        ({}, "max_staleness", "the learner to complete step 1: more data would be older than max_staleness"),
+        ({"queue_groups": 3}, "queue_groups", "the learner to empty the queue: 3 of 3 groups are open"),
+        (
+            {"queue_bytes": 3 * MAX_GROUP_BYTES},
+            "queue_bytes",
+            "the learner to empty the queue: 40000 of 30000 bytes would be needed",
+        ),
+    ],
+)
+def test_the_bound_that_is_met_is_named_in_words_in_the_status_and_in_the_metrics(bounds, held_by, words):
+    coordinator = a_coordinator(**({"groups_per_step": 2, "max_staleness": 1} | bounds))
+    free = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x")
+    assert (free.held_by, free.servers_wait_for) == ("", "")
+    join(coordinator)
+    assert what_all_servers_wait_for(coordinator) == words
+    status = status_of(coordinator, Sessions(), TokenAges(), 0.0, listen_address="tcp://x")
+    assert (status.held_by, status.servers_wait_for) == (held_by, words)
+    metrics = list(measure_run(status))
+    waits = {one.labels["bound"]: one.value for one in metrics if one.name == "servers_wait_for_learner"}
+    assert waits == {bound: bound == held_by for bound in ("max_staleness", "queue_groups", "queue_bytes", "depth")}
+    assert [one.value for one in metrics if one.name == "learner_waits_for_servers"] == [True]

@@ -1,5 +1,5 @@
 from common.wire import Peer, SendResult
-from learner.coordinator.mailer import MAX_KEPT_MESSAGES, Mailer
+from learner.coordinator.mailer import MAX_KEPT_BYTES, MESSAGE_OVERHEAD_BYTES, Mailer
 
 A, B = Peer(b"a", ""), Peer(b"b", "")
 
@@ -10,12 +10,20 @@ class OneWayRouter:
     def __init__(self):
         self.results = {}
         self.sent = []
+        self.room = {}
 
     def send(self, peer, frames):
         result = self.results.get(peer, SendResult.SENT)
+        if self.room.get(peer, 0):
+            self.room[peer] -= 1
+            result = SendResult.SENT
         if result is SendResult.SENT:
             self.sent.append((peer, frames[0]))
         return result
+
+    def take(self, peer, num_messages):
+        """From a connection that is full."""
+        self.room[peer] = num_messages
 
 
 def test_what_a_connection_does_not_take_is_sent_later_in_order_and_others_do_not_wait():
@@ -39,9 +47,21 @@ def test_what_is_kept_for_a_connection_is_bounded():
     router = OneWayRouter()
     mailer = Mailer(router)
     router.results[A] = SendResult.FULL
-    assert all(mailer.send(A, [b"x"]) for _ in range(MAX_KEPT_MESSAGES))
+    message = [b"header", bytes((1 << 20) - len(b"header") - MESSAGE_OVERHEAD_BYTES)]
+    assert all(mailer.send(A, message) for _ in range(MAX_KEPT_BYTES >> 20))
     assert not mailer.send(A, [b"x"])
     assert not mailer.is_behind(A)
+
+
+def test_what_was_taken_makes_room():
+    router = OneWayRouter()
+    mailer = Mailer(router)
+    router.results[A] = SendResult.FULL
+    mailer.send(A, [bytes(MAX_KEPT_BYTES - MESSAGE_OVERHEAD_BYTES)])
+    router.take(A, 1)
+    mailer.send(A, [b"first"])
+    mailer.retry()
+    assert mailer.send(A, [b"second"])
 
 
 def test_nothing_is_kept_for_a_connection_that_is_gone():

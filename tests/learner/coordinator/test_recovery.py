@@ -2,13 +2,24 @@
 
 import pytest
 
-from learner.coordinator.core import LEASE_ID_LEAP, Coordinator
+from learner.coordinator.batches import Batches
+from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, CancelLease, DeliverBatch, ForgetTrained
+from learner.coordinator.leases import LEASE_ID_LEAP
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases
 from learner.coordinator.records import Claim
 from learner.coordinator.recovery import JournalContents, recover
 from learner.coordinator.replay_queue import JournaledGroup
-from tests.builders_coordinator import a_coordinator, grants, group_for, join, of_kind, publishes, some_settings
+from tests.builders_coordinator import (
+    a_coordinator,
+    a_group,
+    grants,
+    group_for,
+    join,
+    of_kind,
+    publishes,
+    some_settings,
+)
 
 SETTINGS = some_settings(groups_per_step=2, max_staleness=2)
 
@@ -255,3 +266,42 @@ def test_a_server_that_was_given_up_and_returns_goes_on_with_what_nobody_else_to
     assert of_kind(coordinator.group_finished("a", group_for(granted[0]), now=3.0), AcceptGroup)
     assert coordinator.counts().refused == refused_before
     assert coordinator.counts().balanced
+
+
+def test_a_lease_is_not_gone_on_with_when_it_should_have_been_in_the_batch_that_the_learner_has():
+    batches = Batches(SETTINGS, recover(a_frontier(), JournalContents(), version=0))
+    for lease_id in (0, 1):
+        batches.put(a_group(lease_id, oldest=1))
+    batches.deliver(1, batches.next(1))
+    assert not batches.would_fit(1, version=1)
+    assert batches.would_fit(2, version=1)
+    batches.consume(1, (0, 1))
+    assert batches.would_fit(2, version=2)
+
+
+def test_a_lease_claimed_twice_is_gone_on_with_once():
+    after, granted = a_coordinator_replaced()
+    assert returns(after, claim_of(granted[2]), claim_of(granted[2])) == []
+    assert after.counts().running == 1
+
+
+def test_a_lease_whose_server_was_told_to_forget_the_group_is_not_gone_on_with():
+    """Its Ready may have been on the way already."""
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0)
+    [first, _] = join(coordinator)
+    coordinator.server_lost("a", "silent", now=1.0)
+    coordinator.refuse_group("a", first.lease_id, now=2.0)
+    [cancelled, *_] = returns(coordinator, claim_of(first), now=3.0)
+    assert isinstance(cancelled, CancelLease)
+
+
+def test_lease_ids_go_on_from_the_highest_that_was_ever_written():
+    journal = JournalContents(past=PastLeases(leased=5, next_lease_id=70))
+    recovered = recover(a_frontier(1, 4, leased=9, next_lease_id=9), journal, version=1)
+    assert recovered.next_lease_id == 70
+
+
+def test_a_coordinator_that_replaces_another_knows_what_servers_may_have_loaded():
+    after = Coordinator(SETTINGS, published_version=0, servers_return_until=0.0)
+    [grant, *_] = join(after)
+    assert of_kind(after.group_finished("a", group_for(grant), now=1.0), AcceptGroup)

@@ -3,9 +3,10 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
-from common.codec import encode, unpack_groups
+from common.codec import encode, pack_group, unpack_groups
 from common.events import read_events
 from common.keys import ensure_client_key, ensure_server_keys, load_client_key
 from common.lifecycle import UserError
@@ -13,9 +14,11 @@ from common.messages import (
     Batch,
     CloseRun,
     CoordinatorStatus,
+    CoordinatorToServer,
     Finished,
     Frontier,
     GroupAccepted,
+    GroupFinished,
     GroupRefused,
     Lease,
     Pulse,
@@ -27,8 +30,11 @@ from common.messages import (
     TakeFrontier,
     Welcome,
 )
+from common.trajectory import FinishReason, Group, Trajectory
 from common.wire import curve_keypair, open_dealer
-from learner.coordinator.core import LearnerError
+from learner.coordinator.batch_receiver import BatchReceiver
+from learner.coordinator.delivery import LearnerError
+from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.rows import DataError
 from learner.coordinator.service_settings import read_settings, write_settings
 from learner.coordinator.serving import serve
@@ -40,7 +46,20 @@ from tests.builders_coordinator import (
     an_open_run,
     some_settings,
 )
-from tests.builders_coordinator_service import a_coordinator_serving, a_learner, a_server, finish, settings_in
+from tests.builders_coordinator_service import Party, a_coordinator_serving, a_learner, a_server, finish, settings_in
+
+
+def a_long_group(lease, *, num_tokens):
+    rng = np.random.default_rng(lease.lease_id)
+    trajectory = Trajectory(
+        token_ids=rng.integers(0, 100, num_tokens, dtype=np.int32),
+        loss_mask=np.ones(num_tokens, np.bool_),
+        behavior_logprobs=-rng.random(num_tokens, dtype=np.float32),
+        token_versions=np.zeros(num_tokens, np.int32),
+        reward=1.0,
+        finish_reason=FinishReason.TERMINATED,
+    )
+    return Group(lease_id=lease.lease_id, task_id=lease.task_id, trajectories=(trajectory,))
 
 
 async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_path):
@@ -71,6 +90,21 @@ async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_pat
     assert kinds == {"batch_delivered", "coordinator_status"}
 
 
+async def test_a_batch_of_large_groups_arrives_in_parts_with_every_byte(tmp_path):
+    settings = settings_in(tmp_path, rules=some_settings(max_group_bytes=1 << 20, queue_bytes=1 << 23), group_size=1)
+    run = an_open_run(max_model_len=60_000)
+    async with a_coordinator_serving(settings, run) as (learner, address), a_server(address) as server:
+        sent = [a_long_group(await server.expect(Lease), num_tokens=50_000) for _ in range(2)]
+        for group in sent:
+            header, payload = pack_group(group)
+            await server.say(GroupFinished(group=header), payload)
+        await learner.say(TakeBatch(version=0))
+        receiver = BatchReceiver()
+        assert not receiver.add(*await learner.hear(Batch))
+        assert receiver.add(*await learner.hear(Batch))
+    assert [pack_group(group) for group in receiver.take()] == [pack_group(group) for group in sent]
+
+
 async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
     async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
         lease = await server.expect(Lease)
@@ -78,6 +112,48 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         await finish(server, lease)
         await server.expect(GroupAccepted)
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
+
+
+async def test_a_server_that_gets_thousands_of_leases_at_once_is_given_the_time_to_read_them(tmp_path):
+    rules = some_settings(groups_per_step=2000, queue_groups=4000, queue_bytes=1 << 30)
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x" * 10_000}))
+    settings = settings_in(tmp_path, rules=rules, prompts=str(prompts))
+    async with a_coordinator_serving(settings) as (learner, address), open_dealer(address) as dealer:
+        server = Party(dealer, CoordinatorToServer)
+        await server.ask(a_hello(), Welcome)
+        await server.say(a_ready(capacity_groups=4000))
+        while (await learner.expect(CoordinatorStatus)).running < 4000:
+            pass
+        await learner.expect(CoordinatorStatus)  # time for them to pile up
+        assert {(await server.expect(Lease)).lease_id for _ in range(4000)} == set(range(4000))
+
+
+async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tmp_path, monkeypatch):
+    disk_is_ready = asyncio.Event()
+    keep = JournalKeeper.keep
+
+    async def slow_keep(keeper, records, *arguments):
+        if records:
+            await disk_is_ready.wait()
+        return await keep(keeper, records, *arguments)
+
+    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
+        for _ in range(2):
+            lease = await server.expect(Lease)
+            await finish(server, lease)
+            await finish(server, lease)  # a duplicate must not be told either that the group is safe
+        await learner.say(TakeBatch(version=0))
+        while (await learner.expect(CoordinatorStatus)).queued < 2:
+            pass
+        await learner.ask(TakeFrontier(), Frontier)  # everything decided until now would have been said before this
+        await server.say(a_heartbeat())
+        heard = await server.everything_until(Pulse)
+        assert not {type(message) for message in heard} & {GroupAccepted, GroupRefused}
+        disk_is_ready.set()
+        await server.expect(GroupAccepted)
+        assert (await learner.expect(Batch)).version == 0
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):

@@ -1,0 +1,58 @@
+"""ReferencePolicy: the frozen policy that the trained one is held near."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoTokenizer
+
+from common.lifecycle import UserError
+from learner.networks import PolicyNetwork, load_policy
+from learner.training import MicroBatch, TrainSettings
+
+
+class ReferencePolicy:
+    """Asked once per step, for all micro-batches; in between, an offloaded one takes no memory of the device."""
+
+    def __init__(self, network: PolicyNetwork, *, device: torch.device, offload: bool) -> None:
+        self._network = network.requires_grad_(False)
+        self._device = device
+        self._offload = offload
+        if not offload:
+            self._network.to(device)
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """logprobs_BT of each micro-batch, float32 in host memory; 0 outside its loss mask."""
+        tensors = self._copy_to_device() if self._offload else {}
+        return [self._ask(micro, tensors).cpu() for micro in micro_batches]
+
+    def _copy_to_device(self) -> dict[str, Tensor]:
+        """What the network is made of, for as long as the caller holds it; what rests in host memory stays there."""
+        tensors = [*self._network.named_parameters(), *self._network.named_buffers()]
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors}
+
+    def _ask(self, micro: MicroBatch, tensors: dict[str, Tensor]) -> Tensor:
+        """With `tensors` in place of the network's own."""
+        inputs = (micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
+        logprobs_BT: Tensor
+        logprobs_BT, _ = functional_call(self._network, tensors, tuple(each.to(self._device) for each in inputs))
+        return logprobs_BT
+
+
+def open_reference(settings: TrainSettings, device: torch.device) -> ReferencePolicy | None:
+    """The reference of the settings, if there is one; raises UserError when it cannot be loaded or compared with."""
+    name = settings.kl.reference_model
+    if name is None:
+        return None
+    network = load_policy(name, dtype=settings.dtype, temperature=settings.temperature)
+    if name != settings.model and _token_ids(name) != _token_ids(settings.model):
+        raise UserError(
+            f"the reference model {name} has another tokenizer than {settings.model}: its token ids mean other words"
+        )
+    return ReferencePolicy(network, device=device, offload=settings.kl.reference_offload)
+
+
+def _token_ids(model: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(model).get_vocab()
+    return vocabulary

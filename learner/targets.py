@@ -1,0 +1,73 @@
+"""Targets: what each micro-batch is trained towards, made of rewards and of what the networks say before the step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.advantages import Episodes, Estimate
+from learner.algorithms.moments import Moments
+from learner.opinions import Opinions
+from learner.token_table import TokenTable
+from learner.training import TrainBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a micro-batch is trained towards."""
+
+    advantages_BT: Tensor
+    old_values_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+    reference_logprobs_BT: Tensor | None = None
+
+
+def build_targets(
+    batch: TrainBatch, opinions: Opinions, estimate: Callable[[Episodes], Estimate]
+) -> tuple[list[Targets], dict[str, float]]:
+    """(targets of each micro-batch, metrics): the same, but for rounding, however the batch is cut."""
+    table = TokenTable(batch.micro_batches, batch.loss_tokens_N)
+    episodes = _episodes(batch, opinions, table)
+    estimated = estimate(episodes)
+    advantages = table.scatter(estimated.advantages_NK)
+    returns = table.scatter(estimated.returns_NK) if estimated.returns_NK is not None else None
+    targets = [
+        Targets(
+            advantages_BT=advantages[index],
+            old_values_BT=opinions.values_BS[index][:, :-1] if opinions.values_BS is not None else None,
+            returns_BT=returns[index] if returns is not None else None,
+            reference_logprobs_BT=(
+                opinions.reference_logprobs_BT[index] if opinions.reference_logprobs_BT is not None else None
+            ),
+        )
+        for index in range(len(batch.micro_batches))
+    ]
+    return targets, _metrics(episodes, estimated)
+
+
+def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable) -> Episodes:
+    costs = opinions.token_rewards_BT
+    values = opinions.values_BS
+    return Episodes(
+        rewards_N=batch.rewards_N,
+        group_index_N=batch.group_index_N,
+        mask_NK=table.mask_NK,
+        token_rewards_NK=table.gather(costs) if costs is not None else torch.zeros(table.mask_NK.shape),
+        values_NK=table.gather([each_BS[:, :-1] for each_BS in values]) if values is not None else None,
+        bootstrap_N=(
+            torch.where(batch.terminated_N, 0.0, table.gather_after_last(values)) if values is not None else None
+        ),
+    )
+
+
+def _metrics(episodes: Episodes, estimated: Estimate) -> dict[str, float]:
+    mask_NK = episodes.mask_NK
+    advantages = Moments.of(estimated.advantages_NK[mask_NK])
+    metrics = {"advantage_mean": advantages.mean, "advantage_std": advantages.std}
+    if estimated.returns_NK is not None and episodes.values_NK is not None:
+        returns = Moments.of(estimated.returns_NK[mask_NK])
+        errors = Moments.of((estimated.returns_NK - episodes.values_NK)[mask_NK])
+        if returns.squares:
+            metrics["explained_variance"] = 1.0 - errors.squares / returns.squares
+    return metrics

@@ -1,0 +1,113 @@
+"""Leases on their way to servers: no faster than those read them, and nobody waits for another's reading."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from common.messages import Lease
+from common.wire import Peer
+from learner.coordinator.core import Coordinator
+from learner.coordinator.lender import Lender
+from learner.coordinator.outbound import Outbound
+from learner.coordinator.records import grant_of
+from learner.coordinator.tasks import Task
+from tests.builders_coordinator import a_hello, join, some_service_settings, some_settings
+
+TIMEOUT_S = 5.0
+A, B = Peer(b"a", ""), Peer(b"b", "")
+
+
+class FakeTasks:
+    def task(self, task_id):
+        return Task(row=b"{}", seed=task_id)
+
+
+class FakeMailer:
+    def __init__(self):
+        self.behind = set()
+
+    def is_behind(self, peer):
+        return peer in self.behind
+
+
+class Desk:
+    """A lender of ten leases for two servers; `told` are the servers of those that went out."""
+
+    def __init__(self, reads_only=1 << 20):
+        self.reads_only = reads_only
+        self.core = Coordinator(some_settings(groups_per_step=5))
+        self.core.published(0, now=0.0)
+        self.outbound = Outbound(some_service_settings(), self.core)
+        self.mailer = FakeMailer()
+        self.lender = Lender(FakeTasks(), self.outbound, self.mailer, post=self.post)
+        self.told = []
+        for name, peer in (("a", A), ("b", B)):
+            self.outbound.sessions.greet(a_hello(name, epoch=name), peer=peer, now=0.0)
+
+    def post(self):
+        while self.outbound.letters:
+            letter = self.outbound.letters.popleft()
+            assert isinstance(letter.message, Lease)
+            self.told.append(letter.peer)
+            if self.told.count(A) >= self.reads_only:
+                self.mailer.behind.add(A)
+
+    def grant(self):
+        for name in ("a", "b"):
+            join(self.core, name, groups=5)
+        for member in self.core.members.values():
+            for lease_id in member.leases:
+                self.outbound.carry_out([grant_of(self.core.book.running[lease_id])])
+
+    async def told_are(self, count):
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(self.told) < count:
+                await asyncio.sleep(0.001)
+
+    async def retry(self):
+        """Returns when everything that was granted before was looked at again."""
+        self.lender.retry()
+        [lease_id, *_] = self.core.members["b"].leases
+        self.outbound.carry_out([grant_of(self.core.book.running[lease_id])])
+        self.lender.wake()
+        await self.told_are(len(self.told) + 1)
+
+
+@asynccontextmanager
+async def lending(desk):
+    running = asyncio.create_task(desk.lender.run())
+    try:
+        desk.grant()
+        desk.lender.wake()
+        yield
+    finally:
+        running.cancel()
+
+
+async def test_everybody_is_told_its_leases():
+    desk = Desk()
+    async with lending(desk):
+        await desk.told_are(10)
+    assert (desk.told.count(A), desk.told.count(B)) == (5, 5)
+
+
+async def test_a_server_that_does_not_read_gets_no_more_and_others_get_theirs():
+    desk = Desk(reads_only=2)
+    async with lending(desk):
+        await desk.told_are(7)
+        await desk.retry()
+        assert (desk.told.count(A), desk.told.count(B)) == (2, 6)
+        desk.mailer.behind.clear()
+        desk.reads_only = 1 << 20
+        desk.lender.retry()
+        await desk.told_are(11)
+    assert (desk.told.count(A), desk.told.count(B)) == (5, 6)
+
+
+async def test_a_lease_that_was_given_up_while_its_server_did_not_read_is_not_told():
+    desk = Desk(reads_only=1)
+    async with lending(desk):
+        await desk.told_are(6)
+        desk.core.server_left("a", "enough", now=0.0)
+        desk.mailer.behind.clear()
+        await desk.retry()
+    assert (desk.told.count(A), desk.told.count(B)) == (1, 6)
