@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
+import msgspec
 from rich.console import Console
 
 from common import messages
@@ -125,7 +126,7 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
             tasks.create_task(publisher.watch()),
-            tasks.create_task(announce_versions(publisher, coordinator)),
+            tasks.create_task(announce_versions(publisher, coordinator, events)),
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
@@ -199,9 +200,10 @@ def model_facts(model: str) -> ModelFacts:
     )
 
 
-async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient) -> None:
-    async for version in publisher.ready_versions():
-        await coordinator.published(version)
+async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient, events: EventLog) -> None:
+    async for ready in publisher.ready_versions():
+        events.emit("published", **msgspec.structs.asdict(ready))
+        await coordinator.published(ready.version)
 
 
 async def train(learner: Learner) -> None:
