@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta bench-dataplane bench-stale-actions storm storm-real resume simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta bench-dataplane bench-stale-actions storm storm-real push-storm resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -53,6 +53,9 @@ storm: venv ## real processes killed and stopped at random, and an audit of what
 
 storm-real: venv ## the same on vLLM and DeepSpeed, with fewer faults: these take half a minute to start
 	$(VENV)/python -m tests.storm --real --seeds $(or $(SEEDS),1) --kills 20 --trajectories 2000 --servers 2
+
+push-storm: venv ## 1,000 versions to 4 receivers over real sockets, each push cut at a random byte
+	$(VENV)/python -m tests.weights.push_storm --pushes $(or $(PUSHES),1000)
 
 resume: venv ## final weights after kills at 200 random points, bit for bit those of an undisturbed run (half an hour)
 	$(VENV)/python -m tests.storm.resume --points 200

@@ -215,6 +215,7 @@ async def train(learner: Learner) -> None:
         waited_s=lambda: learner.coordinator.waited_s,
         status=lambda: learner.coordinator.status,
         version=learner.engine.version,
+        published=lambda: learner.publisher.newest,
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))

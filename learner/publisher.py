@@ -23,7 +23,7 @@ from common import messages
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
 from common.lifecycle import ChildProcess, UserError
-from common.snapshot import ITEM_BYTES, NO_VERSION, DType, TensorSpec
+from common.snapshot import CHUNK_BYTES, ITEM_BYTES, NO_VERSION, DType, TensorSpec
 from common.wire import Peer, Router, open_router
 from learner.snapshot_server import SnapshotServerSettings
 
@@ -159,6 +159,7 @@ async def open_publisher(
     listen: str,
     keys: ServerKeys | None,
     private_directory: Path,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> AsyncIterator[Publisher]:
     """Starts the snapshot server for tensors of these names and shapes; ends it on exit.
 
@@ -176,6 +177,7 @@ async def open_publisher(
                 learner_socket=router.address,
                 slot_descriptors=slots.descriptors,
                 slot_bytes=slots.slot_bytes,
+                chunk_bytes=chunk_bytes,
             )
             path = private_directory / "snapshots.json"
             path.write_bytes(msgspec.json.encode(settings))

@@ -20,8 +20,9 @@ class BuiltSnapshot:
 class SnapshotBuilder:
     """Hashes and encodes at the same time, on two threads; neither holds the interpreter's lock for long."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, chunk_bytes: int) -> None:
         self._run_id = run_id
+        self._chunk_bytes = chunk_bytes
         self._hashing = DedicatedThread("hashing")
         self._encoding = DedicatedThread("encoding")
 
@@ -38,12 +39,19 @@ class SnapshotBuilder:
     ) -> BuiltSnapshot:
         """data and the bytes of the base must not change meanwhile."""
         start_s = time.monotonic()
-        hashed = self._hashing.run(build_manifest, data, layout, run_id=self._run_id, version=version)
-        manifest, blocks = await asyncio.gather(hashed, self._encoding.run(_encode, base, data, layout))
+        manifest, blocks = await asyncio.gather(
+            self._hashing.run(self._hash, data, layout, version), self._encoding.run(_encode, base, data, layout)
+        )
         delta = None
         if base is not None and blocks is not None:
-            delta = Delta(*await self._hashing.run(build_delta_manifest, base[0], manifest, blocks))
+            delta = await self._hashing.run(self._hash_delta, base[0], manifest, blocks)
         return BuiltSnapshot(manifest=manifest, delta=delta, seconds=time.monotonic() - start_s)
+
+    def _hash(self, data: memoryview, layout: tuple[TensorSpec, ...], version: int) -> SnapshotManifest:
+        return build_manifest(data, layout, run_id=self._run_id, version=version, chunk_bytes=self._chunk_bytes)
+
+    def _hash_delta(self, base: SnapshotManifest, target: SnapshotManifest, blocks: list[bytes]) -> Delta:
+        return Delta(*build_delta_manifest(base, target, blocks, chunk_bytes=self._chunk_bytes))
 
 
 def _encode(

@@ -26,7 +26,7 @@ from common.codec import Decoder, ProtocolError, encode
 from common.delta import encode_delta_manifest
 from common.keys import load_server_keys
 from common.lifecycle import configure_logging, die_with_parent, leave, run_until_stopped
-from common.snapshot import NO_VERSION, TensorSpec, encode_manifest
+from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
 from common.wire import Dealer, Incoming, Router, open_dealer, open_router
 from learner.delta_shelf import Delta, DeltaShelf
 from learner.snapshot_building import SnapshotBuilder
@@ -51,6 +51,7 @@ class SnapshotServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     learner_socket: str
     slot_descriptors: list[int]
     slot_bytes: int
+    chunk_bytes: int = CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +192,7 @@ async def serve(settings: SnapshotServerSettings) -> int:
             open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
         ):
             await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
-            with closing(SnapshotBuilder(settings.run_id)) as builder:
+            with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes)) as builder:
                 await SnapshotService(builder, servers, learner, slots).run()
     return 0
 

@@ -36,7 +36,7 @@ class HostCopy:
 
     @property
     def memory(self) -> memoryview:
-        """All bytes, writable. Let go of it before the next begin() or close()."""
+        """All bytes, writable."""
         assert self._mapping is not None
         return memoryview(self._mapping)
 
@@ -45,7 +45,7 @@ class HostCopy:
         self.manifest = None
         if self._mapping is not None and len(self._mapping) == num_bytes:
             return
-        self._unmap()
+        self._mapping = None  # unmapped with the last view of it, which the traceback of an error may still hold
         os.ftruncate(self._descriptor, num_bytes)
         self._mapping = mmap.mmap(self._descriptor, num_bytes)
 
@@ -87,14 +87,9 @@ class HostCopy:
         return LocalChanges(base_version=delta.base_version, path=path, tensors=tuple(ranges))
 
     def close(self) -> None:
-        self._unmap()
+        self._mapping = None
         os.close(self._descriptor)
         os.close(self._changes_descriptor)
-
-    def _unmap(self) -> None:
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
 
 
 def _num_elements(tensor: TensorSpec) -> int:
