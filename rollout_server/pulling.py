@@ -54,7 +54,7 @@ class PullState:
             self.heard_s = now_s
             self._again = sorted(self.in_flight)
         requests = self._take_again()
-        while len(self.in_flight) + len(requests) < CHUNKS_IN_FLIGHT and self._next < self.manifest.num_chunks:
+        while len(self.in_flight.keys() | set(requests)) < CHUNKS_IN_FLIGHT and self._next < self.manifest.num_chunks:
             requests.append(self._next)
             self._next += 1
         for index in requests:

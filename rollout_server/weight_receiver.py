@@ -11,33 +11,27 @@ import time
 from dataclasses import dataclass
 
 from common import messages
-from common.codec import Decoder, ProtocolError, encode
 from common.delta import DeltaManifest, decode_delta_manifest
 from common.events import EventLog
 from common.lifecycle import DedicatedThread
 from common.snapshot import (
-    MAX_MANIFEST_BYTES,
     NO_VERSION,
     SnapshotError,
     SnapshotManifest,
     decode_manifest,
-    verify_chunk,
 )
 from common.wire import Dealer
 from rollout_server.delta_decoding import DeltaDecoder
 from rollout_server.host_copy import HostCopy
 from rollout_server.inference import EngineError, InferenceEngine, LocalChanges, LocalSnapshot
 from rollout_server.pulling import PullState
+from rollout_server.snapshot_client import PullGivenUp, SnapshotClient
 
 logger = logging.getLogger(__name__)
 
 REPLY_TIMEOUT_S = 5.0
 ASK_AGAIN_S = 0.2  # after an answer that was of no use
 OVERTAKE_ABOVE = 0.5  # share of a full snapshot still missing, for a newer version to be pulled in its place
-
-
-class PullGivenUp(Exception):
-    """The version being pulled is gone, or a newer one is there and much of this one is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +55,23 @@ class WeightReceiver:
         self._events = events
         self._copy = HostCopy()
         self._decoding = DedicatedThread("weights")
-        self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
+        self._client = SnapshotClient()
         self._changed = asyncio.Condition()
         self._run_id = ""
         self.loaded_version = NO_VERSION
         self.published_version = NO_VERSION
         self.paused_s = 0.0  # time the engine was paused for updates, since the start
-        self.received_bytes = 0
         self.deltas_loaded = 0
         self.full_loaded = 0
         self._gave_up = False  # the pull before this one
 
     def __repr__(self) -> str:
         return f"<WeightReceiver at version {self.loaded_version}, published {self.published_version}>"
+
+    @property
+    def received_bytes(self) -> int:
+        """Of chunks that were taken, since the start."""
+        return self._client.received_bytes
 
     def close(self) -> None:
         self._decoding.close()
@@ -137,7 +135,7 @@ class WeightReceiver:
             if self._is_overtaken(pull):
                 self._gave_up = True
                 raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: {self.published_version} is published")
-            arrived = await self._next_chunk(dealer, pull)
+            arrived = await self._client.next_chunk(dealer, pull)
             if arrived is not None:
                 self._copy.write(manifest.chunk_range(arrived[0])[0], arrived[1])
         self._copy.manifest = manifest
@@ -148,7 +146,7 @@ class WeightReceiver:
         decoder = DeltaDecoder(manifest, self._copy)
         pull = self._begin(manifest, manifest.base_version)
         while pull.missing:
-            arrived = await self._next_chunk(dealer, pull)
+            arrived = await self._client.next_chunk(dealer, pull)
             if arrived is not None:
                 decoder.add(*arrived)
                 await self._decoding.run(decoder.decode_arrived)
@@ -171,34 +169,6 @@ class WeightReceiver:
         """Never twice in a row: a server slower than the learner must get somewhere too."""
         return self.published_version > pull.version and pull.share_missing > OVERTAKE_ABOVE and not self._gave_up
 
-    async def _next_chunk(self, dealer: Dealer, pull: PullState) -> tuple[int, memoryview] | None:
-        """Ask for what is to be asked for, and take one answer: a verified chunk, or None.
-
-        Raises PullGivenUp when what is pulled is gone.
-        """
-        for index in pull.next_requests(time.monotonic()):
-            request = messages.ChunkRequest(version=pull.version, index=index, base_version=pull.base_version)
-            await dealer.send(encode(request))
-        reply = await self._receive(dealer, f"chunks of {pull.manifest.title}")
-        if reply is None:
-            return None
-        message, payload = reply
-        if isinstance(message, messages.SnapshotGone) and message.version == pull.version:
-            raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: it is gone, {message.newest} is the newest")
-        if not isinstance(message, messages.ChunkReply) or message.index not in pull.missing:
-            return None  # an answer to something asked earlier
-        if (message.version, message.base_version) != (pull.version, pull.base_version):
-            return None
-        try:
-            verify_chunk(pull.manifest, message.index, payload)
-        except SnapshotError as error:
-            logger.warning("%s", error)
-            pull.damaged(message.index, time.monotonic())
-            return None
-        pull.arrived(message.index, len(payload), time.monotonic())
-        self.received_bytes += len(payload)
-        return message.index, payload
-
     def _held_version(self) -> int:
         """What a delta may start from."""
         held = self._copy.manifest
@@ -207,11 +177,8 @@ class WeightReceiver:
         return held.version
 
     async def _request_manifest(self, dealer: Dealer) -> Offer | None:
-        held = self._held_version()
-        await dealer.send(encode(messages.ManifestRequest(newer_than=self.loaded_version, held_version=held)))
-        reply = await self._receive(dealer, "the manifest")
-        while reply is not None and isinstance(reply[0], messages.ChunkReply | messages.SnapshotGone):
-            reply = await self._receive(dealer, "the manifest")  # that was a late answer to a pull given up
+        request = messages.ManifestRequest(newer_than=self.loaded_version, held_version=self._held_version())
+        reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
         if reply is None:
             return None
         try:
@@ -242,19 +209,6 @@ class WeightReceiver:
             raise SnapshotError(f"asked for a version after {self.loaded_version}, was given {manifest.version}")
         if manifest.version > self.published_version:  # the coordinator would not believe in tokens sampled with it
             raise SnapshotError(f"snapshot {manifest.version} is not announced yet, {self.published_version} is")
-
-    async def _receive(self, dealer: Dealer, what: str) -> tuple[messages.Message, memoryview] | None:
-        try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
-                frames = await dealer.receive()
-        except TimeoutError:
-            logger.info("waiting for %s of snapshot %d from %r", what, self.published_version, dealer)
-            return None
-        try:
-            return self._replies.decode(frames)
-        except ProtocolError as error:
-            logger.warning("the snapshot server sent what is not a reply: %s", error)
-            return None
 
     async def _apply(self, pulled: PulledSnapshot) -> None:
         manifest = pulled.manifest
