@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-delta bench-dataplane bench-stale-actions storm storm-real push-storm resume simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-weights bench-dataplane bench-stale-actions storm storm-real push-storm resume simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -41,9 +41,11 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
-bench-delta: venv ## bytes and times of weight deltas, synthetic and of a real run, beside what others do
+bench-weights: venv ## weight deltas beside what others do, of a real training run, and pushes beside PUB over TCP
 	$(VENV)/python -m tests.benchmarks.bench_delta
 	$(VENV)/python -m tests.benchmarks.record_deltas
+	$(VENV)/python -m tests.benchmarks.bench_push
+	$(VENV)/python -m tests.benchmarks.bench_push --megabytes 8 --servers 16 64 --rounds 3
 
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
