@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-stale-actions test-environments storm storm-real resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-stale-actions test-environments storm storm-real push-storm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -47,6 +47,12 @@ bench-rollout: venv ## tokens per second of the rollout server's engine over bar
 bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns
 	$(VENV)/python -m tests.benchmarks.bench_environments
 
+bench-weights: venv ## weight deltas beside what others do, of a real training run, and pushes beside PUB over TCP
+	$(VENV)/python -m tests.benchmarks.bench_delta
+	$(VENV)/python -m tests.benchmarks.record_deltas
+	$(VENV)/python -m tests.benchmarks.bench_push
+	$(VENV)/python -m tests.benchmarks.bench_push --megabytes 8 --servers 16 64 --rounds 3
+
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
 
@@ -55,6 +61,9 @@ storm: venv ## real processes killed and stopped at random, and an audit of what
 
 storm-real: venv ## the same on vLLM and DeepSpeed, with fewer faults: these take half a minute to start
 	$(VENV)/python -m tests.storm --real --seeds $(or $(SEEDS),1) --kills 20 --trajectories 2000 --servers 2
+
+push-storm: venv ## 1,000 versions to 4 receivers over real sockets, each push cut at a random byte
+	$(VENV)/python -m tests.weights.push_storm --pushes $(or $(PUSHES),1000)
 
 resume: venv ## final weights after kills at 200 random points, bit for bit those of an undisturbed run (half an hour)
 	$(VENV)/python -m tests.storm.resume --points 200

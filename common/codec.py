@@ -22,6 +22,7 @@ import numpy as np
 from common.messages import (
     Batch,
     ChunkReply,
+    DeltaReply,
     GroupFinished,
     GroupHeader,
     ManifestReply,
@@ -39,7 +40,7 @@ BYTES_PER_TOKEN = 4 + 4 + 1
 LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than this is no rounding
 MAX_QUOTED_CHARS = 200
 
-_WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, ChunkReply, SnapshotWritten)
+_WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, DeltaReply, ChunkReply, SnapshotWritten)
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
 
 

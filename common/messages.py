@@ -6,7 +6,7 @@ bytes (empty for most). The structs carry bounds on every field, so that what de
 Evolution: a field is only ever appended, with a default; anything else raises PROTOCOL_VERSION, which Hello carries.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -308,15 +308,27 @@ class CloseRun(Message, frozen=True, tag="CloseRun"):
 
 
 class ManifestRequest(Message, frozen=True, tag="ManifestRequest"):
-    """Answered by ManifestReply when a version newer than `newer_than` is published, else by NoNewer."""
+    """Answered by ManifestReply or DeltaReply when a version newer than `newer_than` is published, else by NoNewer."""
 
     newer_than: Version
+    held_version: Version = -1  # whose bytes the asker has, as base of a delta; -1: none that it would trust
+
+
+WhyFull = Literal["no base", "base is gone", "a delta does not pay"]
 
 
 class ManifestReply(Message, frozen=True, tag="ManifestReply"):
-    """The payload is the encoded manifest, see snapshot.py."""
+    """Pull the full snapshot. The payload is its encoded manifest, see snapshot.py."""
 
     version: Version
+    why_full: WhyFull = "no base"
+
+
+class DeltaReply(Message, frozen=True, tag="DeltaReply"):
+    """Pull the delta from base_version to version. The payload is its encoded manifest, see delta/manifest.py."""
+
+    version: Version
+    base_version: Version
 
 
 class NoNewer(Message, frozen=True, tag="NoNewer"):
@@ -326,6 +338,7 @@ class NoNewer(Message, frozen=True, tag="NoNewer"):
 class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
     version: Version
     index: Count
+    base_version: Version = -1  # of the delta; -1: of the full snapshot
 
 
 class ChunkReply(Message, frozen=True, tag="ChunkReply"):
@@ -333,10 +346,11 @@ class ChunkReply(Message, frozen=True, tag="ChunkReply"):
 
     version: Version
     index: Count
+    base_version: Version = -1
 
 
 class SnapshotGone(Message, frozen=True, tag="SnapshotGone"):
-    """The version asked for is no longer kept; pull `newest` instead."""
+    """The version asked for, in the form asked for, is no longer kept; pull `newest` instead."""
 
     version: Version
     newest: Version
@@ -360,9 +374,14 @@ class SnapshotsListening(Message, frozen=True, tag="SnapshotsListening"):
 
 
 class SnapshotReady(Message, frozen=True, tag="SnapshotReady"):
-    """The version is hashed and served."""
+    """The version is encoded, hashed and served."""
 
     version: Version
+    full_bytes: Count
+    delta_bytes: Count | None  # against the version published before it; None: there is none, or it does not pay
+    encode_s: Seconds
+    overtaken_versions: Count  # since the start: written, but a newer one came before their turn
+    full_pulls: dict[WhyFull, Count]  # since the start: how often a server was given a full snapshot
 
 
 class SlotReleased(Message, frozen=True, tag="SlotReleased"):
@@ -378,6 +397,6 @@ LearnerToCoordinator = (
 )
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
 ServerToSnapshots = ManifestRequest | ChunkRequest
-SnapshotsToServer = ManifestReply | NoNewer | ChunkReply | SnapshotGone
+SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone
 LearnerToSnapshots = SnapshotWritten
 SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

@@ -1,11 +1,11 @@
 """SnapshotManifest: what an immutable, versioned set of named tensors consists of, and how to verify its bytes.
 
-A snapshot travels as one flat byte string, cut into chunks of equal size. The manifest names every tensor with its
-place in that string, the digest of every chunk and of the whole.
+A snapshot is one flat byte string, cut into chunks of equal size. The manifest names every tensor with its place in
+that string, the digest of every chunk and of the whole. It travels as it is, or as a delta, see delta/manifest.py.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import msgspec
 import xxhash
@@ -13,6 +13,8 @@ from msgspec import Meta
 
 NO_VERSION = -1
 """A server that has not loaded any snapshot yet is at this version."""
+
+T = TypeVar("T")
 
 NO_DIGEST = bytes(16)
 CHUNK_BYTES = 1 << 20
@@ -43,12 +45,25 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+class Chunked(Protocol):
+    """What is pulled chunk by chunk: a snapshot, or a delta."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def chunk_digests(self) -> tuple[bytes, ...]: ...
+    @property
+    def num_chunks(self) -> int: ...
+    def chunk_range(self, index: int) -> tuple[int, int]: ...
+
+
 class SnapshotManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """Everything a server must know to pull, verify and apply version `version` of run `run_id`."""
 
     run_id: Annotated[str, Meta(min_length=1, max_length=128)]
     version: Annotated[int, Meta(ge=0, lt=1 << 53)]
-    base_version: Annotated[int, Meta(ge=0, lt=1 << 53)] | None = None  # None: full; else a delta against that version
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1 << 17)]
     num_bytes: ByteCount
     chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
@@ -56,15 +71,24 @@ class SnapshotManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     digest: Digest  # of this manifest with zeros here: through the chunk digests it covers the whole snapshot
 
     @property
+    def title(self) -> str:
+        return f"snapshot {self.version}"
+
+    @property
     def num_chunks(self) -> int:
         return len(self.chunk_digests)
 
     def chunk_range(self, index: int) -> tuple[int, int]:
         """[start, end) of chunk `index` in the snapshot; raises IndexError when there is no such chunk."""
-        if not 0 <= index < self.num_chunks:
-            raise IndexError(f"snapshot {self.version} has {self.num_chunks} chunks, no chunk {index}")
-        start = index * self.chunk_bytes
-        return start, min(start + self.chunk_bytes, self.num_bytes)
+        return place_of_chunk(self, index, self.chunk_bytes)
+
+
+def place_of_chunk(whole: Chunked, index: int, chunk_bytes: int) -> tuple[int, int]:
+    """[start, end) of chunk `index` where all but the last have chunk_bytes; raises IndexError for no such chunk."""
+    if not 0 <= index < whole.num_chunks:
+        raise IndexError(f"{whole.title} has {whole.num_chunks} chunks, no chunk {index}")
+    start = index * chunk_bytes
+    return start, min(start + chunk_bytes, whole.num_bytes)
 
 
 def digest_of(data: bytes | bytearray | memoryview) -> bytes:
@@ -72,18 +96,21 @@ def digest_of(data: bytes | bytearray | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
+def digests_of_chunks(data: memoryview, chunk_bytes: int) -> tuple[bytes, ...]:
+    return tuple(digest_of(data[start : start + chunk_bytes]) for start in range(0, len(data), chunk_bytes))
+
+
 def build_manifest(
     data: memoryview, tensors: tuple[TensorSpec, ...], *, run_id: str, version: int, chunk_bytes: int = CHUNK_BYTES
 ) -> SnapshotManifest:
     """The manifest of a full snapshot whose bytes are `data`."""
-    starts = range(0, len(data), chunk_bytes)
     manifest = SnapshotManifest(
         run_id=run_id,
         version=version,
         tensors=tensors,
         num_bytes=len(data),
         chunk_bytes=chunk_bytes,
-        chunk_digests=tuple(digest_of(data[start : start + chunk_bytes]) for start in starts),
+        chunk_digests=digests_of_chunks(data, chunk_bytes),
         digest=NO_DIGEST,
     )
     return msgspec.structs.replace(manifest, digest=_whole_digest(manifest))
@@ -102,19 +129,23 @@ _decoder = msgspec.msgpack.Decoder(SnapshotManifest)
 
 def decode_manifest(data: bytes | memoryview) -> SnapshotManifest:
     """Parse and cross-check a manifest; raises SnapshotError naming what is wrong."""
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise SnapshotError(f"manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are accepted")
-    try:
-        manifest = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise SnapshotError(f"manifest cannot be decoded: {error}") from error
-    _check_layout(manifest)
+    manifest = decode_doubted(data, _decoder)
+    check_manifest(manifest)
     return manifest
 
 
-def _check_layout(manifest: SnapshotManifest) -> None:
-    if manifest.base_version is not None:
-        raise SnapshotError(f"snapshot {manifest.version} is a delta against {manifest.base_version}; not supported")
+def decode_doubted(data: bytes | memoryview, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Raises SnapshotError for what is too long, or no manifest of this kind."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise SnapshotError(f"manifest has {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are accepted")
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise SnapshotError(f"manifest cannot be decoded: {error}") from error
+
+
+def check_manifest(manifest: SnapshotManifest) -> None:
+    """Raises SnapshotError unless its parts fit together and its digest is right."""
     end = 0
     names: set[str] = set()
     for tensor in manifest.tensors:
@@ -133,11 +164,18 @@ def _check_layout(manifest: SnapshotManifest) -> None:
         raise SnapshotError(f"the manifest of snapshot {manifest.version} does not match its digest; pull it again")
 
 
-def verify_chunk(manifest: SnapshotManifest, index: int, data: bytes | memoryview) -> None:
-    """Raises SnapshotError unless `data` is chunk `index` of the snapshot, bit for bit."""
-    where = f"chunk {index} of snapshot {manifest.version}"
+def verify_chunk(manifest: Chunked, index: int, data: bytes | memoryview) -> None:
+    """Raises SnapshotError unless `data` is chunk `index` of the snapshot or delta, bit for bit."""
+    where = f"chunk {index} of {manifest.title}"
     start, end = manifest.chunk_range(index)
     if len(data) != end - start:
         raise SnapshotError(f"{where}: expected {end - start} bytes, got {len(data)}")
     if digest_of(data) != manifest.chunk_digests[index]:
         raise SnapshotError(f"{where}: the digest does not match; pull it again")
+
+
+def verify_all(manifest: Chunked, data: memoryview) -> None:
+    """Raises SnapshotError unless every chunk of `data` is as the manifest says."""
+    for index in range(manifest.num_chunks):
+        start, end = manifest.chunk_range(index)
+        verify_chunk(manifest, index, data[start:end])

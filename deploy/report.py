@@ -171,7 +171,9 @@ def _updates(updates: Sequence[Event]) -> str:
         return "none"
     pauses_s = [event["pause_s"] for event in updates if "pause_s" in event]
     pause = f"{statistics.median(pauses_s) * 1e3:.0f} ms" if pauses_s else "unknown"
-    return f"{len(updates)}, {updates[-1]['num_bytes'] / 1e6:.1f} MB each, median pause {pause}"
+    mean_bytes = statistics.fmean(event["num_bytes"] for event in updates)
+    deltas = sum(event.get("form") == "delta" for event in updates)
+    return f"{len(updates)}, {deltas} as deltas, {mean_bytes / 1e6:.1f} MB on average, median pause {pause}"
 
 
 def write_report(directory: Path) -> int:

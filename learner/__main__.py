@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
+import msgspec
 from rich.console import Console
 
 from common import messages
@@ -128,7 +129,7 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
             tasks.create_task(publisher.watch()),
-            tasks.create_task(announce_versions(publisher, coordinator)),
+            tasks.create_task(announce_versions(publisher, coordinator, events)),
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
@@ -202,9 +203,10 @@ def model_facts(model: str) -> ModelFacts:
     )
 
 
-async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient) -> None:
-    async for version in publisher.ready_versions():
-        await coordinator.published(version)
+async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient, events: EventLog) -> None:
+    async for ready in publisher.ready_versions():
+        events.emit("published", **msgspec.structs.asdict(ready))
+        await coordinator.published(ready.version)
 
 
 async def train(learner: Learner) -> None:
@@ -216,6 +218,7 @@ async def train(learner: Learner) -> None:
         waited_s=lambda: learner.coordinator.waited_s,
         status=lambda: learner.coordinator.status,
         version=learner.engine.version,
+        published=lambda: learner.publisher.newest,
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))

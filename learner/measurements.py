@@ -15,9 +15,22 @@ def measure(engine: TrainEngine, publisher: Publisher, coordinator: CoordinatorC
     yield Measurement(name="policy_version", value=engine.version, help="optimizer steps completed")
     yield Measurement(name="published_version", value=publisher.published_version, help="newest snapshot served")
     yield Measurement(name="skipped_versions_total", value=publisher.skipped_versions, help="never published")
+    yield from _snapshots(publisher)
     yield Measurement(name="batch_wait_seconds_total", value=coordinator.waited_s, help="the learner had no batch")
     if coordinator.status is not None:
         yield from measure_run(coordinator.status)
+
+
+def _snapshots(publisher: Publisher) -> Iterator[Measurement]:
+    newest = publisher.newest
+    if newest is None:
+        return
+    yield Measurement(name="snapshot_bytes", value=newest.full_bytes, help="of a full snapshot")
+    yield Measurement(name="delta_bytes", value=newest.delta_bytes or 0, help="of the newest delta; 0 where it is none")
+    for why, count in newest.full_pulls.items():
+        yield Measurement(
+            name="full_pulls_total", value=count, help="full snapshots offered to servers", labels={"why": str(why)}
+        )
 
 
 def measure_run(status: CoordinatorStatus) -> Iterator[Measurement]:

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.messages import CoordinatorStatus, ServerStatus
+from common.messages import CoordinatorStatus, ServerStatus, SnapshotReady
 from common.trajectory import Group
 from learner.training import StepResult
 
@@ -112,11 +112,13 @@ class Progress:
     def __init__(
         self, *, total_steps: int, queue_groups: int, waited_s: Callable[[], float],
         status: Callable[[], CoordinatorStatus | None], version: int,
+        published: Callable[[], SnapshotReady | None] = lambda: None,
     ) -> None:  # fmt: skip
         self._total_steps = total_steps
         self._queue_groups = queue_groups
         self._waited_s = waited_s
         self._status = status
+        self._published = published
         self._fleet = FleetTotals()
         self._samples: deque[Sample] = deque()
         self._rewards: deque[float] = deque(maxlen=REWARD_STEPS)
@@ -164,6 +166,8 @@ class Progress:
             )
             fields["idle"] = f"learner {rates.learner_idle:.0%}, generation {rates.generation_idle:.0%}"
             fields["updates"] = f"pause generation {rates.paused:.1%}"
+        if (published := self._published()) is not None:
+            fields["weights"] = _describe(published)
         if (status := self._status()) is not None:
             fields |= self._status_fields(status)
         return fields
@@ -202,6 +206,13 @@ class Progress:
         )
         table.add_row("", bar)
         return table
+
+
+def _describe(published: SnapshotReady) -> str:
+    full = f"{published.full_bytes / 1e6:,.1f} MB"
+    if published.delta_bytes is None:
+        return f"version {published.version}, {full}, no delta"
+    return f"version {published.version}, delta of {published.delta_bytes / 1e6:,.2f} of {full}"
 
 
 def _first(words: Sequence[str]) -> str:

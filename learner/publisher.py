@@ -1,7 +1,10 @@
 """Publisher: copies the parameters out of the training process once per version; the rest happens elsewhere.
 
-The copy goes into a slot of memory shared with the snapshot server, which hashes and serves it beside the next step.
-When every slot is still being read the version is skipped: training never waits for a server.
+The copy goes into a slot of memory shared with the snapshot server, which encodes, hashes and serves it beside the next
+step. When every slot is still being read the version is skipped: training never waits for a server.
+
+Memory: NUM_SLOTS times the bytes of the model, and deltas of at most half of it. The base that the next version is
+encoded against takes no slot of its own: it is the newest version.
 """
 
 import asyncio
@@ -20,7 +23,7 @@ from common import messages
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
 from common.lifecycle import ChildProcess, UserError
-from common.snapshot import ITEM_BYTES, NO_VERSION, DType, TensorSpec
+from common.snapshot import CHUNK_BYTES, ITEM_BYTES, NO_VERSION, DType, TensorSpec
 from common.wire import Peer, Router, open_router
 from learner.snapshot_server import SnapshotServerSettings
 
@@ -83,7 +86,8 @@ class Publisher:
         self._changed = asyncio.Condition()
         self.address = ""
         self.published_version = NO_VERSION
-        self.skipped_versions = 0
+        self.newest: messages.SnapshotReady | None = None
+        self._not_written = 0
 
     def __repr__(self) -> str:
         return f"<Publisher at {self.address or '?'}, version {self.published_version}, {len(self._free)} slots free>"
@@ -92,10 +96,15 @@ class Publisher:
     def num_bytes(self) -> int:
         return self._slots.slot_bytes
 
+    @property
+    def skipped_versions(self) -> int:
+        """Steps were faster than publishing: no slot was free, or a newer version came before their turn."""
+        return self._not_written + (self.newest.overtaken_versions if self.newest is not None else 0)
+
     def take_slot(self) -> int | None:
         """A slot to write the next version into; None (counted) when all are being read."""
         if not self._free:
-            self.skipped_versions += 1
+            self._not_written += 1
             return None
         return self._free.pop()
 
@@ -124,8 +133,8 @@ class Publisher:
         code = await self._server.wait()
         raise UserError(f"the snapshot server ended with exit code {code}; start the learner to resume")
 
-    async def ready_versions(self) -> AsyncIterator[int]:
-        """Follows the snapshot server for ever; yields each version once it is being served."""
+    async def ready_versions(self) -> AsyncIterator[messages.SnapshotReady]:
+        """Follows the snapshot server for ever; yields what it says of each version once that is being served."""
         while True:
             for incoming in await self._router.receive():
                 message, _ = self._decoder.decode(incoming.frames)
@@ -136,10 +145,10 @@ class Publisher:
                         case messages.SlotReleased(slot=slot):
                             self._free.append(slot)
                         case messages.SnapshotReady(version=version):
-                            self.published_version = version
+                            self.published_version, self.newest = version, message
                     self._changed.notify_all()
                 if isinstance(message, messages.SnapshotReady):
-                    yield message.version
+                    yield message
 
 
 @asynccontextmanager
@@ -150,6 +159,7 @@ async def open_publisher(
     listen: str,
     keys: ServerKeys | None,
     private_directory: Path,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> AsyncIterator[Publisher]:
     """Starts the snapshot server for tensors of these names and shapes; ends it on exit.
 
@@ -167,6 +177,7 @@ async def open_publisher(
                 learner_socket=router.address,
                 slot_descriptors=slots.descriptors,
                 slot_bytes=slots.slot_bytes,
+                chunk_bytes=chunk_bytes,
             )
             path = private_directory / "snapshots.json"
             path.write_bytes(msgspec.json.encode(settings))

@@ -1,7 +1,11 @@
-"""The process that hashes published snapshots and serves their chunks to rollout servers, beside the next step.
+"""The process that encodes published snapshots and serves their chunks to rollout servers, beside the next step.
 
 `python -m learner.snapshot_server SETTINGS.json`, started by the learner. The learner writes each snapshot into a
 slot of shared memory (an anonymous file that both processes map) and says so; everything else happens here.
+
+Each version is encoded against the one published before, whose slot is still there: it is the newest until its
+successor is ready. A version that is written while another is being encoded waits, unless a newer one comes: nothing
+queues up.
 """
 
 import asyncio
@@ -9,7 +13,9 @@ import logging
 import mmap
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,10 +23,13 @@ import msgspec
 
 from common import messages
 from common.codec import Decoder, ProtocolError, encode
+from common.delta import encode_delta_manifest
 from common.keys import load_server_keys
-from common.lifecycle import DedicatedThread, configure_logging, die_with_parent, leave, run_until_stopped
-from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
+from common.lifecycle import configure_logging, die_with_parent, leave, run_until_stopped
+from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
 from common.wire import Dealer, Incoming, Router, open_dealer, open_router
+from learner.delta_shelf import Delta, DeltaShelf
+from learner.snapshot_building import SnapshotBuilder
 from learner.snapshot_shelf import SnapshotShelf
 
 logger = logging.getLogger(__name__)
@@ -42,44 +51,76 @@ class SnapshotServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     learner_socket: str
     slot_descriptors: list[int]
     slot_bytes: int
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenSnapshot:
+    """What the learner wrote and nobody looked at yet."""
+
+    order: messages.SnapshotWritten
+    layout: tuple[TensorSpec, ...]
 
 
 class SnapshotService:
-    """SnapshotShelf for many servers at once: adds sockets, hashing on a thread of its own, and the clock."""
+    """SnapshotShelf and DeltaShelf for many servers at once: adds sockets, threads that encode, and the clock."""
 
-    def __init__(
-        self, settings: SnapshotServerSettings, servers: Router, learner: Dealer, slots: list[memoryview]
-    ) -> None:
-        self._run_id = settings.run_id
+    def __init__(self, builder: SnapshotBuilder, servers: Router, learner: Dealer, slots: Sequence[memoryview]) -> None:
+        self._builder = builder
         self._servers = servers
         self._learner = learner
         self._slots = slots
         self._shelf = SnapshotShelf()
+        self._deltas = DeltaShelf()
+        self._written: WrittenSnapshot | None = None
+        self._is_written = asyncio.Event()
+        self._overtaken_versions = 0
         self._requests = Decoder(messages.ServerToSnapshots, max_payload_bytes=0, max_header_bytes=MAX_REQUEST_BYTES)
         self._orders = Decoder(messages.LearnerToSnapshots, max_payload_bytes=MAX_LAYOUT_BYTES)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._serve_servers())
-            tasks.create_task(self._serve_learner())
+            tasks.create_task(self._take_orders())
+            tasks.create_task(self._publish())
             tasks.create_task(self._release_slots())
 
-    async def _serve_learner(self) -> None:
-        hashing = DedicatedThread("hashing")
-        try:
-            while True:
-                order, layout = self._orders.decode(await self._learner.receive())
-                assert isinstance(order, messages.SnapshotWritten)
-                manifest = await hashing.run(self._build_manifest, order, layout_decoder.decode(layout))
-                self._shelf.put(manifest, order.slot)
-                await self._release()
-                await self._learner.send(encode(messages.SnapshotReady(version=order.version)))
-        finally:
-            hashing.close()
+    async def _take_orders(self) -> None:
+        while True:
+            order, layout = self._orders.decode(await self._learner.receive())
+            assert isinstance(order, messages.SnapshotWritten)
+            overtaken = self._written
+            self._written = WrittenSnapshot(order=order, layout=layout_decoder.decode(layout))
+            self._is_written.set()
+            if overtaken is not None:
+                self._overtaken_versions += 1
+                await self._learner.send(encode(messages.SlotReleased(slot=overtaken.order.slot)))
 
-    def _build_manifest(self, order: messages.SnapshotWritten, layout: tuple[TensorSpec, ...]) -> SnapshotManifest:
-        data = self._slots[order.slot][: order.num_bytes]
-        return build_manifest(data, layout, run_id=self._run_id, version=order.version)
+    async def _publish(self) -> None:
+        while True:
+            await self._is_written.wait()
+            written, self._written = self._written, None
+            self._is_written.clear()
+            assert written is not None
+            await self._publish_one(written.order, written.layout)
+
+    async def _publish_one(self, order: messages.SnapshotWritten, layout: tuple[TensorSpec, ...]) -> None:
+        base = None
+        if self._shelf.newest_version != NO_VERSION:
+            base = self._shelf.newest(), self._slots[self._shelf.newest_slot]
+        built = await self._builder.build(order.version, self._slots[order.slot][: order.num_bytes], layout, base)
+        self._shelf.put(built.manifest, order.slot)
+        self._deltas.put(base[0] if base is not None else None, built.manifest, built.delta)
+        await self._release()
+        ready = messages.SnapshotReady(
+            version=order.version,
+            full_bytes=built.manifest.num_bytes,
+            delta_bytes=len(built.delta.data) if built.delta is not None else None,
+            encode_s=built.seconds,
+            overtaken_versions=self._overtaken_versions,
+            full_pulls=dict(self._deltas.full_pulls),
+        )
+        await self._learner.send(encode(ready))
 
     async def _serve_servers(self) -> None:
         while True:
@@ -104,16 +145,30 @@ class SnapshotService:
         newest = self._shelf.newest_version
         if newest == NO_VERSION or newest <= request.newer_than:
             return encode(messages.NoNewer(version=newest))
-        return encode(messages.ManifestReply(version=newest), encode_manifest(self._shelf.newest()))
+        step = self._deltas.after(request.held_version)
+        if isinstance(step, Delta):
+            reply = messages.DeltaReply(version=step.manifest.version, base_version=request.held_version)
+            return encode(reply, encode_delta_manifest(step.manifest))
+        return encode(messages.ManifestReply(version=newest, why_full=step), encode_manifest(self._shelf.newest()))
 
     def _chunk_reply(self, peer: bytes, request: messages.ChunkRequest) -> list[bytes | memoryview]:
+        chunk: bytes | memoryview | None
+        if request.base_version == NO_VERSION:
+            chunk = self._full_chunk(peer, request)
+        else:
+            chunk = self._deltas.chunk(request.base_version, request.version, request.index)
+        if chunk is None:
+            return encode(messages.SnapshotGone(version=request.version, newest=self._shelf.newest_version))
+        reply = messages.ChunkReply(version=request.version, index=request.index, base_version=request.base_version)
+        return encode(reply, chunk)
+
+    def _full_chunk(self, peer: bytes, request: messages.ChunkRequest) -> bytes | None:
         slot = self._shelf.request_chunk(peer, request.version, request.index, time.monotonic())
         if slot is None:
-            return encode(messages.SnapshotGone(version=request.version, newest=self._shelf.newest_version))
+            return None
         start, end = self._shelf.manifest(request.version).chunk_range(request.index)
         # A copy: the slot may be written again while the message still waits in the socket.
-        chunk = bytes(self._slots[slot][start:end])
-        return encode(messages.ChunkReply(version=request.version, index=request.index), chunk)
+        return bytes(self._slots[slot][start:end])
 
     async def _release_slots(self) -> None:
         while True:
@@ -137,7 +192,8 @@ async def serve(settings: SnapshotServerSettings) -> int:
             open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
         ):
             await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
-            await SnapshotService(settings, servers, learner, slots).run()
+            with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes)) as builder:
+                await SnapshotService(builder, servers, learner, slots).run()
     return 0
 
 

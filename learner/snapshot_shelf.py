@@ -47,6 +47,11 @@ class SnapshotShelf:
         """Raises KeyError when nothing was published yet."""
         return self._snapshots[self.newest_version].manifest
 
+    @property
+    def newest_slot(self) -> int:
+        """Raises KeyError when nothing was published yet."""
+        return self._snapshots[self.newest_version].slot
+
     def put(self, manifest: SnapshotManifest, slot: int) -> None:
         if manifest.version <= self.newest_version:
             raise ValueError(f"version {manifest.version} is not newer than {self.newest_version}; versions only grow")

@@ -30,11 +30,24 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LocalChanges:
+    """Which elements of a snapshot differ, in any bit, from those of base_version."""
+
+    base_version: int
+    path: Path  # element indices, ascending for each tensor; uint32, or uint64 if a tensor has 2**32 elements or more
+    tensors: tuple[tuple[str, int, int], ...]  # (name, start, count): its indices are items [start, start + count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSnapshot:
-    """A snapshot whose bytes lie, pulled and verified, in a local file."""
+    """A snapshot whose bytes lie, pulled and verified, in a local file.
+
+    An engine that is at changes.base_version may copy nothing but the changed elements; the values are in `path`.
+    """
 
     manifest: SnapshotManifest
     path: Path
+    changes: LocalChanges | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

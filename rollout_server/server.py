@@ -125,6 +125,8 @@ class RolloutServer:
         yield Measurement(name="generating_seconds_total", value=self._engine.busy_s, help="requests were running")
         yield Measurement(name="update_pause_seconds_total", value=self._receiver.paused_s, help="paused for weights")
         yield Measurement(name="weight_bytes_total", value=self._receiver.received_bytes, help="of snapshots pulled")
+        yield Measurement(name="deltas_loaded_total", value=self._receiver.deltas_loaded, help="versions, as deltas")
+        yield Measurement(name="full_snapshots_loaded_total", value=self._receiver.full_loaded, help="versions, whole")
 
     async def run(self, welcome: messages.Welcome) -> None:
         """Returns when the run is finished."""

@@ -1,89 +1,50 @@
-"""WeightReceiver: pulls each new snapshot in the background, verifies it, and only then has the engine apply it.
+"""WeightReceiver: pulls each new version in the background, verifies it, and only then has the engine apply it.
 
-Pull, chunk by chunk, several requests in flight, into warm memory. A cut connection costs the chunks in flight and
-nothing else: what was verified stays. Generation goes on until the engine itself pauses to apply.
+A delta when the learner's side has one for what this server holds, else the full snapshot. Chunk by chunk, several
+requests in flight, into warm memory; a delta is decoded while it arrives. A cut connection costs the chunks in flight
+and nothing else: what was verified stays. Generation goes on until the engine itself pauses to apply.
 """
 
 import asyncio
 import logging
-import mmap
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from common import messages
-from common.codec import Decoder, ProtocolError, encode
+from common.delta import DeltaManifest, decode_delta_manifest
 from common.events import EventLog
+from common.lifecycle import DedicatedThread
 from common.snapshot import (
-    MAX_MANIFEST_BYTES,
     NO_VERSION,
     SnapshotError,
     SnapshotManifest,
     decode_manifest,
-    verify_chunk,
 )
 from common.wire import Dealer
-from rollout_server.inference import EngineError, InferenceEngine, LocalSnapshot
+from rollout_server.delta_decoding import DeltaDecoder
+from rollout_server.host_copy import HostCopy
+from rollout_server.inference import EngineError, InferenceEngine, LocalChanges, LocalSnapshot
+from rollout_server.pulling import PullState
+from rollout_server.snapshot_client import PullGivenUp, SnapshotClient
 
 logger = logging.getLogger(__name__)
 
-CHUNKS_IN_FLIGHT = 8
 REPLY_TIMEOUT_S = 5.0
 ASK_AGAIN_S = 0.2  # after an answer that was of no use
+OVERTAKE_ABOVE = 0.5  # share of a full snapshot still missing, for a newer version to be pulled in its place
 
 
-class Staging:
-    """Memory a snapshot is pulled into: an anonymous file that vanishes with this process, reused while it fits.
-
-    Other processes of this user read it by `path`.
-    """
-
-    def __init__(self) -> None:
-        self._descriptor = os.memfd_create("countercurrent-snapshot")
-        self._mapping: mmap.mmap | None = None
-
-    @property
-    def path(self) -> Path:
-        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
-
-    def resize(self, num_bytes: int) -> None:
-        if self._mapping is not None and len(self._mapping) == num_bytes:
-            return
-        self._unmap()
-        os.ftruncate(self._descriptor, num_bytes)
-        self._mapping = mmap.mmap(self._descriptor, num_bytes)
-
-    def write(self, start: int, data: bytes | memoryview) -> None:
-        assert self._mapping is not None
-        self._mapping[start : start + len(data)] = data
-
-    def close(self) -> None:
-        self._unmap()
-        os.close(self._descriptor)
-
-    def _unmap(self) -> None:
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
-
-
-@dataclass(kw_only=True)
-class PullState:
-    """How far the pull of one snapshot has come."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledSnapshot:
+    """A version that is complete in the host copy, and what it took to get there."""
 
     manifest: SnapshotManifest
-    missing: set[int]
-    in_flight: dict[int, float]  # chunk index -> when it was asked for
-    started_s: float
-    num_bytes_received: int = 0
+    form: str  # for people: a delta, or why it was a full snapshot
+    num_bytes: int
+    changes: LocalChanges | None
 
-    def next_requests(self, now_s: float) -> list[int]:
-        """Chunks to ask for now: new ones up to the window, and those whose answer is overdue."""
-        overdue = [index for index, asked_s in self.in_flight.items() if now_s - asked_s > REPLY_TIMEOUT_S]
-        room = CHUNKS_IN_FLIGHT - len(self.in_flight)
-        fresh = sorted(self.missing - self.in_flight.keys())[: max(room, 0)]
-        return overdue + fresh
+
+Offer = tuple[SnapshotManifest | DeltaManifest, str]
 
 
 class WeightReceiver:
@@ -92,20 +53,29 @@ class WeightReceiver:
     def __init__(self, engine: InferenceEngine, events: EventLog) -> None:
         self._engine = engine
         self._events = events
-        self._staging = Staging()
-        self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
+        self._copy = HostCopy()
+        self._decoding = DedicatedThread("weights")
+        self._client = SnapshotClient()
         self._changed = asyncio.Condition()
         self._run_id = ""
         self.loaded_version = NO_VERSION
         self.published_version = NO_VERSION
         self.paused_s = 0.0  # time the engine was paused for updates, since the start
-        self.received_bytes = 0
+        self.deltas_loaded = 0
+        self.full_loaded = 0
+        self._gave_up = False  # the pull before this one
 
     def __repr__(self) -> str:
         return f"<WeightReceiver at version {self.loaded_version}, published {self.published_version}>"
 
+    @property
+    def received_bytes(self) -> int:
+        """Of chunks that were taken, since the start."""
+        return self._client.received_bytes
+
     def close(self) -> None:
-        self._staging.close()
+        self._decoding.close()
+        self._copy.close()
 
     async def follow(self, run_id: str) -> None:
         """Versions of another run, or of another life of this run, mean nothing here: start over."""
@@ -132,45 +102,104 @@ class WeightReceiver:
             async with self._changed:
                 await self._changed.wait_for(lambda: self.published_version > self.loaded_version)
             run_id = self._run_id
-            manifest = await self._pull(dealer)
-            if manifest is None:
+            pulled = await self._pull(dealer)
+            if pulled is None:
                 await asyncio.sleep(ASK_AGAIN_S)
             elif run_id == self._run_id:
-                await self._apply(manifest)
+                await self._apply(pulled)
 
-    async def _pull(self, dealer: Dealer) -> SnapshotManifest | None:
-        """Pull the newest snapshot into the staging memory; None when it turned out to be gone or not ours."""
-        manifest = await self._request_manifest(dealer)
-        if manifest is None:
+    async def _pull(self, dealer: Dealer) -> PulledSnapshot | None:
+        """Bring the host copy to the next version; None when that turned out to be gone or not ours.
+
+        Whatever fails, the next pull is a full one.
+        """
+        offer = await self._request_manifest(dealer)
+        if offer is None:
             return None
-        self._staging.resize(manifest.num_bytes)
-        pull = PullState(
-            manifest=manifest, missing=set(range(manifest.num_chunks)), in_flight={}, started_s=time.monotonic()
-        )
-        while pull.missing:
-            for index in pull.next_requests(time.monotonic()):
-                await dealer.send(encode(messages.ChunkRequest(version=manifest.version, index=index)))
-                pull.in_flight[index] = time.monotonic()
-            reply = await self._receive(dealer, "a chunk")
-            if reply is not None and not self._take(pull, *reply):
-                return None
-        self.received_bytes += pull.num_bytes_received
-        return manifest
+        manifest, form = offer
+        try:
+            if isinstance(manifest, DeltaManifest):
+                return await self._pull_delta(dealer, manifest)
+            return await self._pull_full(dealer, manifest, form)
+        except SnapshotError as error:
+            self._copy.manifest = None
+            logger.warning("not loaded, the full snapshot is next: %s", error)
+        except PullGivenUp as reason:
+            logger.info("%s is given up after %s", manifest.title, reason)
+        return None
 
-    async def _request_manifest(self, dealer: Dealer) -> SnapshotManifest | None:
-        await dealer.send(encode(messages.ManifestRequest(newer_than=self.loaded_version)))
-        reply = await self._receive(dealer, "the manifest")
-        while reply is not None and isinstance(reply[0], messages.ChunkReply | messages.SnapshotGone):
-            reply = await self._receive(dealer, "the manifest")  # that was a late answer to a pull given up
-        if reply is None or not isinstance(reply[0], messages.ManifestReply):
+    async def _pull_full(self, dealer: Dealer, manifest: SnapshotManifest, form: str) -> PulledSnapshot:
+        self._copy.begin(manifest.num_bytes)
+        pull = self._begin(manifest)
+        while pull.missing:
+            if self._is_overtaken(pull):
+                self._gave_up = True
+                raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: {self.published_version} is published")
+            arrived = await self._client.next_chunk(dealer, pull)
+            if arrived is not None:
+                self._copy.write(manifest.chunk_range(arrived[0])[0], arrived[1])
+        self._copy.manifest = manifest
+        self.full_loaded += 1
+        return PulledSnapshot(manifest=manifest, form=form, num_bytes=pull.num_bytes_received, changes=None)
+
+    async def _pull_delta(self, dealer: Dealer, manifest: DeltaManifest) -> PulledSnapshot:
+        decoder = DeltaDecoder(manifest, self._copy)
+        pull = self._begin(manifest, manifest.base_version)
+        while pull.missing:
+            arrived = await self._client.next_chunk(dealer, pull)
+            if arrived is not None:
+                decoder.add(*arrived)
+                await self._decoding.run(decoder.decode_arrived)
+        changes = await self._decoding.run(self._copy.apply, manifest, decoder.changes)
+        self.deltas_loaded += 1
+        return PulledSnapshot(
+            manifest=manifest.target, form="delta", num_bytes=pull.num_bytes_received, changes=changes
+        )
+
+    def _begin(self, manifest: SnapshotManifest | DeltaManifest, base_version: int = NO_VERSION) -> PullState:
+        return PullState(
+            manifest=manifest,
+            version=manifest.version,
+            base_version=base_version,
+            timeout_s=REPLY_TIMEOUT_S,
+            heard_s=time.monotonic(),
+        )
+
+    def _is_overtaken(self, pull: PullState) -> bool:
+        """Never twice in a row: a server slower than the learner must get somewhere too."""
+        return self.published_version > pull.version and pull.share_missing > OVERTAKE_ABOVE and not self._gave_up
+
+    def _held_version(self) -> int:
+        """What a delta may start from."""
+        held = self._copy.manifest
+        if held is None or held.run_id != self._run_id or held.version != self.loaded_version:
+            return NO_VERSION
+        return held.version
+
+    async def _request_manifest(self, dealer: Dealer) -> Offer | None:
+        request = messages.ManifestRequest(newer_than=self.loaded_version, held_version=self._held_version())
+        reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
+        if reply is None:
             return None
         try:
-            manifest = decode_manifest(reply[1])
-            self._check(manifest)
+            return self._read_offer(*reply)
         except SnapshotError as error:
+            self._copy.manifest = None
             logger.warning("not loaded, asking again: %s", error)
             return None
-        return manifest
+
+    def _read_offer(self, reply: messages.Message, payload: memoryview) -> Offer | None:
+        """Raises SnapshotError for what must never be loaded."""
+        match reply:
+            case messages.ManifestReply(why_full=why):
+                manifest = decode_manifest(payload)
+                self._check(manifest)
+                return manifest, f"full, {why}"
+            case messages.DeltaReply():
+                delta = decode_delta_manifest(payload)
+                self._check(delta.target)
+                return delta, "delta"
+        return None
 
     def _check(self, manifest: SnapshotManifest) -> None:
         """Raises SnapshotError for what must never be loaded."""
@@ -181,49 +210,27 @@ class WeightReceiver:
         if manifest.version > self.published_version:  # the coordinator would not believe in tokens sampled with it
             raise SnapshotError(f"snapshot {manifest.version} is not announced yet, {self.published_version} is")
 
-    async def _receive(self, dealer: Dealer, what: str) -> tuple[messages.Message, memoryview] | None:
-        try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
-                frames = await dealer.receive()
-        except TimeoutError:
-            logger.info("waiting for %s of snapshot %d from %r", what, self.published_version, dealer)
-            return None
-        try:
-            return self._replies.decode(frames)
-        except ProtocolError as error:
-            logger.warning("the snapshot server sent what is not a reply: %s", error)
-            return None
-
-    def _take(self, pull: PullState, reply: messages.Message, payload: memoryview) -> bool:
-        """Returns False when the snapshot being pulled is gone."""
-        version = pull.manifest.version
-        if isinstance(reply, messages.SnapshotGone) and reply.version == version:
-            return False
-        if not isinstance(reply, messages.ChunkReply) or reply.version != version or reply.index not in pull.missing:
-            return True  # an answer to something asked earlier
-        pull.in_flight.pop(reply.index, None)
-        try:
-            verify_chunk(pull.manifest, reply.index, payload)
-        except SnapshotError as error:
-            logger.warning("%s", error)
-            return True
-        self._staging.write(pull.manifest.chunk_range(reply.index)[0], payload)
-        pull.missing.discard(reply.index)
-        pull.num_bytes_received += len(payload)
-        return True
-
-    async def _apply(self, manifest: SnapshotManifest) -> None:
-        snapshot = LocalSnapshot(manifest=manifest, path=self._staging.path)
-        with self._events.interval("weight_update", version=manifest.version, num_bytes=manifest.num_bytes) as fields:
+    async def _apply(self, pulled: PulledSnapshot) -> None:
+        manifest = pulled.manifest
+        snapshot = LocalSnapshot(manifest=manifest, path=self._copy.path, changes=pulled.changes)
+        with self._events.interval(
+            "weight_update", version=manifest.version, num_bytes=pulled.num_bytes, form=pulled.form
+        ) as fields:
             try:
                 update = await self._engine.load_weights(snapshot)
             except EngineError as error:
                 # Half-applied weights are repaired by applying the whole snapshot once more; twice is not bad luck.
                 logger.warning("applying snapshot %d failed, once more: %s", manifest.version, error)
-                update = await self._engine.load_weights(snapshot)
+                whole = LocalSnapshot(manifest=manifest, path=self._copy.path)
+                update = await self._engine.load_weights(whole)
             fields["pause_s"] = update.pause_s
         self.paused_s += update.pause_s
+        self._gave_up = False
         async with self._changed:
             self.loaded_version = manifest.version
             self._changed.notify_all()
-        logger.info("at version %d, paused for %.0f ms", manifest.version, update.pause_s * 1e3)
+        logger.info(
+            "at version %d, %d behind: %.1f kB (%s) of %.1f kB pulled, paused for %.0f ms",
+            *(manifest.version, max(0, self.published_version - manifest.version), pulled.num_bytes / 1e3),
+            *(pulled.form, manifest.num_bytes / 1e3, update.pause_s * 1e3),
+        )

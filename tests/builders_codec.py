@@ -79,6 +79,8 @@ def example(of: msgspec.inspect.Type) -> object:
             return tuple(example(item_type) for item_type in item_types)
         case msgspec.inspect.DictType(key_type=key_type, value_type=value_type):
             return {example(key_type): example(value_type)}
+        case msgspec.inspect.LiteralType(values=values):
+            return values[0]
         case msgspec.inspect.UnionType(types=types):
             return example(types[0])
     raise NotImplementedError(f"no example of {of}")

@@ -56,7 +56,6 @@ def test_a_chunk_of_another_place_is_refused():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"base_version": 6}, "delta"),
         ({"num_bytes": 770}, "tensors fill 768 bytes"),
         ({"chunk_bytes": 90}, "chunk digests"),
         ({"digest": bytes(16)}, "does not match its digest"),

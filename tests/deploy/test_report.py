@@ -70,7 +70,10 @@ def test_a_whole_run_in_words(tmp_path: Path):
     ]
     log.write_text(log.read_text() + "".join(json.dumps(event) + "\n" for event in more))
     a_server(tmp_path, "server-0", [(0.5, 10.5)], tokens=[0, 900, 2100])
-    updates = [interval("weight_update", i, i + 0.2, num_bytes=1_230_000, pause_s=0.004 * (i + 1)) for i in range(3)]
+    updates = [
+        interval("weight_update", i, i + 0.2, num_bytes=num_bytes, form=form, pause_s=0.004 * (i + 1))
+        for i, (num_bytes, form) in enumerate([(3_000_000, "full, no base"), (300_000, "delta"), (600_000, "delta")])
+    ]
     write_log(tmp_path / "events-updates.jsonl", "rollout_server", updates)
     evaluations = [
         {"t": 50.0, "kind": "eval", "version": v, "accuracy": a, "prompts": 64} for v, a in [(0, 0.25), (20, 1)]
@@ -88,7 +91,7 @@ def test_a_whole_run_in_words(tmp_path: Path):
   generation idle       75%
   both busy at once     13% of the time
   tokens                2,100 sampled, 2,000 trained
-  weight updates        3, 1.2 MB each, median pause 8 ms
+  weight updates        3, 2 as deltas, 1.3 MB on average, median pause 8 ms
   policy                run/huggingface/step-000020
   checkpoint            run/checkpoints/step-000020"""
     )

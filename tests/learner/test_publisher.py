@@ -44,8 +44,8 @@ class Publishing:
         self.ready: asyncio.Queue[int] = asyncio.Queue()
 
     async def follow(self) -> None:
-        async for version in self.publisher.ready_versions():
-            self.ready.put_nowait(version)
+        async for ready in self.publisher.ready_versions():
+            self.ready.put_nowait(ready.version)
 
     async def publish(self, version: int) -> bool:
         """False when there is no slot; else returns once it is being served."""

@@ -1,133 +1,37 @@
 """WeightReceiver over real sockets, against a snapshot server that can be told to fail in every way."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.codec import Decoder, encode
-from common.events import EventLog, read_events
+from common.events import read_events
 from common.messages import (
-    ChunkReply,
     ChunkRequest,
     ManifestReply,
     ManifestRequest,
     Message,
-    NoNewer,
-    ServerToSnapshots,
     SnapshotGone,
 )
-from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
-from common.wire import Router, open_dealer, open_router
+from common.snapshot import NO_VERSION, encode_manifest
+from common.wire import open_dealer
 from rollout_server import weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, Sampling, WeightUpdate
-from rollout_server.table_engine import TABLE_TENSOR, TableEngine
-from rollout_server.weight_receiver import WeightReceiver
-
-PATIENCE_S = 20.0
-V = 16
-CHUNK_BYTES = 64
-NUM_CHUNKS = V * V * 4 // CHUNK_BYTES  # more than are in flight at once
-RUN_ID = "run.1"
-
-Answer = tuple[Message, bytes]
-Fault = Callable[[Message, Answer], Answer | None]  # what is answered instead; None: nothing
-
-
-def honestly(request: Message, answer: Answer) -> Answer:
-    return answer
-
-
-def a_table(version: int) -> np.ndarray:
-    return np.random.default_rng(version).normal(size=(V, V)).astype("<f4")
-
-
-def a_manifest(version: int, run_id: str = RUN_ID) -> SnapshotManifest:
-    specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
-    data = memoryview(a_table(version).tobytes())
-    return build_manifest(data, specs, run_id=run_id, version=version, chunk_bytes=CHUNK_BYTES)
-
-
-class SnapshotServer:
-    """Serves the newest of `versions`, unless its fault says otherwise; remembers what it was asked."""
-
-    def __init__(self, newest: int = 0, run_id: str = RUN_ID, address: str = "tcp://127.0.0.1:0") -> None:
-        self.newest = newest
-        self.run_id = run_id
-        self.address = address
-        self.fault: Fault = honestly
-        self.requests: list[Message] = []
-        self._decoder = Decoder(ServerToSnapshots, max_payload_bytes=0)
-
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
-        """At the same address whenever it is opened again."""
-        async with open_router(self.address, max_frame_bytes=1 << 20) as router, asyncio.TaskGroup() as tasks:
-            self.address = router.address
-            serving = tasks.create_task(self._serve(router))
-            yield
-            serving.cancel()
-
-    async def _serve(self, router: Router) -> None:
-        while True:
-            for incoming in await router.receive():
-                request, _ = self._decoder.decode(incoming.frames)
-                self.requests.append(request)
-                answer = self.fault(request, self._answer(request))
-                if answer is not None:
-                    router.send(incoming.peer, encode(*answer))
-
-    def _answer(self, request: Message) -> Answer:
-        match request:
-            case ManifestRequest(newer_than=version) if version >= self.newest:
-                return NoNewer(version=self.newest), b""
-            case ManifestRequest():
-                return ManifestReply(version=self.newest), encode_manifest(a_manifest(self.newest, self.run_id))
-            case ChunkRequest(version=self.newest, index=index):
-                start = index * CHUNK_BYTES
-                chunk = a_table(self.newest).tobytes()[start : start + CHUNK_BYTES]
-                return ChunkReply(version=self.newest, index=index), chunk
-            case _:
-                return SnapshotGone(version=request.version, newest=self.newest), b""
-
-    def asked(self, kind: type[Message]) -> list[Message]:
-        return [request for request in self.requests if isinstance(request, kind)]
-
-    def chunks_asked(self, version: int) -> list[int]:
-        return [request.index for request in self.asked(ChunkRequest) if request.version == version]
-
-
-@asynccontextmanager
-async def following(server: SnapshotServer, tmp_path: Path, engine: TableEngine | None = None):
-    """A receiver that follows the run, not told of any version yet."""
-    engine = engine or TableEngine(vocab_size=V, max_model_len=64, eos_id=0)
-    async with asyncio.timeout(PATIENCE_S), open_dealer(server.address) as dealer, asyncio.TaskGroup() as tasks:
-        with a_receiver(engine, tmp_path) as receiver:
-            await receiver.follow(RUN_ID)
-            running = tasks.create_task(receiver.run(dealer))
-            yield receiver, engine
-            running.cancel()
-
-
-@contextmanager
-def a_receiver(engine: TableEngine, tmp_path: Path) -> Iterator[WeightReceiver]:
-    with (
-        closing(EventLog(tmp_path / "events.jsonl", "rollout_server")) as events,
-        closing(WeightReceiver(engine, events)) as receiver,
-    ):
-        yield receiver
-
-
-async def assert_loaded(engine: TableEngine, version: int) -> None:
-    """Its log-probabilities are those of that version's table."""
-    assert engine.loaded_version == version
-    ids = np.arange(V, dtype=np.int32)
-    table = a_table(version).astype(np.float64)
-    logprobs = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(await engine.token_logprobs(ids), logprobs[ids[:-1], ids[1:]], atol=1e-6)
+from rollout_server.table_engine import TableEngine
+from tests.rollout_server.builders_snapshots import (
+    CHUNK_BYTES,
+    NUM_CHUNKS,
+    RUN_ID,
+    Answer,
+    Fault,
+    SnapshotServer,
+    V,
+    a_manifest,
+    a_receiver,
+    assert_loaded,
+    following,
+    honestly,
+)
 
 
 async def test_what_is_announced_is_pulled_and_loaded_version_after_version(tmp_path):

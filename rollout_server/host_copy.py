@@ -1,0 +1,96 @@
+"""HostCopy: the weights in this process's memory, at one version, and what the last delta changed in them.
+
+Both lie in anonymous files that vanish with the process; other processes of this user read them by path.
+Memory: the bytes of the model, and 4 bytes for each element that the last delta changed.
+"""
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.delta import BlockPlace, Changes, DeltaManifest, changes_by_tensor
+from common.snapshot import ITEM_BYTES, SnapshotManifest, TensorSpec, verify_all
+from rollout_server.inference import LocalChanges
+
+BlockChanges = tuple[BlockPlace, Changes]
+
+
+class HostCopy:
+    """`manifest` says what the bytes are; None while they are not wholly those of any one version."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("countercurrent-snapshot")
+        self._changes_descriptor = os.memfd_create("countercurrent-changes")
+        self._mapping: mmap.mmap | None = None
+        self.manifest: SnapshotManifest | None = None
+
+    def __repr__(self) -> str:
+        return f"<HostCopy of {self.manifest.title if self.manifest is not None else 'nothing known'}>"
+
+    @property
+    def path(self) -> Path:
+        return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    @property
+    def memory(self) -> memoryview:
+        """All bytes, writable."""
+        assert self._mapping is not None
+        return memoryview(self._mapping)
+
+    def begin(self, num_bytes: int) -> None:
+        """A full snapshot of so many bytes will be written: what the bytes are is not known until it says so."""
+        self.manifest = None
+        if self._mapping is not None and len(self._mapping) == num_bytes:
+            return
+        self._mapping = None  # unmapped with the last view of it, which the traceback of an error may still hold
+        os.ftruncate(self._descriptor, num_bytes)
+        self._mapping = mmap.mmap(self._descriptor, num_bytes)
+
+    def write(self, start: int, data: bytes | memoryview) -> None:
+        assert self._mapping is not None
+        self._mapping[start : start + len(data)] = data
+
+    def apply(self, delta: DeltaManifest, changes: Sequence[BlockChanges]) -> LocalChanges:
+        """Bring the copy to the version of delta.target, and verify all of it.
+
+        Raises SnapshotError when the result is not that version; what the bytes are is then not known.
+        """
+        self.manifest = None
+        memory = self.memory
+        for block, changed in changes:
+            changed.apply_to(block.words_of(memory))
+        verify_all(delta.target, memory)
+        written = self._write_changes(delta, changes)
+        self.manifest = delta.target
+        return written
+
+    def _write_changes(self, delta: DeltaManifest, changes: Sequence[BlockChanges]) -> LocalChanges:
+        tensors = delta.target.tensors
+        index_type = np.dtype("<u4" if max(map(_num_elements, tensors)) < 1 << 32 else "<u8")
+        ranges: list[tuple[str, int, int]] = []
+        os.ftruncate(self._changes_descriptor, 0)
+        path = Path(f"/proc/{os.getpid()}/fd/{self._changes_descriptor}")
+        end = 0
+        with path.open("wb") as file:
+            for block, changed in changes:
+                for part in changes_by_tensor(block, changed, tensors):
+                    name, start, count = part.tensor.name, end, part.positions.size
+                    if ranges and ranges[-1][0] == name:  # the tensor began in an earlier block
+                        _, start, before = ranges.pop()
+                        count += before
+                    ranges.append((name, start, count))
+                    file.write(part.positions.astype(index_type).data)
+                    end = start + count
+        return LocalChanges(base_version=delta.base_version, path=path, tensors=tuple(ranges))
+
+    def close(self) -> None:
+        self._mapping = None
+        os.close(self._descriptor)
+        os.close(self._changes_descriptor)
+
+
+def _num_elements(tensor: TensorSpec) -> int:
+    return tensor.num_bytes // ITEM_BYTES[tensor.dtype]

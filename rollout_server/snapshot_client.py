@@ -1,0 +1,76 @@
+"""SnapshotClient: the requests to a snapshot server, and what of its answers is believed."""
+
+import asyncio
+import logging
+import time
+
+from common import messages
+from common.codec import Decoder, ProtocolError, encode
+from common.snapshot import MAX_MANIFEST_BYTES, SnapshotError, verify_chunk
+from common.wire import Dealer
+from rollout_server.pulling import PullState
+
+logger = logging.getLogger(__name__)
+
+Reply = tuple[messages.Message, memoryview]
+
+
+class PullGivenUp(Exception):
+    """The version being pulled is gone, or a newer one is there and much of this one is not."""
+
+
+class SnapshotClient:
+    """Nothing that it is sent raises, except that the version is gone; silence and nonsense are None."""
+
+    def __init__(self) -> None:
+        self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
+        self.received_bytes = 0  # of chunks that were taken
+
+    async def ask(self, dealer: Dealer, request: messages.ManifestRequest, timeout_s: float) -> Reply | None:
+        """The answer to a request for a manifest; late answers to earlier pulls are passed over."""
+        await dealer.send(encode(request))
+        reply = await self._receive(dealer, "the manifest", timeout_s)
+        while reply is not None and isinstance(reply[0], messages.ChunkReply | messages.SnapshotGone):
+            reply = await self._receive(dealer, "the manifest", timeout_s)
+        return reply
+
+    async def next_chunk(self, dealer: Dealer, pull: PullState) -> tuple[int, memoryview] | None:
+        """Ask for what is to be asked for, and take one answer: (index, bytes) of a verified chunk, or None.
+
+        Raises PullGivenUp when what is pulled is gone.
+        """
+        for index in pull.next_requests(time.monotonic()):
+            request = messages.ChunkRequest(version=pull.version, index=index, base_version=pull.base_version)
+            await dealer.send(encode(request))
+        reply = await self._receive(dealer, f"chunks of {pull.manifest.title}", pull.timeout_s)
+        if reply is None:
+            return None
+        message, payload = reply
+        if isinstance(message, messages.SnapshotGone) and message.version == pull.version:
+            raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: it is gone, {message.newest} is the newest")
+        if not isinstance(message, messages.ChunkReply) or message.index not in pull.missing:
+            return None  # an answer to something asked earlier
+        if (message.version, message.base_version) != (pull.version, pull.base_version):
+            return None
+        try:
+            verify_chunk(pull.manifest, message.index, payload)
+        except SnapshotError as error:
+            logger.warning("%s", error)
+            pull.damaged(message.index, time.monotonic())
+            return None
+        pull.arrived(message.index, len(payload), time.monotonic())
+        self.received_bytes += len(payload)
+        return message.index, payload
+
+    async def _receive(self, dealer: Dealer, what: str, timeout_s: float) -> Reply | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                frames = await dealer.receive()
+        except TimeoutError:
+            logger.info("waiting for %s from %r", what, dealer)
+            return None
+        try:
+            return self._replies.decode(frames)
+        except ProtocolError as error:
+            logger.warning("the snapshot server sent what is not a reply: %s", error)
+            return None
