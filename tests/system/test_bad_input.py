@@ -55,7 +55,7 @@ async def test_a_learner_that_cannot_work_says_why_in_one_sentence(stage: Stage,
         port = occupied.getsockname()[1]
         wrong = {
             ("--model", "nowhere/nothing"): "cannot load the model nowhere/nothing",
-            ("--loss", "guesswork", "--model", demo_model): "unknown loss guesswork; known: decoupled_ppo, ppo",
+            ("--loss", "guesswork", "--model", demo_model): "unknown loss guesswork; known: cispo, decoupled_ppo, ",
             ("--max-new-tokens", "600", "--model", demo_model): "max_new_tokens 600 leaves no room for a prompt",
             ("--data", "none.jsonl", "--model", demo_model): "none.jsonl cannot be read",
             ("--listen", f"tcp://127.0.0.1:{port}", "--model", demo_model): f"cannot listen on tcp://127.0.0.1:{port}",
