@@ -15,6 +15,8 @@ ENVIRONMENTS = {
     "reward+https": "reward_http:RewardHttp",
     "openenv+ws": "openenv:OpenEnv",
     "openenv+wss": "openenv:OpenEnv",
+    "nemo-gym+http": "nemo_gym:NemoGym",
+    "nemo-gym+https": "nemo_gym:NemoGym",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 

@@ -1,6 +1,7 @@
 """HttpServer: requests to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
 
 import asyncio
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Literal, Self
 
@@ -19,10 +20,35 @@ class HttpFailure(Exception):
     this request (other 4xx). bad_reply: too large, or compressed without being asked to be.
     """
 
-    def __init__(self, kind: HttpFailureKind, reason: str) -> None:
+    def __init__(self, kind: HttpFailureKind, reason: str, *, status: int = 0, said: str = "") -> None:
         super().__init__(reason)
         self.kind: HttpFailureKind = kind
         self.reason = reason
+        self.status = status  # of the reply; 0 when there is none
+        self.said = said  # the beginning of its body
+
+
+class Cookies:
+    """The cookies that one server has given to one session."""
+
+    def __init__(self) -> None:
+        self._cookies = httpx.Cookies()
+
+    def take(self, response: httpx.Response) -> None:
+        self._cookies.extract_cookies(response)
+
+    def put(self, request: httpx.Request) -> None:
+        """Raises HttpFailure, and nothing is sent, when there are some and none of them is for this request."""
+        self._cookies.set_cookie_header(request)
+        if self and "Cookie" not in request.headers:
+            names = ", ".join(cookie.name for cookie in self._cookies.jar)
+            raise HttpFailure("bad_reply", f"{request.url}: its cookies ({names}) are not for this address")
+
+    def __bool__(self) -> bool:
+        return len(self._cookies.jar) > 0
+
+    def values(self) -> list[str]:
+        return [cookie.value or "" for cookie in self._cookies.jar]
 
 
 class HttpServer:
@@ -43,7 +69,14 @@ class HttpServer:
         self._allowed = f"at most {max_reply_bytes} bytes are allowed: max_reply_bytes"
         # How many requests run at once is decided by those who make them.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
-        self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, limits=limits, timeout=None)
+        # The client itself keeps no cookie: those of one session must never be sent with another one's requests.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            follow_redirects=False,
+            limits=limits,
+            timeout=None,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        )
 
     def __repr__(self) -> str:
         return f"<HttpServer {self.url}>"
@@ -57,10 +90,21 @@ class HttpServer:
     ) -> None:
         await self._client.__aexit__(kind, error, trace)
 
-    async def post_json(self, body: bytes, *, timeout_s: float) -> bytes:
-        """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included."""
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._url.host, self._url.port or (443 if self._url.scheme == "https" else 80)
+
+    async def post_json(
+        self, body: bytes, *, timeout_s: float, below: str = "", cookies: Cookies | None = None
+    ) -> bytes:
+        """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included.
+
+        below: a path under the URL's own.
+        """
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return await self._send(self._client.build_request("POST", self._url, content=body, headers=headers), timeout_s)
+        url = self._url.copy_with(path=self._url.path.rstrip("/") + below) if below else self._url
+        request = self._client.build_request("POST", url, content=body, headers=headers)
+        return await self._send(request, timeout_s, cookies)
 
     async def get(self, *, timeout_s: float) -> bytes:
         """As post_json."""
@@ -68,7 +112,9 @@ class HttpServer:
             self._client.build_request("GET", self._url, headers={"Accept-Encoding": "identity"}), timeout_s
         )
 
-    async def _send(self, request: httpx.Request, timeout_s: float) -> bytes:
+    async def _send(self, request: httpx.Request, timeout_s: float, cookies: Cookies | None = None) -> bytes:
+        if cookies is not None:
+            cookies.put(request)
         try:
             async with asyncio.timeout(timeout_s):  # httpx's own time-outs begin anew with every byte that comes
                 response = await self._client.send(request, stream=True)
@@ -80,15 +126,16 @@ class HttpServer:
             raise HttpFailure("timeout", f"{self.url} gave no reply within {timeout_s:g} s") from error
         except httpx.TransportError as error:
             raise HttpFailure("unreachable", f"{self.url}: {_described(error)}") from error
+        if cookies is not None and response.status_code == 200:
+            cookies.take(response)
         self._check_status(response, content)
         return content
 
     async def connect(self, *, timeout_s: float) -> None:
         """Returns when a connection was made; raises HttpFailure. Nothing is sent."""
-        port = self._url.port or (443 if self._url.scheme == "https" else 80)
         try:
             async with asyncio.timeout(timeout_s):
-                _, writer = await asyncio.open_connection(self._url.host, port)
+                _, writer = await asyncio.open_connection(*self.address)
             writer.transport.abort()
         except (OSError, TimeoutError) as error:
             raise HttpFailure("unreachable", f"{self.url}: {error or 'no connection in time'}") from error
@@ -111,15 +158,17 @@ class HttpServer:
         status = response.status_code
         if status == 200:
             return
-        said = f"{self.url} said {status}"
+        said = f"{response.url} said {status}"
         if quoted := content[:MAX_QUOTED_BYTES].decode(errors="replace").strip():
             said += f": {quoted}"
         if status >= 500 or status == 429:
-            raise HttpFailure("unreachable", said)
+            raise HttpFailure("unreachable", said, status=status, said=quoted)
         if 300 <= status < 400:
             target = response.headers.get("Location", "")[:MAX_QUOTED_BYTES]
-            raise HttpFailure("unusable", f"{said}; it redirects to {target!r}, and redirects are not followed")
-        raise HttpFailure("unusable" if status in (401, 403, 404, 405) else "refused", said)
+            reason = f"{said}; it redirects to {target!r}, and redirects are not followed"
+            raise HttpFailure("unusable", reason, status=status)
+        kind: HttpFailureKind = "unusable" if status in (401, 403, 404, 405) else "refused"
+        raise HttpFailure(kind, said, status=status, said=quoted)
 
 
 def _described(error: httpx.TransportError) -> str:
