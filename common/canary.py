@@ -38,6 +38,9 @@ class Canary(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     def is_whole(self) -> bool:
         return len(self.logprobs) == len(self.token_ids) - 1
 
+    def token_array(self) -> npt.NDArray[np.int32]:
+        return np.array(self.token_ids, np.int32)
+
     def distance(self, logprobs: npt.NDArray[np.float32]) -> float:
         """Mean absolute difference to [T-1] log-probabilities, in nats per token; infinite where one is no number."""
         if logprobs.shape != (len(self.logprobs),) or not np.isfinite(logprobs).all():

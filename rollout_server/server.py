@@ -28,6 +28,7 @@ HELLO_INTERVAL_S = 1.0
 SAY_IT_EVERY_S = 10.0
 HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
+WRONG_WEIGHTS = "wrong_weights"  # kind of failure
 HEALTH_INTERVAL_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
 
@@ -164,7 +165,18 @@ class RolloutServer:
     async def _follow_weights(self, address: str) -> None:
         address = with_host_of(self._dealer.address, address)
         async with open_dealer(address, key=self._key) as dealer:
-            await self._receiver.run(dealer)
+            await self._receiver.run(dealer, on_doubt=self._leave_service)
+
+    async def _leave_service(self, doubt: str) -> None:
+        """While the engine computes with other weights than it was given, what it samples is nobody's.
+
+        Groups that are finished are older: they were held back until their version was judged.
+        """
+        working = self._leases.working()
+        for lease_id in working:
+            self._leases.drop(lease_id)
+        for lease_id in working:
+            await self._fail(lease_id, WRONG_WEIGHTS, doubt)
 
     async def _receive(self) -> None:
         while True:
@@ -184,10 +196,12 @@ class RolloutServer:
                 case messages.Finished(reason=reason):
                     raise RunFinishedError(f"the run is finished: {reason}")
                 case _:
-                    self._hear_of_lease(message)
+                    await self._hear_of_lease(message)
 
-    def _hear_of_lease(self, message: messages.Message | None) -> None:
+    async def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
+            case messages.Lease() if self._receiver.doubt:
+                await self._fail(message.lease_id, WRONG_WEIGHTS, self._receiver.doubt)
             case messages.Lease() if message.lease_id not in self._leases:
                 self._leases.begin(message, self._tasks.create_task(self._work(message)))
             case messages.LeaseCancelled(lease_id=lease_id):
@@ -230,9 +244,7 @@ class RolloutServer:
             group = await self._runner.run(lease)
         except LeaseFailure as failure:
             logger.warning("task %d failed (%s): %s", lease.task_id, failure.kind, failure.reason)
-            failed = messages.LeaseFailed(lease_id=lease.lease_id, kind=failure.kind, reason=failure.reason[:4096])
-            await self._dealer.send(encode(failed))
-            self._leases.drop(lease.lease_id)
+            await self._fail(lease.lease_id, failure.kind, failure.reason)
         else:
             await self._confirm(group)
             header, payload = pack_group(group)
@@ -240,6 +252,10 @@ class RolloutServer:
             self._leases.finished(lease.lease_id, frames, time.monotonic())
             await self._dealer.send(frames)
         self._progress += 1
+
+    async def _fail(self, lease_id: int, kind: str, reason: str) -> None:
+        await self._dealer.send(encode(messages.LeaseFailed(lease_id=lease_id, kind=kind, reason=reason[:4096])))
+        self._leases.drop(lease_id)
 
     async def _confirm(self, group: Group) -> None:
         """A token may only claim a version that this server has said it loaded."""
@@ -268,7 +284,9 @@ class RolloutServer:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _describe(self) -> messages.Heartbeat:
-        if self._leases.num_working:
+        if self._receiver.doubt:
+            doing = f"out of service: {self._receiver.doubt}"
+        elif self._leases.num_working:
             doing = "generating"
         else:
             doing = self._waiting_for or f"waiting for leases at version {self._receiver.loaded_version}"
@@ -279,7 +297,7 @@ class RolloutServer:
             generated_tokens=self._engine.generated_tokens,
             busy_s=self._engine.busy_s,
             paused_s=self._receiver.paused_s,
-            doing=doing,
+            doing=doing[:4096],
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat
