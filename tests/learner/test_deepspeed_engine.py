@@ -188,7 +188,7 @@ def test_a_checkpoint_that_fits_no_longer_is_refused_with_the_reason(checkpoint_
 def broken_step(request, model) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     engine = open_deepspeed_engine(some_train_settings(model, zero_stage=request.param))
     before = weights_of(engine)
-    layer = engine._model.model.layers[1].mlp.down_proj
+    layer = engine._network.model.model.layers[1].mlp.down_proj
     layer.register_full_backward_hook(lambda _module, inputs, _outputs: tuple(each * math.nan for each in inputs))
     result = engine.step(a_batch(random_groups(0), micro_batch_tokens=40))
     return result.refusal, before, weights_of(engine)
@@ -235,4 +235,4 @@ def test_an_exported_policy_is_the_same_function_in_transformers(tied, dtype, tm
     assert str(exported.dtype) == f"torch.{dtype}"
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        torch.testing.assert_close(exported(ids).logits, engine._model(ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(exported(ids).logits, engine._network.model(ids).logits, rtol=0, atol=0)
