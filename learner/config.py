@@ -170,6 +170,18 @@ class LearnerConfig:
     weights_listen: str | None = option(None, help="address weights are pulled from; default: as listen, another port")
     advertise_host: str | None = option(None, help="host name printed for other nodes when listening on all networks")
 
+    # Whether rollout servers compute with what was published
+    canary_every: int | None = option(
+        None,
+        help="every so many versions, servers hold the log-probabilities of a fixed prompt against the learner's; 0: "
+        "never; default: 1, and 10 from 2B parameters up",
+    )
+    canary_tolerance: float | None = option(
+        None,
+        help="mean difference in nats per token above which a server is taken out; default: 0.001 for float32, 0.1 for "
+        "bfloat16",
+    )
+
     # Bounds
     queue_bytes: int = option(1 << 30, help="bytes of trajectories that may be leased, queued or in training at once")
     queue_groups: int | None = option(None, help="groups likewise; default: (max_staleness + 2) * groups_per_step")
@@ -207,6 +219,7 @@ class LearnerConfig:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
             )
+        self._check_canary()
         self._check_lengths()
         self._check_queue()
 
@@ -224,6 +237,12 @@ class LearnerConfig:
     def _check_adapters(self) -> None:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
+
+    def _check_canary(self) -> None:
+        if self.canary_every is not None and self.canary_every < 0:
+            raise ValueError(f"canary_every must be >= 0, got {self.canary_every}; 0 means never")
+        if self.canary_tolerance is not None and not 0 < self.canary_tolerance < math.inf:
+            raise ValueError(f"canary_tolerance must be finite and > 0, got {self.canary_tolerance}")
 
     def _check_lengths(self) -> None:
         if self.group_size > MAX_GROUP_SIZE:

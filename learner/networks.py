@@ -1,5 +1,7 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,15 @@ class PolicyNetwork(nn.Module):
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """For what is asked of it inside, by whatever way the call comes."""
+        usual, self._temperature = self._temperature, temperature
+        try:
+            yield
+        finally:
+            self._temperature = usual
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -201,6 +202,16 @@ class PpoEngine:
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
         return self._network.published_tensors()
+
+    def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
+        token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
+        sees_1T = torch.ones_like(token_ids_1T, dtype=torch.bool)
+        asked_1T = sees_1T.clone()
+        asked_1T[:, 0] = False
+        assert isinstance(self._policy.module, PolicyNetwork)
+        with torch.no_grad(), self._policy.module.at_temperature(1.0):
+            logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
+        return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
     def save(self, directory: Path) -> None:
         self._policy.save(directory / "policy")

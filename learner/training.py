@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from learner.lora_settings import LoraSettings
@@ -110,6 +111,13 @@ class TrainEngine(Protocol):
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
         With adapters these alone, by PEFT's names.
+        """
+        ...
+
+    def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
+        """log pi of tokens 1..T-1 of token_ids_T given those before, at temperature 1: [T-1] float32.
+
+        Changes nothing: neither gradients nor random state.
         """
         ...
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ from tests.builders_learner import (
     weights_of,
     with_nan,
 )
-from tests.models import save_tiny_model
+from tests.models import forward_logprobs, save_tiny_model
 
 STEPS = 3
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -76,6 +77,10 @@ def test_float32_deepspeed_equals_plain_torch(stage, model, twin):
     assert_close_metrics(results, expected_results)
     assert results[0].metrics["grad_norm"] > 0.5  # so that it was clipped
     assert engine.version == STEPS
+    prompt = np.arange(5, 40, dtype=np.int32)
+    np.testing.assert_allclose(
+        engine.token_logprobs(prompt), forward_logprobs(engine._network.model, prompt), atol=1e-5
+    )
 
 
 def test_bfloat16_at_stage_1_stays_close_to_float32(model):
