@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from learner.lora_settings import LoraSettings
 from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
@@ -18,6 +19,7 @@ class TrainSettings:
 
     model: str  # Hugging Face name or directory
     critic_model: str | None = None  # None: no critic
+    lora: LoraSettings | None = None  # None: the whole policy is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: Literal[0, 1, 2] = 1
     learning_rate: float = 1e-6
@@ -106,7 +108,10 @@ class TrainEngine(Protocol):
         ...
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in."""
+        """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
+
+        With adapters these alone, by PEFT's names.
+        """
         ...
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
@@ -125,5 +130,5 @@ class TrainEngine(Protocol):
         ...
 
     def export_huggingface(self, directory: Path) -> None:
-        """Write the policy as a directory that transformers and vLLM load."""
+        """Write the policy as a directory that transformers and vLLM load; adapters merged, and also on their own."""
         ...

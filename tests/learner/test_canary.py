@@ -27,9 +27,11 @@ def test_a_canary_is_the_log_probabilities_of_the_parameters_at_temperature_1_an
         canary = maker.make(engine)
         assert engine.version == version
         assert canary.token_ids == tuple(PROMPT.tolist())
-        assert canary.distance(forward_logprobs(engine._model, PROMPT)) < 1e-5
+        assert canary.distance(forward_logprobs(engine._network.model, PROMPT)) < 1e-5
         assert all(torch.equal(weight, before[name]) for name, weight in weights_of(engine).items())
-        assert all(parameter.grad is None or not parameter.grad.any() for parameter in engine._model.parameters())
+        assert all(
+            parameter.grad is None or not parameter.grad.any() for parameter in engine._network.model.parameters()
+        )
         assert torch.equal(torch.get_rng_state(), random_state)
         engine.step(a_batch(random_groups(version), version=version))
 
