@@ -336,6 +336,26 @@ class NoNewer(Message, frozen=True, tag="NoNewer"):
     version: Version
 
 
+class MappingRequest(Message, frozen=True, tag="MappingRequest"):
+    """Where in memory is a version newer than `newer_than`? Answered by MappingReply, NoNewer or OtherHost."""
+
+    newer_than: Version
+    host: Name  # see shared_slots.host_id
+
+
+class MappingReply(Message, frozen=True, tag="MappingReply"):
+    """The newest version lies whole in this slot of shared memory. The payload is its encoded manifest."""
+
+    version: Version
+    process: Id
+    descriptor: Count  # of that process
+    inode: Id  # what is there must be this
+
+
+class OtherHost(Message, frozen=True, tag="OtherHost"):
+    """The asker is on another host: it must pull."""
+
+
 class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
     version: Version
     index: Count
@@ -366,6 +386,7 @@ class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
     version: Version
     slot: Count
     num_bytes: Count
+    descriptor: Count  # of the slot, in the learner's process: another one than before where somebody kept the former
     canary: Canary | None = None  # of this version, if the learner computed it
 
 
@@ -398,7 +419,7 @@ LearnerToCoordinator = (
     OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CheckpointSaved | CloseRun
 )
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
-ServerToSnapshots = ManifestRequest | ChunkRequest
-SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone
+ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
+SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
 LearnerToSnapshots = SnapshotWritten
 SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

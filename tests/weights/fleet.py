@@ -16,6 +16,7 @@ from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
 from learner.publisher import Publisher, open_publisher
 from rollout_server.inference import LocalSnapshot, WeightUpdate
+from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
 from rollout_server.table_engine import TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 from tests.fault_proxy import FaultProxy
@@ -165,14 +166,14 @@ class Fleet:
         assert ready.version == self.version
         return ready
 
-    async def join(self) -> Member:
+    async def join(self, transport: TransportName = "zeromq") -> Member:
         proxy = await self._stack.enter_async_context(a_cutting_proxy(self.publisher.address))
         dealer = await self._stack.enter_async_context(open_dealer(proxy.address))
         events = self._stack.enter_context(
             closing(EventLog(self._directory / f"{len(self.members)}.jsonl", "rollout_server"))
         )
         engine = DoubtingEngine(self.weights)
-        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events)))
+        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events, transport=TRANSPORTS[transport])))
         await receiver.follow(RUN_ID)
         self._running.append(self._tasks.create_task(receiver.run(dealer)))
         self.members.append(Member(proxy, receiver, engine))
@@ -185,6 +186,11 @@ class Fleet:
         for member in self.members:
             await member.receiver.wait_for_version(self.version)
 
+    def stop_following(self) -> None:
+        """Its members."""
+        for task in self._running[1:]:
+            task.cancel()
+
     async def close(self) -> None:
         for task in self._running:
             task.cancel()
@@ -194,7 +200,13 @@ class Fleet:
 
 @asynccontextmanager
 async def a_fleet(
-    directory: Path, *, num_members: int, patience_s: float, weights: Weights | None = None
+    directory: Path,
+    *,
+    num_members: int,
+    patience_s: float,
+    weights: Weights | None = None,
+    transport: TransportName = "zeromq",
+    run_id: str = RUN_ID,
 ) -> AsyncIterator[Fleet]:
     weights = weights or Weights()
     with tempfile.TemporaryDirectory() as private:  # a socket's path must be short
@@ -202,7 +214,7 @@ async def a_fleet(
             asyncio.timeout(patience_s),
             open_publisher(
                 weights.tensors,
-                run_id=RUN_ID,
+                run_id=run_id,
                 listen="tcp://127.0.0.1:0",
                 keys=None,
                 private_directory=Path(private),
@@ -214,7 +226,7 @@ async def a_fleet(
             try:
                 await publisher.listening()
                 for _ in range(num_members):
-                    await fleet.join()
+                    await fleet.join(transport)
                 yield fleet
             finally:
                 await fleet.close()
