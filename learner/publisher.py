@@ -34,7 +34,8 @@ from learner.snapshot_server import SnapshotServerSettings
 logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 3  # one being written, the newest, and one that a slower server is still pulling
-KEPT_S = 10.0  # a server on this host that reads a slot for longer is stopped: it keeps it, and another takes its place
+KEPT_S = 2.0  # and as long as KEPT_BYTES_PER_S: who reads a slot for longer keeps it, and another takes its place
+KEPT_BYTES_PER_S = 1e9
 LOOK_AGAIN_S = 0.05  # for a lock that another process lets go of
 
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -65,12 +66,13 @@ class Slots:
     def claim(self, slot: int, now_s: float) -> bool:
         """To write it; False while a server on this host reads it.
 
-        From one that does so for KEPT_S the slot is not taken away: it goes on with the former memory, we with new.
+        One that stops while it reads keeps that memory, and the slot goes on with new.
         """
         if not lock_to_write(self.descriptors[slot]):
-            if now_s - self._kept_since_s.setdefault(slot, now_s) < KEPT_S:
+            kept_s = now_s - self._kept_since_s.setdefault(slot, now_s)
+            if kept_s < KEPT_S + self.slot_bytes / KEPT_BYTES_PER_S:
                 return False
-            logger.warning("a rollout server on this host reads a snapshot for %.0f s now: it keeps the memory", KEPT_S)
+            logger.warning("a rollout server on this host reads a snapshot for %.0f s now: it keeps the memory", kept_s)
             self._replace(slot)
         self._kept_since_s.pop(slot, None)
         return True

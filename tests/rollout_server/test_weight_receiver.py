@@ -28,6 +28,7 @@ from tests.rollout_server.builders_snapshots import (
     V,
     a_manifest,
     a_receiver,
+    a_table,
     assert_loaded,
     following,
     honestly,
@@ -99,6 +100,23 @@ async def test_a_chunk_with_a_flipped_bit_is_refused_and_pulled_again(tmp_path, 
         await assert_loaded(engine, 0)
     assert sorted(server.chunks_asked(0)) == sorted([*range(NUM_CHUNKS), 5])
     assert "chunk 5 of snapshot 0: the digest does not match; pull it again" in caplog.text
+
+
+async def test_a_chunk_of_another_version_under_this_ones_name_is_refused_and_pulled_again(tmp_path, caplog):
+    server = SnapshotServer(newest=3)
+
+    def mixes_once(request: Message, answer: Answer) -> Answer:
+        if request == ChunkRequest(version=3, index=5) and server.chunks_asked(3).count(5) == 1:
+            start = 5 * CHUNK_BYTES
+            return answer[0], a_table(2).tobytes()[start : start + CHUNK_BYTES]
+        return answer
+
+    server.fault = mixes_once
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(3)
+        await receiver.wait_for_version(3)
+        await assert_loaded(engine, 3)
+    assert "chunk 5 of snapshot 3: the digest does not match; pull it again" in caplog.text
 
 
 def flipped_manifest(request: Message, answer: Answer) -> Answer:
