@@ -16,10 +16,10 @@ NUM_TOKENS = 64
 MAX_TOKENS = 1 << 12
 SEED = 0
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""By the type of the weights: mean difference, in nats per token, that two right implementations stay below.
+TOLERANCES = {"float32": 2e-4, "bfloat16": 0.25, "float16": 0.05}
+"""By the type of the weights: mean difference, in nats per token, that two right implementations stay far below.
 
-Measured by `make bench-canary`, see docs/weights.md.
+For float32 50 times, for bfloat16 5 times the largest that `make bench-canary` measured, see docs/weights.md.
 """
 
 

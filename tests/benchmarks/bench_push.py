@@ -83,6 +83,11 @@ class Learner:
         np.copyto(self._copy, self._source)
         return time.perf_counter() - start_s
 
+    def serving_s(self) -> float:
+        """Processor time of the snapshot server's process, all its threads."""
+        tasks = Path(f"/proc/{self.publisher._server._process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
     async def publish(self, density: float | None) -> tuple[float, float, int]:
         """(seconds of the training thread, seconds of encoding elsewhere, bytes that a server will pull)."""
         if density is None:
@@ -174,17 +179,22 @@ async def measure_pushes(learner: Learner, count: int, rounds: int) -> None:
             for _ in range(rounds):
                 written_s, encode_s, pulled = await learner.publish(density)
                 copy_s = learner.copy_s()
-                pushes_s = [await timed_s(groups[transport].load(learner.version)) for transport in TRANSPORTS]
+                busy_s = learner.serving_s()
+                pushes_s = [await timed_s(groups["zeromq"].load(learner.version))]
+                busy_s = learner.serving_s() - busy_s
+                pushes_s.append(await timed_s(groups["shared_memory"].load(learner.version)))
                 pub_s = await timed_s(pub.push())
-                rows.append([pulled, *(s / copy_s for s in (written_s, encode_s, *pushes_s, pub_s)), copy_s * 1e3])
+                copies = (each_s / copy_s for each_s in (written_s, encode_s, *pushes_s, pub_s))
+                rows.append([pulled, *copies, copy_s * 1e3, busy_s * 1e3])
             report(count, name, [statistics.median(column) for column in zip(*rows, strict=True)])
 
 
 def report(count: int, name: str, medians: list[float]) -> None:
-    pulled, written, encode, zeromq, shared, pub, copy_ms = medians
+    pulled, written, encode, zeromq, shared, pub, copy_ms, busy_ms = medians
     print(f"  {count:3} servers, {name:12} {pulled / 1e6:7.3f} MB | copies of {copy_ms:.1f} ms: write {written:5.2f}, "
           f"encode {encode:5.2f}, ZeroMQ {zeromq:6.2f}, shared memory {shared:6.2f}, PUB of all {pub:6.2f} | "
-          f"of PUB: {zeromq / pub:.2f}, {shared / pub:.2f}{gate(count, shared / pub)}", flush=True)  # fmt: skip
+          f"of PUB: {zeromq / pub:.2f}, {shared / pub:.2f}{gate(count, shared / pub)} | "
+          f"the publisher's processor over ZeroMQ {busy_ms:6.1f} ms", flush=True)  # fmt: skip
 
 
 def gate(count: int, share: float) -> str:
