@@ -79,6 +79,9 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     busy_s: Seconds  # time with at least one request running and the engine not paused, since the process started
     paused_s: Seconds  # time the engine was paused for weight updates, since the process started
     doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
+    # Why nothing it samples may be used at the moment: its leases fail with this reason, and it is granted no others
+    # until it says so no more. Empty while it is in service.
+    out_of_service: Text = ""
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them

@@ -28,7 +28,6 @@ HELLO_INTERVAL_S = 1.0
 SAY_IT_EVERY_S = 10.0
 HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
-WRONG_WEIGHTS = "wrong_weights"  # kind of failure
 HEALTH_INTERVAL_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
 
@@ -142,7 +141,7 @@ class RolloutServer:
             logger.info("%s", finished.exceptions[0])
         finally:
             if not self._is_finished:  # its leases go to others at once
-                self._dealer.try_send(encode(messages.Leaving(reason="this rollout server stops")))
+                self._dealer.try_send(encode(messages.Leaving(reason=self._receiver.doubt[:4096] or "it stops")))
 
     async def _enter(self, welcome: messages.Welcome) -> None:
         """Begin, or begin again after the learner restarted: what was leased by its former self is void."""
@@ -172,11 +171,9 @@ class RolloutServer:
 
         Groups that are finished are older: they were held back until their version was judged.
         """
-        working = self._leases.working()
-        for lease_id in working:
+        for lease_id in self._leases.working():
             self._leases.drop(lease_id)
-        for lease_id in working:
-            await self._fail(lease_id, WRONG_WEIGHTS, doubt)
+        await self._say_alive()
 
     async def _receive(self) -> None:
         while True:
@@ -201,7 +198,7 @@ class RolloutServer:
     async def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
             case messages.Lease() if self._receiver.doubt:
-                await self._fail(message.lease_id, WRONG_WEIGHTS, self._receiver.doubt)
+                await self._say_alive()  # and out of service: the lease was granted before that was heard
             case messages.Lease() if message.lease_id not in self._leases:
                 self._leases.begin(message, self._tasks.create_task(self._work(message)))
             case messages.LeaseCancelled(lease_id=lease_id):
@@ -244,7 +241,9 @@ class RolloutServer:
             group = await self._runner.run(lease)
         except LeaseFailure as failure:
             logger.warning("task %d failed (%s): %s", lease.task_id, failure.kind, failure.reason)
-            await self._fail(lease.lease_id, failure.kind, failure.reason)
+            failed = messages.LeaseFailed(lease_id=lease.lease_id, kind=failure.kind, reason=failure.reason[:4096])
+            await self._dealer.send(encode(failed))
+            self._leases.drop(lease.lease_id)
         else:
             await self._confirm(group)
             header, payload = pack_group(group)
@@ -252,10 +251,6 @@ class RolloutServer:
             self._leases.finished(lease.lease_id, frames, time.monotonic())
             await self._dealer.send(frames)
         self._progress += 1
-
-    async def _fail(self, lease_id: int, kind: str, reason: str) -> None:
-        await self._dealer.send(encode(messages.LeaseFailed(lease_id=lease_id, kind=kind, reason=reason[:4096])))
-        self._leases.drop(lease_id)
 
     async def _confirm(self, group: Group) -> None:
         """A token may only claim a version that this server has said it loaded."""
@@ -285,7 +280,7 @@ class RolloutServer:
 
     def _describe(self) -> messages.Heartbeat:
         if self._receiver.doubt:
-            doing = f"out of service: {self._receiver.doubt}"
+            doing = "repairing the weights"
         elif self._leases.num_working:
             doing = "generating"
         else:
@@ -298,6 +293,7 @@ class RolloutServer:
             busy_s=self._engine.busy_s,
             paused_s=self._receiver.paused_s,
             doing=doing[:4096],
+            out_of_service=self._receiver.doubt[:4096],
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat

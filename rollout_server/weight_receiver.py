@@ -178,6 +178,7 @@ class WeightReceiver:
     def _mistrust(self, complaint: str) -> None:
         self._failed_canaries += 1
         self.canaries_failed += 1
+        self.doubt = complaint
         if self._failed_canaries >= MAX_FAILED_CANARIES:
             raise UserError(
                 f"{complaint}; so they were before the whole snapshot was loaded. This engine computes something else "
@@ -186,4 +187,3 @@ class WeightReceiver:
             )
         logger.error("out of service until the whole snapshot is loaded: %s", complaint)
         self._transport.forget()
-        self.doubt = complaint
