@@ -82,6 +82,8 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     # Why nothing it samples may be used at the moment: its leases fail with this reason, and it is granted no others
     # until it says so no more. Empty while it is in service.
     out_of_service: Text = ""
+    updates: Count = 0  # versions loaded since the process started
+    pulled_bytes: Count = 0  # of snapshots, since the process started
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
@@ -272,6 +274,9 @@ class ServerStatus(Message, frozen=True):
     paused_s: Seconds
     silent_s: Seconds  # since it was last heard of
     doing: Text
+    out_of_service: Text = ""
+    updates: Count = 0
+    pulled_bytes: Count = 0
 
 
 class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):

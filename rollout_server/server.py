@@ -294,6 +294,8 @@ class RolloutServer:
             paused_s=self._receiver.paused_s,
             doing=doing[:4096],
             out_of_service=self._receiver.doubt[:4096],
+            updates=self._receiver.deltas_loaded + self._receiver.full_loaded,
+            pulled_bytes=self._receiver.received_bytes,
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat
