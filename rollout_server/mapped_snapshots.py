@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 REPLY_TIMEOUT_S = 5.0
 MAX_FAILURES = 3  # in a row, of what was offered and is then not there
 
+MAX_SLOTS = 3  # that are kept mapped, those used last; as many as the learner has
+
 SlotKey = tuple[int, int, int]  # process, descriptor, inode
 
 
@@ -49,15 +51,12 @@ class MappedSnapshots:
 
     def close(self) -> None:
         self._verifying.close()
-        self._let_go()
-
-    def forget(self) -> None:
-        """Nothing is held here: every version comes whole."""
-
-    def _let_go(self) -> None:
         for descriptor, _ in self._slots.values():
             os.close(descriptor)
         self._slots.clear()
+
+    def forget(self) -> None:
+        """Nothing is held here: every version comes whole."""
 
     @asynccontextmanager
     async def next_version(self, dealer: Dealer) -> AsyncIterator[ArrivedSnapshot | None]:
@@ -95,12 +94,15 @@ class MappedSnapshots:
 
     def _slot(self, offered: messages.MappingReply, num_bytes: int) -> tuple[int, mmap.mmap]:
         key = (offered.process, offered.descriptor, offered.inode)
-        if key not in self._slots:
-            if any(process != offered.process for process, _, _ in self._slots):  # another life of the learner
-                self._let_go()
+        slot = self._slots.pop(key, None)
+        if slot is None:
             descriptor = open_slot_of(*key, num_bytes)
-            self._slots[key] = descriptor, map_slot(descriptor, num_bytes)
-        return self._slots[key]
+            slot = descriptor, map_slot(descriptor, num_bytes)
+        self._slots[key] = slot
+        while len(self._slots) > MAX_SLOTS:  # those that the learner does not use any more would never be freed
+            forgotten, _ = self._slots.pop(next(iter(self._slots)))
+            os.close(forgotten)
+        return slot
 
     async def _verified(self, manifest: SnapshotManifest, descriptor: int, memory: mmap.mmap) -> ArrivedSnapshot | None:
         try:

@@ -21,7 +21,8 @@ from rollout_server.snapshot_transport import ArrivedSnapshot, SnapshotTransport
 
 logger = logging.getLogger(__name__)
 
-ASK_AGAIN_S = 0.2  # after an answer that was of no use
+ASK_AGAIN_S = 0.2  # after an answer that was of no use, and as much longer after each further one in a row
+MAX_PATIENCE = 10  # times ASK_AGAIN_S
 MAX_FAILED_CANARIES = 2  # in a row; the second is of weights that were copied whole
 
 
@@ -99,6 +100,7 @@ class WeightReceiver:
         Raises EngineError when the weights cannot be brought into a known state, UserError when the engine computes
         with others than it was given.
         """
+        num_useless = 0  # answers in a row
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self.published_version > self.loaded_version)
@@ -106,8 +108,9 @@ class WeightReceiver:
             async with self._transport.next_version(dealer) as arrived:
                 if arrived is not None and run_id == self._target.run_id:
                     await self._apply(arrived)
+            num_useless = num_useless + 1 if arrived is None else 0
             if arrived is None:
-                await asyncio.sleep(ASK_AGAIN_S)
+                await asyncio.sleep(ASK_AGAIN_S * min(num_useless, MAX_PATIENCE))
             elif run_id == self._target.run_id:
                 await self._judge(arrived.manifest, on_doubt)
 

@@ -1,6 +1,7 @@
 """What every way of bringing weights to servers has to hold, on each of them. Deltas are in test_pushes.py."""
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from common.events import EventLog
 from common.shared_slots import NotSharedError, create_slot, lock_to_read, lock_to_write, open_slot_of, unlock
 from common.wire import open_dealer
 from learner import publisher as publisher_module
+from learner.publisher import NUM_SLOTS
 from rollout_server import mapped_snapshots, weight_receiver
 from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
@@ -153,6 +155,30 @@ async def test_a_server_on_the_learners_host_shares_its_memory_and_pulls_nothing
         [member] = fleet.members
         assert member.receiver.received_bytes == 0
         assert member.engine.mixed == []
+
+
+async def test_memory_that_the_learner_has_replaced_is_let_go_of(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(publisher_module, "KEPT_S", 0.0)
+    monkeypatch.setattr(publisher_module, "KEPT_BYTES_PER_S", 1e15)
+    gc.collect()
+    before = Path("/proc/self/maps").read_text().count(f"/memfd:{shared_slots.SLOT_NAME}")
+    async with a_fleet(tmp_path, num_members=1, patience_s=PATIENCE_S, transport="shared_memory") as fleet:
+        [member] = fleet.members
+        for version in range(8):
+            held = [os.open(f"/proc/self/fd/{slot}", os.O_RDONLY) for slot in fleet.publisher._slots.descriptors]
+            assert all(map(lock_to_read, held))
+            while (slot := fleet.publisher.take_slot()) is None:  # the first look begins the wait
+                await asyncio.sleep(0.01)
+            fleet.publisher._slots.let_read(slot)
+            fleet.publisher._free.insert(0, slot)
+            for descriptor in held:
+                os.close(descriptor)
+            await fleet.publish(0.01)
+            await fleet.deliver()
+            assert member.engine.loaded_version == version
+        gc.collect()
+        mapped = Path("/proc/self/maps").read_text().count(f"/memfd:{shared_slots.SLOT_NAME}") - before
+    assert mapped <= 2 * NUM_SLOTS  # the learner's own, and the member's
 
 
 @pytest.mark.parametrize("why", ["the learner is on another host", "is not the memory that was offered"])
