@@ -126,6 +126,8 @@ class RolloutServer:
         yield Measurement(name="update_pause_seconds_total", value=self._receiver.paused_s, help="paused for weights")
         yield Measurement(name="weight_bytes_total", value=self._receiver.received_bytes, help="of snapshots pulled")
         yield Measurement(name="deltas_loaded_total", value=self._receiver.deltas_loaded, help="versions, as deltas")
+        yield Measurement(name="out_of_service", value=bool(self._receiver.doubt), help="1: its weights are wrong")
+        yield Measurement(name="failed_canaries_total", value=self._receiver.canaries_failed, help="wrong weights")
         yield Measurement(name="full_snapshots_loaded_total", value=self._receiver.full_loaded, help="versions, whole")
 
     async def run(self, welcome: messages.Welcome) -> None:
