@@ -14,7 +14,7 @@ from msgspec import Meta
 from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
