@@ -146,7 +146,10 @@ class VllmEngine:
         async with self._call(f"snapshot {version} cannot be applied"):
             # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
             core = self._llm.engine_core
-            await core.pause_scheduler_async(mode="keep", clear_cache=self.clear_cache)
+            # A number that comes again stands for other weights: the former were wrong, or of another life of the run.
+            # What they have cached has the same salt.
+            clear_cache = self.clear_cache or version <= self.loaded_version
+            await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
             await self._llm.collective_rpc("load_snapshot", args=(path, tensors))
             await self._llm.update_weight_version(str(version))
             self.loaded_version = version

@@ -16,6 +16,7 @@ import pytest_asyncio
 from common.canary import TOLERANCES, canary_prompt, make_canary
 from common.events import EventLog
 from common.lifecycle import UserError
+from rollout_server.inference import LocalSnapshot
 from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
 from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
 from rollout_server.weight_receiver import WeightReceiver
@@ -135,6 +136,48 @@ async def test_vllms_own_packing_of_the_output_layer_cannot_be_repaired_and_ends
             async with asyncio.timeout(PATIENCE_S):
                 await receiver.run(None)
         await set_fault(engine, "none")
+
+
+async def test_what_wrong_weights_have_cached_is_not_read_by_the_right_ones_of_the_same_version(
+    engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "clear_cache", False)
+    prompt = a_prompt(400)  # more than one cache block
+    with a_receiver(engine, tmp_path) as (receiver, _):
+        async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+            await receiver.follow("test")
+            await receiver.announce(0)
+
+            async def on_doubt(doubt: str) -> None:
+                await engine.generate(prompt, a_sampling(0, 4), "with wrong weights")
+                await set_fault(engine, "none")
+
+            running = tasks.create_task(receiver.run(None, on_doubt=on_doubt))
+            await receiver.wait_for_version(0)
+            await set_fault(engine, "a skipped tensor")
+            await receiver.announce(1)
+            await receiver.wait_for_version(1)
+            assert receiver.canaries_failed == 1
+            completion = await engine.generate(prompt, a_sampling(0, 4, temperature=1.0), "with right weights")
+            running.cancel()
+    tokens = np.concatenate([prompt, completion.token_ids])
+    expected = forward_logprobs(a_tiny_model(1, tied=True), tokens)[len(prompt) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+async def test_what_a_former_life_of_the_run_has_cached_is_not_read_by_versions_of_the_same_numbers(
+    engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "clear_cache", False)
+    prompt, path = a_prompt(400), tmp_path / "snapshot"
+    for seed in (1, 2):  # two lives; versions 10 and 11 of the second have nothing to do with those of the first
+        for version in (10, 11):
+            model = a_tiny_model(100 * seed + version, tied=True)
+            await engine.load_weights(LocalSnapshot(manifest=write_snapshot(path, model, version=version), path=path))
+            completion = await engine.generate(prompt, a_sampling(0, 4, temperature=1.0), f"{seed} {version}")
+            tokens = np.concatenate([prompt, completion.token_ids])
+            expected = forward_logprobs(model, tokens)[len(prompt) - 1 :]
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
 async def test_a_canary_does_not_wait_for_what_vllm_has_queued(engine: VllmEngine, tmp_path: Path):
