@@ -5,7 +5,6 @@ learner from writing there until the engine has them.
 """
 
 import logging
-import mmap
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,10 +30,6 @@ logger = logging.getLogger(__name__)
 REPLY_TIMEOUT_S = 5.0
 MAX_FAILURES = 3  # in a row, of what was offered and is then not there
 
-MAX_SLOTS = 3  # that are kept mapped, those used last; as many as the learner has
-
-SlotKey = tuple[int, int, int]  # process, descriptor, inode
-
 
 class MappedSnapshots:
     """A SnapshotTransport. Raises NotSharedError where the learner's memory cannot be mapped."""
@@ -43,17 +38,13 @@ class MappedSnapshots:
         self._target = target
         self._client = client
         self._verifying = DedicatedThread("weights")
-        self._slots: dict[SlotKey, tuple[int, mmap.mmap]] = {}  # opened once: their pages stay mapped
         self._failures = 0
 
     def __repr__(self) -> str:
-        return f"<MappedSnapshots, {len(self._slots)} slots>"
+        return f"<MappedSnapshots, {self._failures} failures>"
 
     def close(self) -> None:
         self._verifying.close()
-        for descriptor, _ in self._slots.values():
-            os.close(descriptor)
-        self._slots.clear()
 
     def forget(self) -> None:
         """Nothing is held here: every version comes whole."""
@@ -65,16 +56,16 @@ class MappedSnapshots:
         if offer is None:
             yield None
             return
-        manifest, descriptor, memory = offer
-        if not lock_to_read(descriptor):  # a newer version is being written there
-            yield None
-            return
+        manifest, descriptor = offer
         try:
-            yield await self._verified(manifest, descriptor, memory)
+            # A newer version may be written there already; then there is nothing to wait for.
+            yield await self._verified(manifest, descriptor) if lock_to_read(descriptor) else None
         finally:
             unlock(descriptor)
+            os.close(descriptor)  # nothing is kept of a learner that may be gone by then
 
-    async def _request(self, dealer: Dealer) -> tuple[SnapshotManifest, int, mmap.mmap] | None:
+    async def _request(self, dealer: Dealer) -> tuple[SnapshotManifest, int] | None:
+        """What is offered, and a descriptor of where it lies; to be closed."""
         request = messages.MappingRequest(newer_than=self._target.loaded_version, host=host_id())
         reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
         if reply is None:
@@ -90,23 +81,11 @@ class MappedSnapshots:
         except SnapshotError as error:
             logger.warning("not loaded, asking again: %s", error)
             return None
-        return manifest, *self._slot(message, manifest.num_bytes)
+        return manifest, open_slot_of(message.process, message.descriptor, message.inode, manifest.num_bytes)
 
-    def _slot(self, offered: messages.MappingReply, num_bytes: int) -> tuple[int, mmap.mmap]:
-        key = (offered.process, offered.descriptor, offered.inode)
-        slot = self._slots.pop(key, None)
-        if slot is None:
-            descriptor = open_slot_of(*key, num_bytes)
-            slot = descriptor, map_slot(descriptor, num_bytes)
-        self._slots[key] = slot
-        while len(self._slots) > MAX_SLOTS:  # those that the learner does not use any more would never be freed
-            forgotten, _ = self._slots.pop(next(iter(self._slots)))
-            os.close(forgotten)
-        return slot
-
-    async def _verified(self, manifest: SnapshotManifest, descriptor: int, memory: mmap.mmap) -> ArrivedSnapshot | None:
+    async def _verified(self, manifest: SnapshotManifest, descriptor: int) -> ArrivedSnapshot | None:
         try:
-            await self._verifying.run(verify_all, manifest, memoryview(memory))
+            await self._verifying.run(_verify, manifest, descriptor)
         except SnapshotError as error:  # it was written again before the lock was had
             self._failures += 1
             logger.warning("not loaded, asking again: %s", error)
@@ -116,3 +95,8 @@ class MappedSnapshots:
         self._failures = 0
         path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
         return ArrivedSnapshot(manifest=manifest, path=path, form="shared memory", num_bytes=0)
+
+
+def _verify(manifest: SnapshotManifest, descriptor: int) -> None:
+    """Raises SnapshotError unless what lies there is the version, bit for bit."""
+    verify_all(manifest, memoryview(map_slot(descriptor, manifest.num_bytes)))
