@@ -1,6 +1,9 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
+from learner.lora_settings import LoraSettings
+
+if TYPE_CHECKING:
+    from learner.lora import Adapters
 
 transformers_logging.disable_progress_bar()  # the learner shows its own progress
 
@@ -20,13 +27,33 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 class PolicyNetwork(nn.Module):
     """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
 
-    def __init__(self, model: nn.Module, *, temperature: float, trains_entropy: bool = False) -> None:
-        """trains_entropy: the entropy carries grad, which costs memory for one more copy of the logits."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        trains_entropy: bool = False,
+        adapters: "Adapters | None" = None,
+    ) -> None:
+        """trains_entropy: the entropy carries grad, which costs memory for one more copy of the logits.
+
+        adapters: those in the model, where they alone are trained.
+        """
         super().__init__()
         self.model: Any = model
+        self.adapters = adapters
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """For what is asked of it inside, by whatever way the call comes."""
+        usual, self._temperature = self._temperature, temperature
+        try:
+            yield
+        finally:
+            self._temperature = usual
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
@@ -48,6 +75,20 @@ class PolicyNetwork(nn.Module):
         hidden_BTH = self.model.base_model(**inputs).last_hidden_state
         head_NV: Tensor = self.model.get_output_embeddings()(hidden_BTH[:, :-1][predicted_BT])
         return head_NV
+
+    def published_tensors(self) -> list[tuple[str, Tensor]]:
+        """What a snapshot consists of: all parameters by Hugging Face name, or the adapters alone."""
+        if self.adapters is not None:
+            return self.adapters.tensors()
+        return [(name, parameter.data) for name, parameter in self.model.named_parameters()]
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`."""
+        if self.adapters is None:
+            self.model.save_pretrained(directory)
+            return
+        self.model.save_pretrained(directory, state_dict=self.adapters.merged())
+        self.adapters.save(directory / "adapter")
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -73,10 +114,17 @@ class CriticNetwork(nn.Module):
         return torch.nn.functional.pad(values_BT, (1, 0))
 
 
-def load_policy(model: str, *, dtype: str, temperature: float, trains_entropy: bool = False) -> PolicyNetwork:
-    """Raises UserError when there is no such model."""
+def load_policy(
+    model: str, *, dtype: str, temperature: float, trains_entropy: bool = False, lora: LoraSettings | None = None
+) -> PolicyNetwork:
+    """With lora, adapters are put into it and alone are trained. Raises UserError when there is no such model."""
     network = _load(AutoModelForCausalLM, model, dtype)
-    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy)
+    adapters = None
+    if lora is not None:
+        from learner.lora import Adapters  # imports peft: seconds, only when used
+
+        adapters = Adapters(network, lora)
+    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy, adapters=adapters)
 
 
 def load_critic(model: str, *, dtype: str) -> CriticNetwork:

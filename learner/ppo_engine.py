@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
 from learner.algorithms.samples import BatchRatios
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
+from learner.lora_settings import check_adapters_note, write_adapters_note
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.objective import PolicyObjective, batch_ratios
 from learner.opinions import Opinions, ask_networks
-from learner.reference import ReferencePolicy
+from learner.reference import Reference
 from learner.reward_shaping import RewardShaper
 from learner.targets import Targets, build_targets
 from learner.training import MicroBatch, StepResult, TrainBatch, TrainSettings
@@ -58,7 +60,7 @@ class PpoEngine:
         settings: TrainSettings,
         policy: Trainable,
         critic: Trainable | None,
-        reference: ReferencePolicy | None = None,
+        reference: Reference | None = None,
     ) -> None:
         assert isinstance(policy.module, PolicyNetwork)
         assert critic is None or isinstance(critic.module, CriticNetwork)
@@ -68,7 +70,7 @@ class PpoEngine:
         self._reference = reference
         self._shaper = RewardShaper(settings.rewards)
         self._kl = KlControl(settings.kl)
-        self._model = policy.module.model
+        self._network = policy.module
         self._objective = PolicyObjective(settings)
         self._advantages = build_advantages(settings.advantage, settings.advantage_settings)
         self._watches = [GradientWatch(network.module) for network in self._networks()]
@@ -199,10 +201,21 @@ class PpoEngine:
         return metrics
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, parameter.data) for name, parameter in self._model.named_parameters()]
+        return self._network.published_tensors()
+
+    def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
+        token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
+        sees_1T = torch.ones_like(token_ids_1T, dtype=torch.bool)
+        asked_1T = sees_1T.clone()
+        asked_1T[:, 0] = False
+        assert isinstance(self._policy.module, PolicyNetwork)
+        with torch.no_grad(), self._policy.module.at_temperature(1.0):
+            logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
+        return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
     def save(self, directory: Path) -> None:
         self._policy.save(directory / "policy")
+        write_adapters_note(directory, self._settings.lora)
         if self._critic is not None:
             self._critic.save(directory / "critic")
         state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
@@ -210,6 +223,7 @@ class PpoEngine:
         save_file(state, directory / "engine.safetensors")
 
     def load(self, directory: Path) -> None:
+        check_adapters_note(directory, self._settings.lora)
         self._policy.load(directory / "policy")
         if self._critic is not None:
             self._critic.load(directory / "critic")
@@ -220,7 +234,7 @@ class PpoEngine:
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        self._model.save_pretrained(directory)
+        self._network.export(directory)
         AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
 
 
