@@ -70,11 +70,11 @@ def check_row(row: bytes, where: str) -> None:
         decoded = _row_decoder.decode(row)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{where}: expected {expected}: {error}") from error
-    prompt = decoded.prompt
-    if prompt is msgspec.UNSET:
-        if decoded.responses_create_params is msgspec.UNSET:
-            raise DataError(f"{where}: expected {expected}: Object missing required field `prompt`")
+    prompt: object = decoded.prompt
+    if prompt is msgspec.UNSET and decoded.responses_create_params is not msgspec.UNSET:
         prompt = decoded.responses_create_params.input
+    if prompt is msgspec.UNSET:
+        raise DataError(f"{where}: expected {expected}: Object missing required field `prompt`")
     if not prompt:
         raise DataError(f"{where}: the prompt is empty")
 

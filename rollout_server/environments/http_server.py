@@ -1,7 +1,8 @@
 """HttpServer: requests to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
 
 import asyncio
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+import ssl
+from functools import cache
 from types import TracebackType
 from typing import Literal, Self
 
@@ -28,31 +29,11 @@ class HttpFailure(Exception):
         self.said = said  # the beginning of its body
 
 
-class Cookies:
-    """The cookies that one server has given to one session."""
-
-    def __init__(self) -> None:
-        self._cookies = httpx.Cookies()
-
-    def take(self, response: httpx.Response) -> None:
-        self._cookies.extract_cookies(response)
-
-    def put(self, request: httpx.Request) -> None:
-        """Raises HttpFailure, and nothing is sent, when there are some and none of them is for this request."""
-        self._cookies.set_cookie_header(request)
-        if self and "Cookie" not in request.headers:
-            names = ", ".join(cookie.name for cookie in self._cookies.jar)
-            raise HttpFailure("bad_reply", f"{request.url}: its cookies ({names}) are not for this address")
-
-    def __bool__(self) -> bool:
-        return len(self._cookies.jar) > 0
-
-    def values(self) -> list[str]:
-        return [cookie.value or "" for cookie in self._cookies.jar]
-
-
 class HttpServer:
-    """An async context manager. Follows no redirect, uses no proxy, and reads no more of a reply than is allowed."""
+    """An async context manager. Follows no redirect, uses no proxy, and reads no more of a reply than is allowed.
+
+    It keeps the cookies that it is given: whoever needs a session of his own needs an HttpServer of his own.
+    """
 
     def __init__(self, url: str, *, max_reply_bytes: int) -> None:
         """Raises ValueError unless url is http(s)://HOST[:PORT][/PATH][?QUERY]."""
@@ -69,13 +50,8 @@ class HttpServer:
         self._allowed = f"at most {max_reply_bytes} bytes are allowed: max_reply_bytes"
         # How many requests run at once is decided by those who make them.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
-        # The client itself keeps no cookie: those of one session must never be sent with another one's requests.
         self._client = httpx.AsyncClient(
-            trust_env=False,
-            follow_redirects=False,
-            limits=limits,
-            timeout=None,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            trust_env=False, follow_redirects=False, limits=limits, timeout=None, verify=_trusted_authorities()
         )
 
     def __repr__(self) -> str:
@@ -94,9 +70,12 @@ class HttpServer:
     def address(self) -> tuple[str, int]:
         return self._url.host, self._url.port or (443 if self._url.scheme == "https" else 80)
 
-    async def post_json(
-        self, body: bytes, *, timeout_s: float, below: str = "", cookies: Cookies | None = None
-    ) -> bytes:
+    @property
+    def cookies(self) -> list[str]:
+        """The values of those that the server has given."""
+        return [cookie.value or "" for cookie in self._client.cookies.jar]
+
+    async def post_json(self, body: bytes, *, timeout_s: float, below: str = "") -> bytes:
         """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included.
 
         below: a path under the URL's own.
@@ -104,7 +83,9 @@ class HttpServer:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         url = self._url.copy_with(path=self._url.path.rstrip("/") + below) if below else self._url
         request = self._client.build_request("POST", url, content=body, headers=headers)
-        return await self._send(request, timeout_s, cookies)
+        if self.cookies and "Cookie" not in request.headers:
+            raise HttpFailure("bad_reply", f"{url}: the server gave cookies that are not for this address")
+        return await self._send(request, timeout_s)
 
     async def get(self, *, timeout_s: float) -> bytes:
         """As post_json."""
@@ -112,9 +93,7 @@ class HttpServer:
             self._client.build_request("GET", self._url, headers={"Accept-Encoding": "identity"}), timeout_s
         )
 
-    async def _send(self, request: httpx.Request, timeout_s: float, cookies: Cookies | None = None) -> bytes:
-        if cookies is not None:
-            cookies.put(request)
+    async def _send(self, request: httpx.Request, timeout_s: float) -> bytes:
         try:
             async with asyncio.timeout(timeout_s):  # httpx's own time-outs begin anew with every byte that comes
                 response = await self._client.send(request, stream=True)
@@ -126,8 +105,6 @@ class HttpServer:
             raise HttpFailure("timeout", f"{self.url} gave no reply within {timeout_s:g} s") from error
         except httpx.TransportError as error:
             raise HttpFailure("unreachable", f"{self.url}: {_described(error)}") from error
-        if cookies is not None and response.status_code == 200:
-            cookies.take(response)
         self._check_status(response, content)
         return content
 
@@ -169,6 +146,12 @@ class HttpServer:
             raise HttpFailure("unusable", reason, status=status)
         kind: HttpFailureKind = "unusable" if status in (401, 403, 404, 405) else "refused"
         raise HttpFailure(kind, said, status=status, said=quoted)
+
+
+@cache
+def _trusted_authorities() -> ssl.SSLContext:
+    """Reading them takes longer than an episode may wait for."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _described(error: httpx.TransportError) -> str:

@@ -11,6 +11,7 @@ from common.environments import EnvironmentSettings
 from rollout_server.environments.environment import (
     EnvironmentFailure,
     Episode,
+    FailureKind,
     Observation,
     Row,
     Said,
@@ -136,7 +137,7 @@ class _Episode:
         except HttpFailure as failure:
             if failure.kind == "refused" or failure.status in _SHOWN_STATUSES:
                 return failure.said or failure.reason
-            kind = "environment_timeout" if failure.kind == "timeout" else "environment_error"
+            kind: FailureKind = "environment_timeout" if failure.kind == "timeout" else "environment_error"
             raise EnvironmentFailure(kind, failure.reason) from failure
         return content.decode(errors="replace")
 

@@ -50,16 +50,15 @@ class Replica:
     def __init__(self, url: str, settings: EnvironmentSettings) -> None:
         if not url.startswith(PREFIX):
             raise ValueError(f"{url!r} must look like nemo-gym+http://HOST:PORT")
-        place = url.removeprefix(PREFIX).rstrip("/")
-        self.server = HttpServer(place, max_reply_bytes=settings.max_reply_bytes)
-        self.lifeline = Lifeline(*self.server.address)
+        self.url = url.removeprefix(PREFIX).rstrip("/")
+        self.lifeline = Lifeline(*HttpServer(self.url, max_reply_bytes=settings.max_reply_bytes).address)
         self.health = Health()
         self.capacity = Capacity(settings.max_concurrent)
         self.style: Style | None = None  # of a server that has answered
         self.closes = True  # it knows /close_session, or has not been asked
 
     def __repr__(self) -> str:
-        return f"<Replica {self.server.url}, {self.capacity!r}, {self.health!r}>"
+        return f"<Replica {self.url}, {self.capacity!r}, {self.health!r}>"
 
 
 class NemoGymServers:
@@ -70,7 +69,6 @@ class NemoGymServers:
         self._replicas = replicas
         self._random = random.Random()
         self._scopes = Scopes()
-        self._stack = AsyncExitStack()
         self._watches: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
 
@@ -78,8 +76,6 @@ class NemoGymServers:
         return repr(self._replicas)
 
     async def __aenter__(self) -> Self:
-        for replica in self._replicas:
-            await self._stack.enter_async_context(replica.server)
         await self._tasks.__aenter__()
         self._watches = [self._tasks.create_task(replica.lifeline.watch()) for replica in self._replicas]
         return self
@@ -90,11 +86,8 @@ class NemoGymServers:
         for watch in self._watches:
             watch.cancel()
         cancelled = (kind, error, trace) if isinstance(error, asyncio.CancelledError) else (None, None, None)
-        try:
-            await self._scopes.close()
-            await self._tasks.__aexit__(*cancelled)
-        finally:
-            await self._stack.aclose()
+        await self._scopes.close()
+        await self._tasks.__aexit__(*cancelled)
 
     async def begin(self, row: Mapping[str, Any]) -> Begun:
         """A session for the row. Raises EnvironmentFailure, and BadRow for a row that the server does not want."""
@@ -118,7 +111,7 @@ class NemoGymServers:
             async with AsyncExitStack() as stack:
                 await self._wait_for_place(replica, stack, deadline)
                 sent_at = loop.time()
-                session, style, reply = await self._begin(replica, row)
+                session, style, reply = await self._begin(replica, stack, row)
                 replica.health.note_success(loop.time())
                 return Begun(replica=replica, stack=stack.pop_all(), session=session, style=style, reply=reply)
         except (asyncio.CancelledError, EnvironmentFailure):
@@ -140,13 +133,16 @@ class NemoGymServers:
                 f"{self.settings.max_concurrent} episodes are under way (max_concurrent), and none ended within "
                 f"{self.settings.capacity_timeout_s:g} s (capacity_timeout_s)"
             )
-            raise EnvironmentFailure("environment_unavailable", f"{replica.server.url}: {reason}") from error
+            raise EnvironmentFailure("environment_unavailable", f"{replica.url}: {reason}") from error
 
-    async def _begin(self, replica: Replica, row: Mapping[str, Any]) -> tuple[Session, Style, dict[str, Any]]:
+    async def _begin(
+        self, replica: Replica, stack: AsyncExitStack, row: Mapping[str, Any]
+    ) -> tuple[Session, Style, dict[str, Any]]:
         """Of a server that has not answered yet, finds out which style it is of."""
         styles: list[Style] = [replica.style] if replica.style else ["verify", "step"]
         for style in styles:
-            session = Session(replica.server, replica.lifeline, self._scopes, self.settings)
+            session = Session(replica.url, replica.lifeline, self._scopes, self.settings)
+            await stack.enter_async_context(session)
             try:
                 reply = await session.begin(BEGIN[style], row)
             except HttpFailure as failure:
@@ -156,7 +152,7 @@ class NemoGymServers:
                 continue
             replica.style = style
             return session, style, reply
-        raise HttpFailure("unusable", f"{replica.server.url} has neither /seed_session nor /reset: no NeMo Gym server?")
+        raise HttpFailure("unusable", f"{replica.url} has neither /seed_session nor /reset: no NeMo Gym server?")
 
 
 def _kind(failure: HttpFailure, health: Health) -> FailureKind:

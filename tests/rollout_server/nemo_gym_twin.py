@@ -7,7 +7,7 @@ session, and says 200: its reward is then 0. And it goes on after the end of an 
 import base64
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,11 @@ class NemoGymTwin:
     """An action: what the policy said, as "ACTION ARGUMENT"."""
 
     style: str = "verify"
-    at_first: str = ""  # an action in place of a sound reply to the first request
     info: dict[str, Any] = field(default_factory=dict)  # of /reset
     cookie: str = "Twin___twin={}; path=/; Max-Age=1209600; httponly; samesite=lax"
     sessions: dict[str, list[str]] = field(default_factory=dict)  # the routes that each one has used
     bodies: list[tuple[str, Any]] = field(default_factory=list)
-    on_request: Callable[[str], None] = lambda route: None
+    tool_status: int = 200
     http: HttpTwin = field(init=False)
     _by_cookie: dict[str, str] = field(default_factory=dict)
     _names: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -41,7 +40,6 @@ class NemoGymTwin:
 
     async def answer(self, request: Request) -> bytes:
         route = request.head.split(" ")[1].removeprefix("/")
-        self.on_request(route)
         session = self.session_of(request.head)
         is_known = session in self.sessions
         session = session if is_known else f"session {next(self._names)}"
@@ -51,25 +49,25 @@ class NemoGymTwin:
         self.sessions.setdefault(session, []).append(route)
         self._by_cookie[signed(session).lower()] = session  # http_twin writes headers in small letters
         self.bodies.append((route, request.json))
-        return reply(*self.said(route, request.json, is_known=is_known), headers=cookie)
+        if route == "add" and self.tool_status != 200:
+            return reply("told to", status=self.tool_status, headers=cookie)
+        return reply(self.said(route, request.json, is_known=is_known), headers=cookie)
 
     def session_of(self, head: str) -> str:
         line = next((line for line in head.split("\r\n") if line.startswith("cookie:")), "")
         return self._by_cookie.get(line.rpartition("twin=")[2], "")
 
-    def said(self, route: str, body: Any, *, is_known: bool) -> tuple[str]:
+    def said(self, route: str, body: Any, *, is_known: bool) -> str:
         match route:
-            case "seed_session":
-                return (done(self.at_first) if self.at_first else "{}",)
             case "reset":
-                return (done(self.at_first) if self.at_first else json.dumps({"observation": "do", "info": self.info}),)
+                return json.dumps({"observation": "do", "info": self.info})
             case "add":
-                return (json.dumps({"sum": body["a"] + body["b"]}),)
+                return json.dumps({"sum": body["a"] + body["b"]})
             case "verify":
-                return (done(words_of(body)) if is_known else json.dumps({"reward": 0.0, "mask_sample": False}),)
+                return done(words_of(body)) if is_known else json.dumps({"reward": 0.0, "mask_sample": False})
             case "step":
-                return (done(words_of(body)) if is_known else json.dumps({"reward": -1.0, "terminated": True}),)
-        return ("{}",)
+                return done(words_of(body)) if is_known else json.dumps({"reward": -1.0, "terminated": True})
+        return "{}"
 
 
 def signed(session: str) -> str:

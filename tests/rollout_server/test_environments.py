@@ -61,7 +61,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS.values(), ids=KINDS.keys())
 async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environment]:
-    settings = EnvironmentSettings(step_timeout_s=TIMEOUT_S, max_concurrent=24)
+    settings = EnvironmentSettings(step_timeout_s=TIMEOUT_S, max_concurrent=8)
     async with request.param() as url, environment_at(url, settings) as environment:
         yield environment
 
