@@ -21,10 +21,11 @@ quickstart: venv ## train a small model end to end, with a summary and a picture
 	@$(VENV)/python -m deploy.quickstart
 
 test: venv ## all tests that need neither a GPU nor patience (at most 15 minutes on 2 cores)
-	$(VENV)/python -m pytest -m "not slow and not gpu" --durations=15
+	@$(VENV)/python -m tests.environments --install openenv-core-0.3
+	$(VENV)/python -m pytest -m "not slow and not gpu and not environments" --durations=15
 
 test-slow: venv ## the tests that take minutes each: learning against a control
-	$(VENV)/python -m pytest -m "slow and not gpu" --timeout 1200
+	$(VENV)/python -m pytest -m "slow and not gpu and not environments" --timeout 1200
 
 test-environments: venv ## the clients of environment servers against the real ones, each in an installation of its own
 	$(VENV)/python -m tests.environments
