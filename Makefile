@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -29,6 +29,9 @@ test-slow: venv ## the tests that take minutes each: learning against a control
 
 test-environments: venv ## the clients of environment servers against the real ones, each in an installation of its own
 	$(VENV)/python -m tests.environments
+
+real-model: venv ## some steps of the whole loop with a pre-trained model of 135M parameters (fetches 93 MB once)
+	@$(VENV)/python -m deploy.real_model
 
 lint: venv ## style
 	$(VENV)/ruff check . && $(VENV)/ruff format --check .
@@ -88,4 +91,4 @@ bench-dataplane: venv ## what trajectories cost on their way: rate, CPU, memory,
 	$(VENV)/python -m tests.benchmarks.bench_dataplane
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv-environments .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-environments .real-model .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
