@@ -48,8 +48,9 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
-bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns
+bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns; what one that is down costs others
 	$(VENV)/python -m tests.benchmarks.bench_environments
+	$(VENV)/python -m tests.benchmarks.bench_environment_down
 
 bench-weights: venv ## weight deltas beside what others do, of a real training run, and pushes beside PUB over TCP
 	$(VENV)/python -m tests.benchmarks.bench_delta
