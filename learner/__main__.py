@@ -32,6 +32,8 @@ from learner.observers import StepLog
 from learner.plan import coordinator_settings, model_of, train_settings
 from learner.progress import Progress, ProgressDisplay
 from learner.publisher import Publisher, open_publisher
+from learner.refusals import Refusals
+from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
 from learner.trackers import open_trackers
 from learner.training import TrainEngine, TrainSettings
@@ -237,6 +239,12 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))
+        refusals = Refusals(
+            RefusedBatches(learner.run.refused),
+            events,
+            on_nonfinite=config.on_nonfinite,
+            max_skipped_steps=config.max_skipped_steps,
+        )
         loop = LearnerLoop(
             settings=learner.settings,
             checkpoint_every_steps=config.checkpoint_every_steps,
@@ -246,6 +254,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             publisher=learner.publisher,
             canaries=canaries_of(config, learner.publisher, facts),
             checkpoints=learner.checkpoints,
+            refusals=refusals,
             events=events,
             observers=[StepLog(events, trackers), progress],
         )

@@ -10,12 +10,12 @@ from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.lora_settings import LoraSettings, lora_settings
-from learner.loss_settings import Proximal, check_proximal, check_strengths
+from learner.loss_settings import OnNonfinite, Proximal, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
-    "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints",
+    "max_skipped_steps", "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints",
 )  # fmt: skip
 
 
@@ -153,6 +153,12 @@ class LearnerConfig:
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     weight_decay: float = option(0.0, help="decoupled weight decay")
     max_grad_norm: float = option(1.0, help="gradients are clipped to this norm")
+    on_nonfinite: OnNonfinite = option(
+        "stop",
+        help="when a loss or gradient is not finite, nothing is updated and the batch is kept in RUN_DIR/refused (read "
+        "it with countercurrent batch); then the run stops, or the batch counts as trained (skip)",
+    )
+    max_skipped_steps: int = option(3, help="so many steps skipped in a row stop the run all the same")
 
     # The training engine
     zero_stage: Literal[0, 1, 2] = option(1, help="DeepSpeed ZeRO stage")

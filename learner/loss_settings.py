@@ -7,6 +7,9 @@ Proximal = Literal["recomputed", "interpolated"]
 """Where the centre of decoupled PPO's trust region comes from: the policy before the step, or a guess at the one
 before that, between it and the policy that sampled."""
 
+OnNonfinite = Literal["stop", "skip"]
+"""What is done about a batch whose loss or gradient is not finite."""
+
 WITH_CRITIC = ("gae", "vtrace")
 """The advantages that need a critic."""
 

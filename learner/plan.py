@@ -53,6 +53,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         adam_betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        on_nonfinite=config.on_nonfinite,
         micro_batch_tokens=config.micro_batch_tokens,
         temperature=config.temperature,
         max_staleness=config.max_staleness,

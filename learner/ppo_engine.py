@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,10 @@ class Trainable(Protocol):
         """Clips, updates, clears the gradient; returns its norm before clipping."""
         ...
 
+    def discard_gradient(self) -> None:
+        """Forget what backward() added since the last step."""
+        ...
+
     def save(self, directory: Path) -> None: ...
 
     def load(self, directory: Path) -> None: ...
@@ -87,7 +92,19 @@ class PpoEngine:
         return [self._policy] if self._critic is None else [self._policy, self._critic]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """See TrainEngine. A refused batch leaves a half-summed gradient behind: the engine is not to be used again."""
+        """See TrainEngine."""
+        result = self._try_step(batch)
+        if result.refusal is None:
+            return replace(result, metrics={**result.metrics, "refused": 0.0})
+        for network, watch in zip(self._networks(), self._watches, strict=True):
+            network.discard_gradient()
+            watch.take_complaint()
+        if self._settings.on_nonfinite == "skip":
+            self._version += 1
+        return replace(result, metrics={**result.metrics, "refused": 1.0, "trained_tokens": 0.0})
+
+    def _try_step(self, batch: TrainBatch) -> StepResult:
+        """What is refused leaves a half-summed gradient behind."""
         metrics = _batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")

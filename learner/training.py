@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.lora_settings import LoraSettings
-from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
+from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
 
@@ -30,6 +30,7 @@ class TrainSettings:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    on_nonfinite: OnNonfinite = "stop"
     micro_batch_tokens: int = 16384  # padded tokens per forward pass
     temperature: float = 1.0
     max_staleness: int = 0
@@ -89,7 +90,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did. `refusal` says why it was not taken; the parameters are then as before."""
+    """What one optimizer step did. `refusal` says why it was not taken; all but the version is then as before."""
 
     metrics: Mapping[str, float]
     refusal: str | None = None
@@ -104,7 +105,11 @@ class TrainEngine(Protocol):
         ...
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """One optimizer step; the version grows by one unless the result says why not."""
+        """One optimizer step; the version grows by one.
+
+        Where the result says that it was not taken, nothing moved and the next batch may follow; the version has grown
+        all the same if settings.on_nonfinite is skip: the batch has had its turn.
+        """
         ...
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
