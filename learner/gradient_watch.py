@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-
 MAX_NORM = 1e10
 """Of one tensor's gradient. What is larger is an error, too, and in a sum of squares it would soon be infinite: then
 clipping would multiply all by 0, or by nan, and some of the networks of a step might have been updated already."""
