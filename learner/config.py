@@ -39,7 +39,8 @@ class LearnerConfig:
         Environments.at("python:learner.demo.task:reward"),
         short="env",
         help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH, "
-        "hf-reward:MODEL or openenv+ws://HOST:PORT; in the file also a table for each of several: see docs/environments.md",
+        "hf-reward:MODEL or openenv+ws://HOST:PORT; in the file also a table for each of several: see "
+        "docs/environments.md",
     )
     critic_model: str | None = option(
         None, help="network the critic starts from, for --advantage gae or vtrace; default: model"
