@@ -71,13 +71,13 @@ class RewardModel:
                 if not score.done():
                     score.set_result(value)
 
-    @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> list[float]:
         length = max(map(len, texts))
         padding = self._tokenizer.pad_token_id or 0
         token_ids_BT = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
         is_text_BT = torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
-        logits_B1 = self._model(input_ids=token_ids_BT, attention_mask=is_text_BT.long()).logits
+        with torch.no_grad():
+            logits_B1 = self._model(input_ids=token_ids_BT, attention_mask=is_text_BT.long()).logits
         scores: list[float] = logits_B1[:, 0].float().tolist()
         return scores
 
