@@ -28,7 +28,7 @@ class RewardModel:
         self._max_batch = int(max_batch) if self._tokenizer.pad_token_id is not None else 1
         self._thread = ThreadPoolExecutor(1)
         self._waiting: list[tuple[list[int], asyncio.Future[float]]] = []
-        self._computing: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     async def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
         """Raises EnvironmentFailure for a text that the model cannot read."""
@@ -39,9 +39,11 @@ class RewardModel:
             )
         score: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._waiting.append((token_ids, score))
-        if self._computing is None or self._computing.done():
-            self._computing = asyncio.create_task(self._compute())
-        return await score
+        while not score.done():
+            async with self._turn:  # whoever has it computes for others as well
+                if not score.done():
+                    await self._compute()
+        return score.result()
 
     def _read(self, prompt: str, completion: str, row: Mapping[str, Any]) -> list[int]:
         if isinstance(messages := row["prompt"], str):
@@ -55,21 +57,21 @@ class RewardModel:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def _compute(self) -> None:
-        while self._waiting:
-            # The longest first: texts of a batch are of like length, and little is padded.
-            self._waiting.sort(key=lambda each: len(each[0]))
-            batch = [self._waiting.pop() for _ in range(min(self._max_batch, len(self._waiting)))]
-            texts = [token_ids for token_ids, _ in batch]
-            try:
-                scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, texts)
-            except Exception as error:  # noqa: BLE001 - whatever it is, each call that waits is to hear of it
-                for _, score in batch:
-                    if not score.done():
-                        score.set_exception(EnvironmentFailure("environment_error", f"{type(error).__name__}: {error}"))
-                continue
-            for (_, score), value in zip(batch, scores, strict=True):
-                if not score.done():
-                    score.set_result(value)
+        """One batch of those that wait, the longest first: texts of like length go together, and little is padded."""
+        self._waiting.sort(key=lambda each: len(each[0]))
+        batch = [self._waiting.pop() for _ in range(min(self._max_batch, len(self._waiting)))]
+        texts = [token_ids for token_ids, _ in batch]
+        try:
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._score, texts)
+        except asyncio.CancelledError:  # this call has no time left; the others of the batch may have
+            self._waiting += batch
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, each call of the batch is to hear of it
+            for _, score in batch:
+                score.set_exception(EnvironmentFailure("environment_error", f"{type(error).__name__}: {error}"))
+            return
+        for (_, score), value in zip(batch, scores, strict=True):
+            score.set_result(value)
 
     def _score(self, texts: Sequence[list[int]]) -> list[float]:
         length = max(map(len, texts))

@@ -95,6 +95,18 @@ async def test_a_text_that_is_too_long_fails_by_itself_and_is_not_cut(environmen
     assert isinstance(await reward_for(environment, "w9"), float)
 
 
+async def test_a_call_that_is_given_up_takes_no_other_along(directory):
+    model = RewardModel(str(directory), "8")
+    row = {"prompt": "w5 w6 "}
+    calls = [asyncio.ensure_future(model("w5 w6 ", f"w{index}", row)) for index in range(5, 11)]
+    await calls[0]
+    while model._waiting:  # until the second computes for all that are left
+        await asyncio.sleep(0)
+    calls[1].cancel()
+    rewards = await asyncio.gather(*calls[2:])
+    assert rewards == pytest.approx([plain_score(directory, f"w5 w6 w{index}") for index in range(7, 11)], abs=1e-5)
+
+
 async def test_without_a_padding_token_each_text_goes_alone(directory, tmp_path):
     copy = Path(shutil.copytree(directory, tmp_path / "unpadded"))
     settings = json.loads((copy / "tokenizer_config.json").read_text())
