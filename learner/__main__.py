@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NoReturn
 
 import msgspec
@@ -35,6 +36,7 @@ from learner.publisher import Publisher, open_publisher
 from learner.refusals import Refusals
 from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
+from learner.step_metrics import StepMeter
 from learner.trackers import open_trackers
 from learner.training import TrainEngine, TrainSettings
 
@@ -245,6 +247,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             on_nonfinite=config.on_nonfinite,
             max_skipped_steps=config.max_skipped_steps,
         )
+        meter = StepMeter(refusals)
         loop = LearnerLoop(
             settings=learner.settings,
             checkpoint_every_steps=config.checkpoint_every_steps,
@@ -256,11 +259,13 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             checkpoints=learner.checkpoints,
             refusals=refusals,
             events=events,
-            observers=[StepLog(events, trackers), progress],
+            observers=[StepLog(events, trackers), progress, meter],
         )
         if config.metrics_listen is not None:
-            measurements = lambda: measure(learner.engine, learner.publisher, learner.coordinator)  # noqa: E731
-            stack.enter_context(start_metrics_server(config.metrics_listen, measurements))
+            parts = (learner.engine, learner.publisher, learner.coordinator)
+            stack.enter_context(
+                start_metrics_server(config.metrics_listen, lambda: chain(measure(*parts), meter.measure()))
+            )
         display = stack.enter_context(ProgressDisplay(progress, Console()))
         refreshing = learner.tasks.create_task(refresh(display))
         try:
