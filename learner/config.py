@@ -49,7 +49,7 @@ class LearnerConfig:
     # Adapters in place of the whole policy
     lora_rank: int = option(
         0,
-        help="rank of the LoRA adapters that alone are trained and published; 0: the whole policy is. The reference "
+        help="rank of the LoRA adapters that alone are trained; 0: the whole policy is. The reference "
         "that the policy is held near is then the policy without them, and takes no memory",
     )
     lora_alpha: float | None = option(None, help="adapters are scaled by alpha / rank; default: 2 * lora_rank")

@@ -115,7 +115,7 @@ class TrainEngine(Protocol):
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
-        With adapters these alone, by PEFT's names.
+        Adapters are added to the parameters they stand beside.
         """
         ...
 
