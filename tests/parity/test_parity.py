@@ -8,6 +8,7 @@ step (DeepSpeed ZeRO 1 against torch). Advantages are in the loss.
 """
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,5 +103,5 @@ def test_the_pipeline_at_staleness_0_is_the_plain_synchronous_trainer_step_for_s
         assert_same_update(step, events[version], weights)
         moved = max(float((weights[name] - start[name]).abs().max()) for name in weights)
         apart = max(float((weights[name] - step.weights[name]).abs().max()) for name in weights)
-        print(f"step {version}: parameters moved by up to {moved:.1e} since the start, and are {apart:.1e} apart")
+        sys.stdout.write(f"step {version}: parameters moved by up to {moved:.1e} and are {apart:.1e} apart\n")
     assert moved > 20 * TOLERANCE  # so that the tolerance tells one update from another
