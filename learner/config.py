@@ -10,7 +10,7 @@ from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.lora_settings import LoraSettings, lora_settings
-from learner.loss_settings import OnNonfinite, Proximal, check_proximal, check_strengths
+from learner.loss_settings import OnNonfinite, Proximal, check_critic_warmup, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
@@ -148,6 +148,9 @@ class LearnerConfig:
     # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
     critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
+    critic_warmup_steps: int = option(
+        0, help="first steps of the run in which the critic learns alone and the policy stays as it is"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float = option(0.9, help="decay of Adam's first moment")
@@ -218,6 +221,7 @@ class LearnerConfig:
                 f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
             )
         self.reward_settings.check_advantage(self.advantage)
+        check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         check_strengths(self.entropy_coefficient, self.value_clip)
         self._check_adapters()

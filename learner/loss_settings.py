@@ -20,6 +20,16 @@ def check_proximal(proximal: Proximal, loss: str) -> None:
         raise ValueError(f"proximal {proximal} is a centre for the trust region of decoupled_ppo; loss {loss} has none")
 
 
+def check_critic_warmup(critic_warmup_steps: int, advantage: str) -> None:
+    """Raises ValueError for a negative number, or for steps in which nothing would be trained."""
+    if critic_warmup_steps < 0:
+        raise ValueError(f"critic_warmup_steps must be >= 0, got {critic_warmup_steps}")
+    if critic_warmup_steps and advantage not in WITH_CRITIC:
+        raise ValueError(
+            f"critic_warmup_steps {critic_warmup_steps}: advantage {advantage} has no critic, nothing would be trained"
+        )
+
+
 def check_strengths(entropy_coefficient: float, value_clip: float) -> None:
     """Raises ValueError for what is no number that makes sense."""
     if not 0 <= entropy_coefficient < math.inf:

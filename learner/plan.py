@@ -47,6 +47,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         zero_stage=config.zero_stage,
         learning_rate=config.learning_rate,
         critic_learning_rate=config.critic_learning_rate,
+        critic_warmup_steps=config.critic_warmup_steps,
         lr_schedule=config.lr_schedule,
         warmup_steps=config.warmup_steps,
         total_steps=config.total_steps,

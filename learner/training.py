@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.lora_settings import LoraSettings
-from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_proximal
+from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_critic_warmup, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
 
@@ -24,6 +24,7 @@ class TrainSettings:
     zero_stage: Literal[0, 1, 2] = 1
     learning_rate: float = 1e-6
     critic_learning_rate: float = 1e-5
+    critic_warmup_steps: int = 0  # first steps of the run in which the policy stays as it is
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     total_steps: int = 1
@@ -54,6 +55,7 @@ class TrainSettings:
                 f"advantage {self.advantage} and critic_model {self.critic_model}: {' and '.join(WITH_CRITIC)} need "
                 "one, the others none"
             )
+        check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
         if self.dtype == "bfloat16" and self.zero_stage == 0:

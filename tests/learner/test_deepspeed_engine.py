@@ -144,6 +144,18 @@ def checkpoint_after_two_steps(model, tmp_path_factory) -> tuple[Path, PpoEngine
     return directory, engine, train(engine, steps=2)
 
 
+def test_a_critic_that_warms_up_on_deepspeed_equals_one_on_plain_torch(model):
+    settings = gae_settings(model, critic_warmup_steps=1)
+    engine, expected = open_deepspeed_engine(settings), open_torch_engine(settings)
+    start = weights_of(engine)
+    results, expected_results = train(engine, steps=1), train(expected, steps=1)
+    assert largest_difference(weights_of(engine), start) == 0.0
+    results, expected_results = results + train(engine, steps=1), expected_results + train(expected, steps=1)
+    moved = largest_difference(weights_of(engine), start)
+    assert largest_difference(weights_of(engine), weights_of(expected)) < 2e-3 * moved
+    assert_close_metrics(results, expected_results)
+
+
 def test_a_critic_on_deepspeed_equals_one_on_plain_torch(checkpoint_after_two_steps, model):
     _, engine, results = checkpoint_after_two_steps
     twin = open_torch_engine(gae_settings(model))

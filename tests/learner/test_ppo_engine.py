@@ -226,6 +226,25 @@ def test_the_value_targets_are_learned(model):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_while_the_critic_warms_up_it_learns_alone_and_then_both_do(model):
+    engine, critic_alone = an_engine(model, **GAE, critic_warmup_steps=2), an_engine(model, **GAE, learning_rate=0.0)
+    start = weights_of(engine)
+    results = train(engine, steps=2)
+    train(critic_alone, steps=2)
+    assert largest_difference(weights_of(engine), start) == 0.0
+    assert [result.metrics["learning_rate"] for result in results] == [0.0, 0.0]
+    learned = {name: each for name, each in all_weights(engine).items() if name.startswith("1")}
+    expected = {name: each for name, each in all_weights(critic_alone).items() if name.startswith("1")}
+    assert largest_difference(learned, expected) == 0.0
+    assert train(engine, steps=1)[0].metrics["grad_norm"] > 0
+    assert largest_difference(weights_of(engine), start) > 0.0
+
+
+def test_without_a_critic_there_is_nothing_to_warm_up(model):
+    with pytest.raises(ValueError, match="critic_warmup_steps 3: advantage grpo has no critic"):
+        some_train_settings(model, critic_warmup_steps=3)
+
+
 @pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])
 def test_a_resumed_engine_continues_bit_identically(model, algorithm, tmp_path):
     engine = an_engine(model, **algorithm)
