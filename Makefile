@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -26,6 +26,9 @@ test: venv ## all tests that need neither a GPU nor patience (at most 15 minutes
 
 test-slow: venv ## the tests that take minutes each: learning against a control
 	$(VENV)/python -m pytest -m "slow and not gpu and not environments" --timeout 1200
+
+parity: venv ## the whole pipeline at staleness 0 against a plain synchronous trainer, step for step to 1e-5
+	$(VENV)/python -m pytest -s -m slow tests/parity --timeout 300
 
 test-environments: venv ## the clients of environment servers against the real ones, each in an installation of its own
 	$(VENV)/python -m tests.environments
@@ -48,7 +51,7 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
-bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns; what one that is down costs others
+bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns; what one that is down costs
 	$(VENV)/python -m tests.benchmarks.bench_environments
 	$(VENV)/python -m tests.benchmarks.bench_environment_down
 

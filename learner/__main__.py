@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NoReturn
 
 import msgspec
@@ -32,7 +33,10 @@ from learner.observers import StepLog
 from learner.plan import coordinator_settings, model_of, train_settings
 from learner.progress import Progress, ProgressDisplay
 from learner.publisher import Publisher, open_publisher
+from learner.refusals import Refusals
+from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
+from learner.step_metrics import StepMeter
 from learner.trackers import open_trackers
 from learner.training import TrainEngine, TrainSettings
 
@@ -237,6 +241,13 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))
+        refusals = Refusals(
+            RefusedBatches(learner.run.refused),
+            events,
+            on_nonfinite=config.on_nonfinite,
+            max_skipped_steps=config.max_skipped_steps,
+        )
+        meter = StepMeter(refusals)
         loop = LearnerLoop(
             settings=learner.settings,
             checkpoint_every_steps=config.checkpoint_every_steps,
@@ -246,12 +257,15 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             publisher=learner.publisher,
             canaries=canaries_of(config, learner.publisher, facts),
             checkpoints=learner.checkpoints,
+            refusals=refusals,
             events=events,
-            observers=[StepLog(events, trackers), progress],
+            observers=[StepLog(events, trackers), progress, meter],
         )
         if config.metrics_listen is not None:
-            measurements = lambda: measure(learner.engine, learner.publisher, learner.coordinator)  # noqa: E731
-            stack.enter_context(start_metrics_server(config.metrics_listen, measurements))
+            parts = (learner.engine, learner.publisher, learner.coordinator)
+            stack.enter_context(
+                start_metrics_server(config.metrics_listen, lambda: chain(measure(*parts), meter.measure()))
+            )
         display = stack.enter_context(ProgressDisplay(progress, Console()))
         refreshing = learner.tasks.create_task(refresh(display))
         try:

@@ -15,6 +15,7 @@ from learner.networks import load_critic, load_policy
 from learner.ppo_engine import PpoEngine
 from learner.reference import open_reference
 from learner.training import TrainSettings
+from learner.zero_gradients import discard_gradient
 
 TAG = "state"
 
@@ -57,6 +58,9 @@ class DeepSpeedNetwork:
         norm = self._own_grad_norm() if self._stage == 0 else 0.0
         self._engine.step()
         return norm or float(self._engine.get_global_grad_norm() or 0.0)
+
+    def discard_gradient(self) -> None:
+        discard_gradient(self._engine, stage=self._stage)
 
     def _own_grad_norm(self) -> float:
         """DeepSpeed does not tell the norm at stage 0."""

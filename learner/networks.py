@@ -77,9 +77,12 @@ class PolicyNetwork(nn.Module):
         return head_NV
 
     def published_tensors(self) -> list[tuple[str, Tensor]]:
-        """What a snapshot consists of: all parameters by Hugging Face name, or the adapters alone."""
+        """What a snapshot consists of: all parameters by Hugging Face name, each with its adapter added.
+
+        Servers need to know nothing of adapters; what these leave as it was takes no place in a delta.
+        """
         if self.adapters is not None:
-            return self.adapters.tensors()
+            return list(self.adapters.merged().items())
         return [(name, parameter.data) for name, parameter in self.model.named_parameters()]
 
     def export(self, directory: Path) -> None:

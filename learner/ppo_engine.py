@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,10 @@ class Trainable(Protocol):
         """Clips, updates, clears the gradient; returns its norm before clipping."""
         ...
 
+    def discard_gradient(self) -> None:
+        """Forget what backward() added since the last step."""
+        ...
+
     def save(self, directory: Path) -> None: ...
 
     def load(self, directory: Path) -> None: ...
@@ -83,11 +88,28 @@ class PpoEngine:
     def version(self) -> int:
         return self._version
 
+    @property
+    def _trains_policy(self) -> bool:
+        """A critic that knows nothing yet is trained alone at first: advantages are noise until it does."""
+        return self._version >= self._settings.critic_warmup_steps
+
     def _networks(self) -> list[Trainable]:
         return [self._policy] if self._critic is None else [self._policy, self._critic]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """See TrainEngine. A refused batch leaves a half-summed gradient behind: the engine is not to be used again."""
+        """See TrainEngine."""
+        result = self._try_step(batch)
+        if result.refusal is None:
+            return replace(result, metrics={**result.metrics, "refused": 0.0})
+        for network, watch in zip(self._networks(), self._watches, strict=True):
+            network.discard_gradient()
+            watch.take_complaint()
+        if self._settings.on_nonfinite == "skip":
+            self._version += 1
+        return replace(result, metrics={**result.metrics, "refused": 1.0, "trained_tokens": 0.0})
+
+    def _try_step(self, batch: TrainBatch) -> StepResult:
+        """What is refused leaves a half-summed gradient behind."""
         metrics = _batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
@@ -130,13 +152,16 @@ class PpoEngine:
     def _accumulate(
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, ratios: BatchRatios | None, *, is_last: bool
     ) -> dict[str, Metric]:
-        logprobs_BT, entropy_BT = self._policy.forward(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
+        with torch.set_grad_enabled(self._trains_policy):
+            logprobs_BT, entropy_BT = self._policy.forward(
+                micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT
+            )
         loss, metrics = self._objective.loss(logprobs_BT, entropy_BT, micro, target, counts, ratios)
         cost, distances = self._distance_to_reference(logprobs_BT, micro, target, counts)
         if cost is not None:
             loss = loss + cost
         metrics |= {**distances, "loss": Sum(float(loss.detach()))}
-        if _is_finite(metrics):
+        if self._trains_policy and _is_finite(metrics):
             self._policy.backward(loss, is_last=is_last)
         if self._critic is not None:
             metrics |= self._accumulate_critic(micro, target, counts, is_last=is_last)
@@ -192,8 +217,9 @@ class PpoEngine:
 
     def _update(self) -> dict[str, float]:
         scale = learning_rate_scale(self._version, self._settings)
-        learning_rate = self._settings.learning_rate * scale
-        metrics = {"learning_rate": learning_rate, "grad_norm": self._policy.step(learning_rate)}
+        learning_rate = self._settings.learning_rate * scale if self._trains_policy else 0.0
+        grad_norm = self._policy.step(learning_rate) if self._trains_policy else 0.0
+        metrics = {"learning_rate": learning_rate, "grad_norm": grad_norm}
         if self._critic is not None:
             metrics["critic_grad_norm"] = self._critic.step(self._settings.critic_learning_rate * scale)
         self._shaper.keep()

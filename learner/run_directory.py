@@ -36,6 +36,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def refused(self) -> Path:
+        return self.path / "refused"
+
+    @property
     def keys(self) -> Path:
         return self.path / "keys"
 

@@ -43,6 +43,9 @@ class TorchNetwork:
         self._optimizer.zero_grad()
         return float(norm)
 
+    def discard_gradient(self) -> None:
+        self._optimizer.zero_grad()
+
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         save_file({name: each.data for name, each in self._trained.items()}, directory / "parameters.safetensors")

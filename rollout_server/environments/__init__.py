@@ -11,6 +11,7 @@ from rollout_server.environments.environment import Environment
 
 ENVIRONMENTS = {
     "python": "python_code:PythonCode",
+    "hf-reward": "hf_reward:HfReward",
     "reward+http": "reward_http:RewardHttp",
     "reward+https": "reward_http:RewardHttp",
     "openenv+ws": "openenv:OpenEnv",
