@@ -9,10 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from common.delta import BlockPlace, Changes, DeltaManifest, changes_by_tensor
-from common.snapshot import ITEM_BYTES, SnapshotManifest, TensorSpec, verify_all
+from common.snapshot import SnapshotManifest, verify_all
 from rollout_server.inference import LocalChanges
 
 BlockChanges = tuple[BlockPlace, Changes]
@@ -69,7 +67,7 @@ class HostCopy:
 
     def _write_changes(self, delta: DeltaManifest, changes: Sequence[BlockChanges]) -> LocalChanges:
         tensors = delta.target.tensors
-        index_type = np.dtype("<u4" if max(map(_num_elements, tensors)) < 1 << 32 else "<u8")
+        index_type = LocalChanges.index_type(delta.target)
         ranges: list[tuple[str, int, int]] = []
         os.ftruncate(self._changes_descriptor, 0)
         path = Path(f"/proc/{os.getpid()}/fd/{self._changes_descriptor}")
@@ -90,7 +88,3 @@ class HostCopy:
         self._mapping = None
         os.close(self._descriptor)
         os.close(self._changes_descriptor)
-
-
-def _num_elements(tensor: TensorSpec) -> int:
-    return tensor.num_bytes // ITEM_BYTES[tensor.dtype]

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from common.snapshot import SnapshotManifest
+from common.snapshot import ITEM_BYTES, SnapshotManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,12 @@ class LocalChanges:
     path: Path  # element indices, ascending for each tensor; uint32, or uint64 if a tensor has 2**32 elements or more
     tensors: tuple[tuple[str, int, int], ...]  # (name, start, count): its indices are items [start, start + count)
 
+    @staticmethod
+    def index_type(manifest: SnapshotManifest) -> np.dtype[Any]:
+        """Of the indices in the file."""
+        most = max(tensor.num_bytes // ITEM_BYTES[tensor.dtype] for tensor in manifest.tensors)
+        return np.dtype("<u4" if most < 1 << 32 else "<u8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSnapshot:
@@ -56,6 +62,7 @@ class WeightUpdate:
 
     version: int
     pause_s: float  # time during which no token was generated
+    in_place: bool = False  # nothing but what changed was written; else all was copied
 
 
 class EngineError(RuntimeError):

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from common.lifecycle import DedicatedThread
 from common.snapshot import NO_VERSION
+from rollout_server.in_place_changes import InPlaceChanges, Patch
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.model_tensors import check_snapshot, expected_shapes
 from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
@@ -66,6 +68,8 @@ class VllmEngine:
         self._eos_ids = _eos_ids(model_config.hf_config)
         self._calls: set[asyncio.Timeout] = set()  # of vLLM, in flight
         self._updating = asyncio.Lock()  # held while weights are replaced
+        self._in_place = InPlaceChanges()
+        self._preparing = DedicatedThread("changes")
         self._open = asyncio.Event()  # cleared while weights are replaced
         self._open.set()
         self._ended: str | None = None  # how
@@ -130,19 +134,20 @@ class VllmEngine:
         """See InferenceEngine. Raises SnapshotError, with the engine as it was, for a snapshot of another model."""
         manifest = snapshot.manifest
         check_snapshot(snapshot, self._shapes, self._dtype)
-        tensors = [(tensor.name, tensor.shape, tensor.dtype, tensor.offset) for tensor in manifest.tensors]
         async with self._updating:
+            known_version = NO_VERSION if self._refusal is not None else self.loaded_version
+            patches = await self._preparing.run(self._in_place.prepare, snapshot, known_version)
             self._open.clear()
             self._refusal = f"snapshot {manifest.version} was not applied completely: load one that is whole"
             try:
-                pause_s = await self._apply(manifest.version, str(snapshot.path.absolute()), tensors)
+                pause_s = await self._apply(snapshot, patches)
                 self._refusal = None
             finally:
                 self._open.set()
-        return WeightUpdate(version=manifest.version, pause_s=pause_s)
+        return WeightUpdate(version=manifest.version, pause_s=pause_s, in_place=patches is not None)
 
-    async def _apply(self, version: int, path: str, tensors: Sequence[tuple[str, tuple[int, ...], str, int]]) -> float:
-        paused_at = time.perf_counter()
+    async def _apply(self, snapshot: LocalSnapshot, patches: Sequence[Patch] | None) -> float:
+        version = snapshot.manifest.version
         async with self._call(f"snapshot {version} cannot be applied"):
             # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
             core = self._llm.engine_core
@@ -150,11 +155,22 @@ class VllmEngine:
             # What they have cached has the same salt.
             clear_cache = self.clear_cache or version <= self.loaded_version
             await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
-            await self._llm.collective_rpc("load_snapshot", args=(path, tensors))
+            paused_at = time.perf_counter()
+            if patches is None:
+                await self._copy_whole(snapshot)
+            else:
+                rows = [(patch.rank, str(patch.path), patch.num_items, patch.parts) for patch in patches]
+                await self._llm.collective_rpc("write_changes", args=(rows,))
             await self._llm.update_weight_version(str(version))
             self.loaded_version = version
             await self._llm.resume_generation()
         return time.perf_counter() - paused_at
+
+    async def _copy_whole(self, snapshot: LocalSnapshot) -> None:
+        tensors = [(tensor.name, tensor.shape, tensor.dtype, tensor.offset) for tensor in snapshot.manifest.tensors]
+        self._in_place.learn(
+            await self._llm.collective_rpc("load_snapshot", args=(str(snapshot.path.absolute()), tensors))
+        )
 
     async def check_health(self, timeout_s: float) -> None:
         """See InferenceEngine. A weight update delays the answer: allow for the time it takes."""
@@ -170,6 +186,8 @@ class VllmEngine:
             return
         self._end("was closed")
         await stop_vllm(self._llm)
+        await asyncio.to_thread(self._preparing.close)
+        self._in_place.close()
 
     def _end(self, how: str) -> None:
         self._ended = how

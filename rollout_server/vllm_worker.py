@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: reading a snapshot from a file into the model, in place.
+"""What runs inside vLLM's worker processes: bringing a snapshot, or what changed in it, into the model, in place.
 
 vLLM imports this module in every worker before it builds the model, because `worker_extension_cls` names it.
 """
@@ -9,12 +9,16 @@ import select
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.platforms import current_platform
+
+from rollout_server.copy_recorder import CopyRecorder
 
 
 def _use_plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -37,6 +41,8 @@ def _end_with(pid: int) -> None:
     threading.Thread(target=wait, name="end with rollout server", daemon=True).start()
 
 
+Part = tuple[str, int, int]
+
 _end_with(int(os.environ["ROLLOUT_SERVER_PID"]))  # set by vllm_start.py; not always the parent
 # Ctrl-C reaches all processes of a terminal; the server alone decides how its engine ends.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,26 +53,64 @@ if current_platform.is_cpu():
 class SnapshotLoader:
     """Methods that vLLM adds to its Worker class; the names must not be taken there. Called through collective_rpc."""
 
-    def load_snapshot(self, path: str, tensors: Sequence[tuple[str, Sequence[int], str, int]]) -> None:
+    def load_snapshot(self, path: str, tensors: Sequence[tuple[str, Sequence[int], str, int]]) -> list[Any]:
         """Copy tensors, each (Hugging Face name, shape, dtype, offset in the file), into the model's parameters.
 
+        Returns this worker's rank, where the tensors went (the fields of Placements), and why that is not known,
+        if it is not.
         Raises ValueError when a tensor does not lie wholly within the file, or a parameter keeps its old value.
         """
         model = self.get_model()  # type: ignore[attr-defined]
-        with set_current_vllm_config(self.vllm_config), torch.no_grad():  # type: ignore[attr-defined]
-            replaced = model.load_weights(_read_tensors(Path(path), tensors))
-        if kept := sorted({name for name, _ in model.named_parameters()} - replaced):
+        parameters = dict(model.named_parameters())
+        recorder = CopyRecorder(parameters)
+        with set_current_vllm_config(self.vllm_config), torch.no_grad(), recorder:  # type: ignore[attr-defined]
+            replaced = model.load_weights(recorder.watch(_read_tensors(Path(path), tensors)))
+        if kept := sorted(parameters.keys() - replaced):
             raise ValueError(f"{len(kept)} parameters were not replaced, among them {kept[0]}")
-        if not current_platform.is_cpu():
-            torch.accelerator.synchronize()
+        _wait_for_device()
+        rank: int = self.rank  # type: ignore[attr-defined]
+        try:
+            return [rank, [astuple(placement) for placement in recorder.placements()], ""]
+        except ValueError as error:
+            return [rank, [], str(error)]
+
+    def write_changes(self, patches: Sequence[tuple[int, str, int, Sequence[Part]]]) -> None:
+        """Write single elements into the model's parameters.
+
+        patches: for each rank (rank, path, M, parts); the file holds M int64 indices, then M values. Each part
+        (parameter, start, count) says that items [start, start + count) of both belong to this parameter.
+        """
+        own_rank: int = self.rank  # type: ignore[attr-defined]
+        [(_, path, num_items, parts)] = [patch for patch in patches if patch[0] == own_rank]
+        if not num_items:
+            return
+        parameters = dict(self.get_model().named_parameters())  # type: ignore[attr-defined]
+        data = _map(Path(path))
+        with torch.no_grad():
+            for name, start, count in parts:
+                flat = parameters[name].data.view(-1)
+                indices = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start * 8)
+                offset = num_items * 8 + start * flat.itemsize
+                values = torch.frombuffer(data, dtype=flat.dtype, count=count, offset=offset)
+                flat[indices.to(flat.device, non_blocking=True)] = values.to(flat.device, non_blocking=True)
+        _wait_for_device()
+
+
+def _wait_for_device() -> None:
+    if not current_platform.is_cpu():
+        torch.accelerator.synchronize()
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Copy-on-write, because torch wants a writable buffer; nothing is ever written, so nothing is copied."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _read_tensors(
     path: Path, tensors: Sequence[tuple[str, Sequence[int], str, int]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    with path.open("rb") as file:
-        # Copy-on-write, because torch wants a writable buffer; nothing is ever written, so nothing is copied.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = _map(path)
     for name, shape, dtype, offset in tensors:
         size = torch.Size(shape)
         yield name, torch.frombuffer(data, dtype=getattr(torch, dtype), count=size.numel(), offset=offset).view(size)

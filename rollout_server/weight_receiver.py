@@ -127,7 +127,7 @@ class WeightReceiver:
                 logger.warning("applying snapshot %d failed, once more: %s", manifest.version, error)
                 whole = LocalSnapshot(manifest=manifest, path=arrived.path)
                 update = await self._engine.load_weights(whole)
-            fields["pause_s"] = update.pause_s
+            fields |= {"pause_s": update.pause_s, "in_place": update.in_place}
         self.paused_s += update.pause_s
         self.deltas_loaded += arrived.changes is not None
         self.full_loaded += arrived.changes is None

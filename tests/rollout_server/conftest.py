@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -60,6 +61,26 @@ async def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """One engine per kind of embedding for the whole session; every test loads the weights that it wants."""
     async for engine in _live_engine(tmp_path_factory.mktemp(request.param), tied=request.param == "tied"):
         yield engine
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def faulty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveEngine]:
+    """An engine whose worker goes wrong when it is told to; whoever tells it tells it to stop."""
+    from vllm.engine import arg_utils
+
+    class FaultyArgs(arg_utils.AsyncEngineArgs):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings | {"worker_extension_cls": "tests.rollout_server.faulty_worker.FaultyLoader"})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arg_utils, "AsyncEngineArgs", FaultyArgs)
+        async for engine in _live_engine(tmp_path_factory.mktemp("faulty"), tied=True):
+            yield engine
+
+
+async def set_fault(engine: VllmEngine, fault: str) -> None:
+    """One of faulty_worker's, or "none"."""
+    await engine._llm.collective_rpc("set_fault", args=(fault,))
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -4,6 +4,7 @@ Named to vLLM in the place of rollout_server.vllm_worker.SnapshotLoader.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.model_executor.layers import utils as layer_utils
@@ -13,6 +14,8 @@ pack_weights = layer_utils.dispatch_cpu_unquantized_gemm  # vLLM's own; importin
 from rollout_server.vllm_worker import SnapshotLoader  # noqa: E402
 
 PACKED = "vLLM packs the tied output layer"
+INTERRUPTED = "the changes are written by half"
+Patches = Sequence[tuple[int, str, int, Sequence[tuple[str, int, int]]]]
 Tensors = Sequence[tuple[str, Sequence[int], str, int]]
 
 
@@ -25,13 +28,20 @@ class FaultyLoader(SnapshotLoader):
     def set_fault(self, fault: str) -> None:
         self.fault = fault
 
-    def load_snapshot(self, path: str, tensors: Tensors, *others: object) -> None:
+    def write_changes(self, patches: Patches) -> None:
+        if self.fault == INTERRUPTED:
+            [(rank, path, num_items, parts)] = patches
+            super().write_changes([(rank, path, num_items, parts[: len(parts) // 2])])
+            raise OSError("the other half cannot be read")
+        super().write_changes(patches)
+
+    def load_snapshot(self, path: str, tensors: Tensors) -> list[Any]:
         model = self.get_model()  # type: ignore[attr-defined]
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if self.fault == PACKED and not self.is_packed:  # the parameter moves from now on, the handle stays
             pack_weights(model.lm_head, remove_weight=False)
         self.is_packed = self.fault == PACKED
-        super().load_snapshot(path, tensors, *others)
+        answer = super().load_snapshot(path, tensors)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             if self.fault == "a flipped bit after the digest":
@@ -46,3 +56,4 @@ class FaultyLoader(SnapshotLoader):
                     parameter.view(-1)[::10] = before[name].view(-1)[::10]
         if not self.is_packed:
             model.lm_head.cpu_linear = torch.nn.functional.linear
+        return answer

@@ -6,22 +6,20 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-import pytest_asyncio
 
 from common.canary import TOLERANCES, canary_prompt, make_canary
 from common.events import EventLog
 from common.lifecycle import UserError
 from rollout_server.inference import LocalSnapshot
 from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
-from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
+from rollout_server.vllm_engine import VllmEngine
 from rollout_server.weight_receiver import WeightReceiver
-from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs, save_tiny_model, write_snapshot
-from tests.rollout_server.conftest import MAX_MODEL_LEN, tiny_settings
+from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs, write_snapshot
+from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine, set_fault
 from tests.rollout_server.test_vllm_engine import a_prompt, a_sampling
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -62,23 +60,9 @@ class LocalVersions:
     def close(self) -> None: ...
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
-    from vllm.engine import arg_utils
-
-    class FaultyArgs(arg_utils.AsyncEngineArgs):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings | {"worker_extension_cls": "tests.rollout_server.faulty_worker.FaultyLoader"})
-
-    model = save_tiny_model(tmp_path_factory.mktemp("canary") / "model", tied=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arg_utils, "AsyncEngineArgs", FaultyArgs)
-        async with open_vllm_engine(tiny_settings(model)) as opened:
-            yield opened
-
-
-async def set_fault(engine: VllmEngine, fault: str) -> None:
-    await engine._llm.collective_rpc("set_fault", args=(fault,))
+@pytest.fixture(scope="session")
+def engine(faulty: LiveEngine) -> VllmEngine:
+    return faulty.engine
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""InPlaceChanges: prepares what a delta changed for the engine's own parameters, before the engine pauses.
+
+The engine then only writes values to places that it is given. Which those are it has told once, after a whole
+snapshot: see CopyRecorder.
+"""
+
+import logging
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.snapshot import ITEM_BYTES, SnapshotManifest
+from rollout_server.inference import LocalChanges, LocalSnapshot
+from rollout_server.placements import I64, Placement
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARE_IN_PLACE = 0.1  # of the elements; from there on copying all of them is quicker: make bench-apply
+
+Part = tuple[str, int, int]
+Words = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """What one rank of the engine has to write. A file holds num_items int64 indices, then as many values."""
+
+    rank: int
+    path: Path
+    num_items: int
+    parts: tuple[Part, ...]  # (parameter, start, count): items [start, start + count) belong to this flat parameter
+
+
+class InPlaceChanges:
+    """Remembers where each rank keeps which element, and writes patches. One update at a time."""
+
+    def __init__(self) -> None:
+        self._placements: dict[int, dict[str, list[Placement]]] = {}  # by rank, by the snapshot's tensor
+        self._descriptors: dict[int, int] = {}
+        self._has_learnt = False
+        self._has_said_that_much_changed = False
+
+    def __repr__(self) -> str:
+        return f"<InPlaceChanges on {len(self._placements)} ranks>"
+
+    def learn(self, answers: Sequence[tuple[int, Sequence[Sequence[Any]], str]]) -> None:
+        """Each rank's (rank, fields of its Placements, why those are not known) after it loaded a whole snapshot."""
+        if self._has_learnt:
+            return
+        self._has_learnt = True
+        for rank, _, complaint in answers:
+            if complaint:
+                logger.warning("every weight update copies the whole snapshot: on rank %d, %s", rank, complaint)
+                return
+        for rank, fields, _ in answers:
+            by_tensor = self._placements[rank] = defaultdict(list)
+            for tensor, parameter, start, sizes, strides, destination in fields:
+                placement = Placement(tensor, parameter, start, tuple(sizes), tuple(strides), destination)
+                by_tensor[tensor].append(placement)
+
+    def prepare(self, snapshot: LocalSnapshot, loaded_version: int) -> list[Patch] | None:
+        """For an engine that is at loaded_version; None where it has to copy the whole snapshot."""
+        changes = snapshot.changes
+        if changes is None or changes.base_version != loaded_version or not self._placements:
+            return None
+        if self._changed_much(snapshot.manifest, changes):
+            return None
+        with _mapped(snapshot.path) as data, _mapped(changes.path) as indices:
+            changed = list(_changed_elements(snapshot.manifest, changes, data, indices))
+        return [self._write_patch(rank, changed) for rank in self._placements]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _changed_much(self, manifest: SnapshotManifest, changes: LocalChanges) -> bool:
+        num_changed = sum(count for _, _, count in changes.tensors)
+        share = num_changed / sum(tensor.num_bytes // ITEM_BYTES[tensor.dtype] for tensor in manifest.tensors)
+        if share <= MAX_SHARE_IN_PLACE:
+            return False
+        if not self._has_said_that_much_changed:
+            self._has_said_that_much_changed = True
+            logger.info(
+                "version %d changed %.0f %% of the elements: more than %.0f %% and all are copied, which is quicker",
+                *(manifest.version, share * 100, MAX_SHARE_IN_PLACE * 100),
+            )
+        return True
+
+    def _write_patch(self, rank: int, changed: Sequence[tuple[str, I64, Words]]) -> Patch:
+        parts: list[Part] = []
+        indices: list[I64] = []
+        values: list[Words] = []
+        end = 0
+        for name, positions, words in changed:
+            for placement in self._placements[rank][name]:
+                which, places = placement.place(positions)
+                if which.size:
+                    parts.append((placement.parameter, end, which.size))
+                    indices.append(places)
+                    values.append(words[which])
+                    end += which.size
+        if rank not in self._descriptors:
+            self._descriptors[rank] = os.memfd_create(f"countercurrent-patch-{rank}")
+        descriptor = self._descriptors[rank]
+        os.ftruncate(descriptor, 0)
+        path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        with path.open("wb") as file:
+            for array in (*indices, *values):
+                file.write(array.data)
+        return Patch(rank=rank, path=path, num_items=end, parts=tuple(parts))
+
+
+def _changed_elements(
+    manifest: SnapshotManifest, changes: LocalChanges, data: memoryview, indices: memoryview
+) -> Iterator[tuple[str, I64, Words]]:
+    """(tensor, positions in it, their new bit patterns), copied."""
+    index_type = changes.index_type(manifest)
+    specs = {tensor.name: tensor for tensor in manifest.tensors}
+    for name, start, count in changes.tensors:
+        spec, item_bytes = specs[name], ITEM_BYTES[specs[name].dtype]
+        words = np.frombuffer(data, f"<u{item_bytes}", spec.num_bytes // item_bytes, spec.offset)
+        positions = np.frombuffer(indices, index_type, count, start * index_type.itemsize).astype(np.int64)
+        yield name, positions, words[positions]
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """All bytes of a file, which may be empty."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield memoryview(b"")
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
+            yield view
