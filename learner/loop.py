@@ -91,6 +91,7 @@ class LearnerLoop:
             version=self._engine.version,
             max_staleness=self._settings.max_staleness,
             micro_batch_tokens=self._settings.micro_batch_tokens,
+            layout=self._engine.layout,
         )
         return self._engine.step(batch)
 

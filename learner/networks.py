@@ -8,6 +8,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
+from learner.packing import HiddenStates, body_inputs, run_body
+from learner.token_logprobs import from_logits, token_logprobs
 
 transformers_logging.disable_progress_bar()  # the learner shows its own progress
 
@@ -20,10 +22,13 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 class PolicyNetwork(nn.Module):
     """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
 
-    def __init__(self, model: nn.Module, *, temperature: float, trains_entropy: bool = False) -> None:
-        """trains_entropy: the entropy carries grad, which costs memory for one more copy of the logits."""
+    def __init__(
+        self, model: nn.Module, *, temperature: float, trains_entropy: bool = False, packs: bool = False
+    ) -> None:
+        """trains_entropy: the entropy carries grad. packs: see learner/packing.py."""
         super().__init__()
         self.model: Any = model
+        self.packs = packs
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
@@ -31,23 +36,34 @@ class PolicyNetwork(nn.Module):
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
         predicted_BT = loss_mask_BT[:, 1:]
-        logits_NV = self._logits(token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
-        targets_N1 = token_ids_BT[:, 1:][predicted_BT].unsqueeze(1)
-        all_logprobs_NV = logits_NV.log_softmax(dim=-1)
-        logprobs_N = all_logprobs_NV.gather(1, targets_N1).squeeze(1)
-        with torch.set_grad_enabled(self._trains_entropy and torch.is_grad_enabled()):
-            entropy_N = -(all_logprobs_NV.exp() * all_logprobs_NV).sum(dim=-1)
+        targets_N = token_ids_BT[:, 1:][predicted_BT]
+        head = self.model.get_output_embeddings()
+        if self._changes_logits or type(head) is not nn.Linear:
+            logits_NV = self._logits(head, token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
+            values = from_logits(logits_NV, targets_N, trains_entropy=self._trains_entropy)
+        else:
+            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
+            values = token_logprobs(
+                hidden.before(predicted_BT),
+                head.weight,
+                head.bias,
+                targets_N,
+                temperature=self._temperature,
+                trains_entropy=self._trains_entropy,
+            )
+        logprobs_N, entropy_N = values
         return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
 
-    def _logits(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
-        """[N, V]: only where a token is predicted, so that the logits of the whole batch never exist at once."""
-        inputs = {"input_ids": token_ids_BT, "attention_mask": attention_mask_BT.long(), "use_cache": False}
-        if self._changes_logits:
-            logits: Tensor = self.model(**inputs).logits[:, :-1][predicted_BT]
-            return logits
-        hidden_BTH = self.model.base_model(**inputs).last_hidden_state
-        head_NV: Tensor = self.model.get_output_embeddings()(hidden_BTH[:, :-1][predicted_BT])
-        return head_NV
+    def _logits(
+        self, head: nn.Module, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor
+    ) -> Tensor:
+        """[N, V], all at once: from a head that does more than a product with a matrix."""
+        if not self._changes_logits:
+            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
+            logits_NV: Tensor = head(hidden.before(predicted_BT))
+            return logits_NV
+        inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
+        return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -57,20 +73,19 @@ class PolicyNetwork(nn.Module):
 class CriticNetwork(nn.Module):
     """A language model's body with one output: the value of the state before each token."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, *, packs: bool = False) -> None:
         super().__init__()
         self.body: Any = body
+        self.packs = packs
         self.head = nn.Linear(self.body.config.hidden_size, 1, bias=True, dtype=next(body.parameters()).dtype)
         nn.init.zeros_(self.head.weight)  # every state is worth nothing yet, rather than something random
         nn.init.zeros_(self.head.bias)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        hidden_BTH = self.body(
-            input_ids=token_ids_BT, attention_mask=attention_mask_BT.long(), use_cache=False
-        ).last_hidden_state
-        values_BT = self.head(hidden_BTH[:, :-1]).squeeze(-1).float()
-        return torch.nn.functional.pad(values_BT, (1, 0))
+        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs)
+        values_P = self.head(hidden.flat_PH).squeeze(-1).float()
+        return torch.nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
 
 
 def load_policy(model: str, *, dtype: str, temperature: float, trains_entropy: bool = False) -> PolicyNetwork:

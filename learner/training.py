@@ -59,6 +59,18 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLayout:
+    """How a batch has to be cut for an engine."""
+
+    num_ranks: int = 1
+    packs: bool = False  # see learner/packing.py
+    in_one_row: bool = False  # likewise
+
+
+ALONE_AND_PADDED = BatchLayout()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Trajectories that go through the network together, padded at the end. B = trajectories, T = tokens."""
 
@@ -98,6 +110,11 @@ class TrainEngine(Protocol):
     @property
     def version(self) -> int:
         """The policy version: number of completed optimizer steps."""
+        ...
+
+    @property
+    def layout(self) -> BatchLayout:
+        """How build_batch() is to cut batches for step()."""
         ...
 
     def step(self, batch: TrainBatch) -> StepResult:
