@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-stale-actions test-environments storm storm-real push-storm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-stale-actions test-environments learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -55,6 +55,9 @@ bench-weights: venv ## weight deltas beside what others do, of a real training r
 
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
+
+learn: venv ## staleness 0 to 8, corrected and not, 5 seeds of the demo (an hour; goes on where it was): docs/learning.md
+	$(VENV)/python -m tests.learning --plot docs/learning.png
 
 storm: venv ## real processes killed and stopped at random, and an audit of what was recorded: make storm SEEDS=20
 	$(VENV)/python -m tests.storm --seeds $(or $(SEEDS),1)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 
 PROTOCOL_VERSION = 2
@@ -365,6 +366,7 @@ class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
     version: Version
     slot: Count
     num_bytes: Count
+    canary: Canary | None = None  # of this version, if the learner computed it
 
 
 class SnapshotsListening(Message, frozen=True, tag="SnapshotsListening"):

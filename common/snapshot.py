@@ -11,6 +11,8 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
+from common.canary import Canary
+
 NO_VERSION = -1
 """A server that has not loaded any snapshot yet is at this version."""
 
@@ -69,6 +71,7 @@ class SnapshotManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
     chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
     chunk_digests: Annotated[tuple[Digest, ...], Meta(min_length=1)]
     digest: Digest  # of this manifest with zeros here: through the chunk digests it covers the whole snapshot
+    canary: Canary | None = None  # what an engine must compute with these weights; None: nobody computed it
 
     @property
     def title(self) -> str:
@@ -101,7 +104,13 @@ def digests_of_chunks(data: memoryview, chunk_bytes: int) -> tuple[bytes, ...]:
 
 
 def build_manifest(
-    data: memoryview, tensors: tuple[TensorSpec, ...], *, run_id: str, version: int, chunk_bytes: int = CHUNK_BYTES
+    data: memoryview,
+    tensors: tuple[TensorSpec, ...],
+    *,
+    run_id: str,
+    version: int,
+    chunk_bytes: int = CHUNK_BYTES,
+    canary: Canary | None = None,
 ) -> SnapshotManifest:
     """The manifest of a full snapshot whose bytes are `data`."""
     manifest = SnapshotManifest(
@@ -112,6 +121,7 @@ def build_manifest(
         chunk_bytes=chunk_bytes,
         chunk_digests=digests_of_chunks(data, chunk_bytes),
         digest=NO_DIGEST,
+        canary=canary,
     )
     return msgspec.structs.replace(manifest, digest=_whole_digest(manifest))
 
@@ -160,6 +170,8 @@ def check_manifest(manifest: SnapshotManifest) -> None:
     expected_chunks = -(-manifest.num_bytes // manifest.chunk_bytes)
     if manifest.num_chunks != expected_chunks:
         raise SnapshotError(f"{manifest.num_chunks} chunk digests, expected {expected_chunks}")
+    if manifest.canary is not None and not manifest.canary.is_whole:
+        raise SnapshotError(f"the canary of snapshot {manifest.version} has not one log-probability for each token")
     if _whole_digest(manifest) != manifest.digest:
         raise SnapshotError(f"the manifest of snapshot {manifest.version} does not match its digest; pull it again")
 

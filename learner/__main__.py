@@ -5,13 +5,14 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import msgspec
 from rich.console import Console
 
 from common import messages
+from common.canary import canary_prompt
 from common.config import parse, write_resolved
 from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
@@ -21,6 +22,7 @@ from common.metrics import start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
 from learner.algorithms import describe_all
+from learner.canary import CanaryMaker, default_canary_every
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.config import LearnerConfig
 from learner.coordinator.client import CoordinatorClient
@@ -86,8 +88,8 @@ class Learner:
 async def learn(config: LearnerConfig, *, open_engine: EngineOpener | None = None) -> int:
     """Train to the end; open_engine: what trains, in place of DeepSpeed."""
     async with open_learner(config, open_engine or open_default_engine) as learner:
-        await open_run(learner)
-        await train(learner)
+        facts = await open_run(learner)
+        await train(learner, facts)
         path = learner.run.huggingface / f"step-{learner.engine.version:06d}"
         await learner.training.run(learner.engine.export_huggingface, path)
         learner.events.emit("export", path=str(path))
@@ -157,17 +159,27 @@ def prepare_keys(config: LearnerConfig, run: RunDirectory) -> ServerKeys | None:
     return keys
 
 
-async def open_run(learner: Learner) -> None:
-    """Open the run with the coordinator, and say how to join it."""
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What rollout servers must agree with, and know of the model."""
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    max_model_len: int
+    vocab_size: int
+
+
+async def open_run(learner: Learner) -> ModelFacts:
+    """Open the run with the coordinator, and say how to join it; returns what its servers' engines will be like."""
     settings, checkpoint = learner.settings, learner.checkpoints.latest()
     facts = await learner.training.run(model_facts, settings.model)
-    max_model_len = joining.checked_model_len(learner.config, facts.max_model_len)
+    facts = replace(facts, max_model_len=joining.checked_model_len(learner.config, facts.max_model_len))
     address = await learner.coordinator.open_run(
         messages.OpenRun(
             version=learner.engine.version,
             model_fingerprint=facts.model_fingerprint,
             tokenizer_fingerprint=facts.tokenizer_fingerprint,
-            max_model_len=max_model_len,
+            max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             dtype=settings.dtype,
             weights_address=await learner.publisher.listening(),
@@ -176,14 +188,7 @@ async def open_run(learner: Learner) -> None:
     )
     learner.run.remember_address(address)
     logger.info("rollout servers join with:\n\n    %s\n", joining.join_command(learner.config, learner.run, address))
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    model_fingerprint: str
-    tokenizer_fingerprint: str
-    max_model_len: int
-    vocab_size: int
+    return facts
 
 
 def model_facts(model: str) -> ModelFacts:
@@ -209,7 +214,17 @@ async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient
         await coordinator.published(ready.version)
 
 
-async def train(learner: Learner) -> None:
+def canaries_of(config: LearnerConfig, publisher: Publisher, facts: ModelFacts) -> CanaryMaker:
+    every = config.canary_every
+    return CanaryMaker(
+        every=default_canary_every(publisher.num_parameters) if every is None else every,
+        prompt=canary_prompt(facts.vocab_size, facts.max_model_len),
+        dtype=config.dtype,
+        tolerance=config.canary_tolerance,
+    )
+
+
+async def train(learner: Learner, facts: ModelFacts) -> None:
     """The loop, with everything that watches it."""
     config, events = learner.config, learner.events
     progress = Progress(
@@ -229,6 +244,7 @@ async def train(learner: Learner) -> None:
             training=learner.training,
             coordinator=learner.coordinator,
             publisher=learner.publisher,
+            canaries=canaries_of(config, learner.publisher, facts),
             checkpoints=learner.checkpoints,
             events=events,
             observers=[StepLog(events, trackers), progress],

@@ -9,6 +9,7 @@ from common.config import option
 from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
+from learner.lora_settings import LoraSettings, lora_settings
 from learner.loss_settings import Proximal, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
@@ -42,6 +43,22 @@ class LearnerConfig:
     )
     critic_model: str | None = option(
         None, help="network the critic starts from, for --advantage gae or vtrace; default: model"
+    )
+
+    # Adapters in place of the whole policy
+    lora_rank: int = option(
+        0,
+        help="rank of the LoRA adapters that alone are trained and published; 0: the whole policy is. The reference "
+        "that the policy is held near is then the policy without them, and takes no memory",
+    )
+    lora_alpha: float | None = option(None, help="adapters are scaled by alpha / rank; default: 2 * lora_rank")
+    lora_target_modules: tuple[str, ...] = option(
+        (), help="linear layers with an adapter, e.g. q_proj; may be repeated; default: all but the output layer"
+    )
+    lora_dropout: float = option(
+        0.0,
+        help="share of an adapter's inputs that are zeroed where a gradient is computed; servers sample without, "
+        "so that it counts as being off-policy",
     )
 
     # How much
@@ -153,6 +170,18 @@ class LearnerConfig:
     weights_listen: str | None = option(None, help="address weights are pulled from; default: as listen, another port")
     advertise_host: str | None = option(None, help="host name printed for other nodes when listening on all networks")
 
+    # Whether rollout servers compute with what was published
+    canary_every: int | None = option(
+        None,
+        help="every so many versions, servers hold the log-probabilities of a fixed prompt against the learner's; 0: "
+        "never; default: 1, and 10 from 2B parameters up",
+    )
+    canary_tolerance: float | None = option(
+        None,
+        help="mean difference in nats per token above which a server is taken out; default: 0.001 for float32, 0.1 for "
+        "bfloat16",
+    )
+
     # Bounds
     queue_bytes: int = option(1 << 30, help="bytes of trajectories that may be leased, queued or in training at once")
     queue_groups: int | None = option(None, help="groups likewise; default: (max_staleness + 2) * groups_per_step")
@@ -184,11 +213,13 @@ class LearnerConfig:
         self.reward_settings.check_advantage(self.advantage)
         check_proximal(self.proximal, self.loss)
         check_strengths(self.entropy_coefficient, self.value_clip)
+        self._check_adapters()
         self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
             )
+        self._check_canary()
         self._check_lengths()
         self._check_queue()
 
@@ -202,6 +233,16 @@ class LearnerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+
+    def _check_adapters(self) -> None:
+        if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
+            raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
+
+    def _check_canary(self) -> None:
+        if self.canary_every is not None and self.canary_every < 0:
+            raise ValueError(f"canary_every must be >= 0, got {self.canary_every}; 0 means never")
+        if self.canary_tolerance is not None and not 0 < self.canary_tolerance < math.inf:
+            raise ValueError(f"canary_tolerance must be finite and > 0, got {self.canary_tolerance}")
 
     def _check_lengths(self) -> None:
         if self.group_size > MAX_GROUP_SIZE:
@@ -241,6 +282,15 @@ class LearnerConfig:
             clip=self.reward_clip,
             drop_equal_groups=self.drop_equal_groups,
             drop_truncated=self.drop_truncated,
+        )
+
+    @property
+    def lora_settings(self) -> LoraSettings | None:
+        return lora_settings(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            dropout=self.lora_dropout,
         )
 
     def kl_settings(self, model: str) -> KlSettings:

@@ -27,6 +27,7 @@ class DeepSpeedNetwork:
 
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._stage = settings.zero_stage
+        self._trains_part = len(parameters) < len(list(module.parameters()))  # what is frozen is not checkpointed
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=_config(settings))
         self._module = module
@@ -64,7 +65,9 @@ class DeepSpeedNetwork:
 
     def save(self, directory: Path) -> None:
         # DeepSpeed's own `latest` file can name a checkpoint that is not whole; ours is named by CheckpointStore.
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        self._engine.save_checkpoint(
+            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=self._trains_part
+        )
 
     def load(self, directory: Path) -> None:
         """Raises UserError when there is no such checkpoint, or it was written with other settings."""
@@ -74,7 +77,7 @@ class DeepSpeedNetwork:
         if is_partitioned != (self._stage > 0):
             began = "1 or 2" if is_partitioned else "0"
             raise UserError(f"{directory} was written at zero_stage {began} and cannot be read at {self._stage}")
-        self._engine.load_checkpoint(str(directory), tag=TAG)
+        self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self._trains_part)
 
 
 def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
@@ -86,6 +89,7 @@ def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
         dtype=settings.dtype,
         temperature=settings.temperature,
         trains_entropy=settings.entropy_coefficient > 0,
+        lora=settings.lora,
     )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     with warnings.catch_warnings():
@@ -95,7 +99,7 @@ def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
             settings,
             trained_policy,
             DeepSpeedNetwork(critic, settings) if critic is not None else None,
-            open_reference(settings, trained_policy.device),
+            open_reference(settings, trained_policy.device, policy),
         )
 
 

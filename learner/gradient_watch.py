@@ -10,7 +10,8 @@ class GradientWatch:
     def __init__(self, module: nn.Module) -> None:
         self._bad: set[str] = set()
         for name, parameter in module.named_parameters():
-            parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
 
     def _look(self, name: str, gradient: Tensor) -> None:
         if not torch.isfinite(gradient.sum()):

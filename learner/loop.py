@@ -2,14 +2,17 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.canary import Canary
 from common.events import EventLog
 from common.lifecycle import DedicatedThread, UserError
 from common.trajectory import Group
 from learner.batching import build_batch
+from learner.canary import CanaryMaker
 from learner.checkpoint import CheckpointStore
 from learner.coordinator.client import CoordinatorClient
 from learner.publisher import Publisher
@@ -36,6 +39,7 @@ class LearnerLoop:
         training: DedicatedThread,
         coordinator: CoordinatorClient,
         publisher: Publisher,
+        canaries: CanaryMaker,
         checkpoints: CheckpointStore,
         events: EventLog,
         observers: Sequence[StepObserver],
@@ -46,6 +50,7 @@ class LearnerLoop:
         self._training = training
         self._coordinator = coordinator
         self._publisher = publisher
+        self._canaries = canaries
         self._checkpoints = checkpoints
         self._events = events
         self._observers = observers
@@ -109,12 +114,16 @@ class LearnerLoop:
             return
         self._unpublished.clear()
         with self._events.interval("publish", num_bytes=self._publisher.num_bytes) as fields:
-            fields["version"] = version = await self._training.run(self._copy_out, slot)
-        await self._publisher.hand_over(slot, version)
+            version, canary, fields["canary_s"] = await self._training.run(self._copy_out, slot)
+            fields["version"] = version
+        await self._publisher.hand_over(slot, version, canary)
 
-    def _copy_out(self, slot: int) -> int:
+    def _copy_out(self, slot: int) -> tuple[int, Canary | None, float]:
+        """(version, its canary, seconds that the canary took); no step comes between the copy and the canary."""
         self._publisher.write(slot, self._engine.snapshot_tensors())
-        return self._engine.version
+        start_s = time.monotonic()
+        canary = self._canaries.make(self._engine)
+        return self._engine.version, canary, time.monotonic() - start_s
 
     async def _publish_late(self) -> None:
         while True:

@@ -1,6 +1,9 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +11,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
+from learner.lora_settings import LoraSettings
 from learner.packing import HiddenStates, body_inputs, run_body
 from learner.token_logprobs import from_logits, token_logprobs
+
+if TYPE_CHECKING:
+    from learner.lora import Adapters
 
 transformers_logging.disable_progress_bar()  # the learner shows its own progress
 
@@ -23,15 +30,30 @@ class PolicyNetwork(nn.Module):
     """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, trains_entropy: bool = False, packs: bool = False
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        trains_entropy: bool = False,
+        adapters: "Adapters | None" = None,
     ) -> None:
-        """trains_entropy: the entropy carries grad. packs: see learner/packing.py."""
+        """trains_entropy: the entropy carries grad. adapters: those in the model, where they alone are trained."""
         super().__init__()
         self.model: Any = model
-        self.packs = packs
+        self.adapters = adapters
+        self.packs = False  # see learner/packing.py
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """For what is asked of it inside, by whatever way the call comes."""
+        usual, self._temperature = self._temperature, temperature
+        try:
+            yield
+        finally:
+            self._temperature = usual
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
@@ -54,9 +76,7 @@ class PolicyNetwork(nn.Module):
         logprobs_N, entropy_N = values
         return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
 
-    def _logits(
-        self, head: nn.Module, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor
-    ) -> Tensor:
+    def _logits(self, head: nn.Module, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
         """[N, V], all at once: from a head that does more than a product with a matrix."""
         if not self._changes_logits:
             hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
@@ -64,6 +84,20 @@ class PolicyNetwork(nn.Module):
             return logits_NV
         inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
         return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
+
+    def published_tensors(self) -> list[tuple[str, Tensor]]:
+        """What a snapshot consists of: all parameters by Hugging Face name, or the adapters alone."""
+        if self.adapters is not None:
+            return self.adapters.tensors()
+        return [(name, parameter.data) for name, parameter in self.model.named_parameters()]
+
+    def export(self, directory: Path) -> None:
+        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`."""
+        if self.adapters is None:
+            self.model.save_pretrained(directory)
+            return
+        self.model.save_pretrained(directory, state_dict=self.adapters.merged())
+        self.adapters.save(directory / "adapter")
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -73,10 +107,10 @@ class PolicyNetwork(nn.Module):
 class CriticNetwork(nn.Module):
     """A language model's body with one output: the value of the state before each token."""
 
-    def __init__(self, body: nn.Module, *, packs: bool = False) -> None:
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body: Any = body
-        self.packs = packs
+        self.packs = False  # see learner/packing.py
         self.head = nn.Linear(self.body.config.hidden_size, 1, bias=True, dtype=next(body.parameters()).dtype)
         nn.init.zeros_(self.head.weight)  # every state is worth nothing yet, rather than something random
         nn.init.zeros_(self.head.bias)
@@ -88,10 +122,17 @@ class CriticNetwork(nn.Module):
         return torch.nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
 
 
-def load_policy(model: str, *, dtype: str, temperature: float, trains_entropy: bool = False) -> PolicyNetwork:
-    """Raises UserError when there is no such model."""
+def load_policy(
+    model: str, *, dtype: str, temperature: float, trains_entropy: bool = False, lora: LoraSettings | None = None
+) -> PolicyNetwork:
+    """With lora, adapters are put into it and alone are trained. Raises UserError when there is no such model."""
     network = _load(AutoModelForCausalLM, model, dtype)
-    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy)
+    adapters = None
+    if lora is not None:
+        from learner.lora import Adapters  # imports peft: seconds, only when used
+
+        adapters = Adapters(network, lora)
+    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy, adapters=adapters)
 
 
 def load_critic(model: str, *, dtype: str) -> CriticNetwork:

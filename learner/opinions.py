@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.kl_control import KlControl
-from learner.reference import ReferencePolicy
+from learner.reference import Reference
 from learner.training import MicroBatch, TrainBatch
 
 Forward = Callable[..., tuple[Tensor, ...]]
@@ -31,7 +31,7 @@ def ask_networks(
     *,
     policy: Forward,
     critic: Forward | None,
-    reference: ReferencePolicy | None,
+    reference: Reference | None,
     kl: KlControl,
     asks_policy: bool = False,
 ) -> Opinions:

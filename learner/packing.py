@@ -14,7 +14,10 @@ from torch import Tensor
 
 FLASH = "flash_attention_2"
 _CHECKED_LENGTHS = (5, 3, 2)
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest hidden value; a mixed-up row is off by far more
+_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+}  # of the largest hidden value; a mixed-up row is off by far more
 
 
 @dataclass(frozen=True, slots=True)

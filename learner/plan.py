@@ -42,6 +42,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
     return TrainSettings(
         model=model,
         critic_model=(config.critic_model or model) if config.advantage in WITH_CRITIC else None,
+        lora=config.lora_settings,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
         learning_rate=config.learning_rate,

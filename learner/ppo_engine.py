@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
 from learner.algorithms.samples import BatchRatios
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
+from learner.lora_settings import check_adapters_note, write_adapters_note
+from learner.metric_codec import merged_over
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.objective import PolicyObjective, batch_ratios
 from learner.opinions import Opinions, ask_networks
-from learner.reference import ReferencePolicy
+from learner.packing import FLASH
+from learner.ranks import Alone, Ranks, concatenated
+from learner.reference import Reference
 from learner.reward_shaping import RewardShaper
 from learner.targets import Targets, build_targets
-from learner.training import MicroBatch, StepResult, TrainBatch, TrainSettings
+from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings
 
 
 class Trainable(Protocol):
@@ -58,7 +63,8 @@ class PpoEngine:
         settings: TrainSettings,
         policy: Trainable,
         critic: Trainable | None,
-        reference: ReferencePolicy | None = None,
+        reference: Reference | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         assert isinstance(policy.module, PolicyNetwork)
         assert critic is None or isinstance(critic.module, CriticNetwork)
@@ -66,9 +72,10 @@ class PpoEngine:
         self._policy = policy
         self._critic = critic
         self._reference = reference
+        self._ranks = ranks or Alone()
         self._shaper = RewardShaper(settings.rewards)
         self._kl = KlControl(settings.kl)
-        self._model = policy.module.model
+        self._network = policy.module
         self._objective = PolicyObjective(settings)
         self._advantages = build_advantages(settings.advantage, settings.advantage_settings)
         self._watches = [GradientWatch(network.module) for network in self._networks()]
@@ -81,29 +88,38 @@ class PpoEngine:
     def version(self) -> int:
         return self._version
 
+    @property
+    def layout(self) -> BatchLayout:
+        one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
+        return BatchLayout(num_ranks=self._ranks.size, packs=self._network.packs, in_one_row=one_row)
+
     def _networks(self) -> list[Trainable]:
         return [self._policy] if self._critic is None else [self._policy, self._critic]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """See TrainEngine. A refused batch leaves a half-summed gradient behind: the engine is not to be used again."""
-        metrics = _batch_metrics(batch)
+        """See TrainEngine. A refused batch leaves a half-summed gradient behind: the engine is not to be used again.
+
+        Of several ranks each gives its part of the batch, see batch_codec.part_of(), and all return the same.
+        """
+        metrics = self._batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
         batch, shaping_metrics = self._shaper.shape(batch)
         opinions = self._ask_networks(batch)
-        targets, target_metrics = build_targets(batch, opinions, self._advantages)
+        targets, target_metrics = build_targets(batch, opinions, self._advantages, self._ranks)
         metrics |= shaping_metrics | target_metrics
         counts, ratios = self._objective.counts(batch), self._batch_ratios(batch, opinions, targets)
         parts: dict[str, Metric] = {}
         last = len(batch.micro_batches) - 1
         for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
-            partial = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
+            partial, infinite = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
+            if infinite:
+                refusal = f"the loss of micro-batch {index * self._ranks.size + infinite[0]} is not finite"
+                return StepResult(metrics=metrics, refusal=refusal)
             parts = merge([parts, partial])
-            if not _is_finite(partial):
-                return StepResult(metrics=metrics, refusal=f"the loss of micro-batch {index} is not finite")
-        for watch in self._watches:
-            if (complaint := watch.take_complaint()) is not None:
-                return StepResult(metrics=metrics, refusal=complaint)
+        if (complaint := self._complaint()) is not None:
+            return StepResult(metrics=metrics, refusal=complaint)
+        parts = merged_over(self._ranks, parts)
         metrics |= self._observe_kl(parts, batch)
         metrics |= report(parts)
         metrics |= self._update()
@@ -123,22 +139,31 @@ class PpoEngine:
         if not self._objective.needs_batch_ratios:
             return None
         assert opinions.logprobs_BT is not None
-        return batch_ratios(batch, opinions.logprobs_BT, targets)
+        return batch_ratios(batch, opinions.logprobs_BT, targets, self._ranks)
+
+    def _complaint(self) -> str | None:
+        """What was not finite in any rank's gradient."""
+        own = [watch.take_complaint() or "" for watch in self._watches]
+        said = self._ranks.gather(next(filter(None, own), "").encode())
+        return next((complaint.decode() for complaint in said if complaint), None)
 
     def _accumulate(
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, ratios: BatchRatios | None, *, is_last: bool
-    ) -> dict[str, Metric]:
+    ) -> tuple[dict[str, Metric], tuple[int, ...]]:
+        """(metrics, ranks whose loss is not finite): with one, no rank's is propagated, since all do so together."""
         logprobs_BT, entropy_BT = self._policy.forward(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
         loss, metrics = self._objective.loss(logprobs_BT, entropy_BT, micro, target, counts, ratios)
         cost, distances = self._distance_to_reference(logprobs_BT, micro, target, counts)
         if cost is not None:
             loss = loss + cost
         metrics |= {**distances, "loss": Sum(float(loss.detach()))}
-        if _is_finite(metrics):
-            self._policy.backward(loss, is_last=is_last)
-        if self._critic is not None:
-            metrics |= self._accumulate_critic(micro, target, counts, is_last=is_last)
-        return metrics
+        if infinite := self._ranks.saying(not _is_finite(metrics)):
+            return metrics, infinite
+        self._policy.backward(loss, is_last=is_last)
+        if self._critic is None:
+            return metrics, ()
+        of_critic, infinite = self._accumulate_critic(micro, target, counts, is_last=is_last)
+        return metrics | of_critic, infinite
 
     def _distance_to_reference(
         self, logprobs_BT: Tensor, micro: MicroBatch, target: Targets, counts: BatchCounts
@@ -168,7 +193,7 @@ class PpoEngine:
 
     def _accumulate_critic(
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, *, is_last: bool
-    ) -> dict[str, Metric]:
+    ) -> tuple[dict[str, Metric], tuple[int, ...]]:
         assert self._critic is not None
         assert target.old_values_BT is not None
         assert target.returns_BT is not None
@@ -184,9 +209,19 @@ class PpoEngine:
         )
         loss = aggregate(token_losses.losses_BT, token_mean(loss_mask_BT, counts))
         metrics = {**token_losses.metrics, "value_loss": Sum(float(loss.detach()))}
-        if _is_finite(metrics):
+        infinite = self._ranks.saying(not _is_finite(metrics))
+        if not infinite:
             self._critic.backward(loss, is_last=is_last)
-        return metrics
+        return metrics, infinite
+
+    def _batch_metrics(self, batch: TrainBatch) -> dict[str, float]:
+        staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
+        staleness_M = concatenated(self._ranks, staleness_M)
+        return {
+            **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
+            "trained_tokens": float(batch.num_loss_tokens),
+            "over_stale_tokens": float(batch.num_over_stale_tokens),
+        }
 
     def _update(self) -> dict[str, float]:
         scale = learning_rate_scale(self._version, self._settings)
@@ -199,10 +234,21 @@ class PpoEngine:
         return metrics
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, parameter.data) for name, parameter in self._model.named_parameters()]
+        return self._network.published_tensors()
+
+    def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
+        token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
+        sees_1T = torch.ones_like(token_ids_1T, dtype=torch.bool)
+        asked_1T = sees_1T.clone()
+        asked_1T[:, 0] = False
+        assert isinstance(self._policy.module, PolicyNetwork)
+        with torch.no_grad(), self._policy.module.at_temperature(1.0):
+            logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
+        return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
     def save(self, directory: Path) -> None:
         self._policy.save(directory / "policy")
+        write_adapters_note(directory, self._settings.lora)
         if self._critic is not None:
             self._critic.save(directory / "critic")
         state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
@@ -210,6 +256,7 @@ class PpoEngine:
         save_file(state, directory / "engine.safetensors")
 
     def load(self, directory: Path) -> None:
+        check_adapters_note(directory, self._settings.lora)
         self._policy.load(directory / "policy")
         if self._critic is not None:
             self._critic.load(directory / "critic")
@@ -220,7 +267,7 @@ class PpoEngine:
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        self._model.save_pretrained(directory)
+        self._network.export(directory)
         AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
 
 
@@ -240,12 +287,3 @@ def _is_finite(metrics: Mapping[str, Metric]) -> bool:
     """Whether the losses among them may be trained on."""
     losses = [metrics[name].value for name in ("loss", "value_loss") if name in metrics]
     return all(loss is not None and math.isfinite(loss) for loss in losses)
-
-
-def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
-    staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
-    return {
-        **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
-        "trained_tokens": float(batch.num_loss_tokens),
-        "over_stale_tokens": float(batch.num_over_stale_tokens),
-    }

@@ -9,6 +9,7 @@ encoded against takes no slot of its own: it is the newest version.
 
 import asyncio
 import logging
+import math
 import mmap
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from common import messages
+from common.canary import Canary
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
 from common.lifecycle import ChildProcess, UserError
@@ -97,6 +99,10 @@ class Publisher:
         return self._slots.slot_bytes
 
     @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self._layout)
+
+    @property
     def skipped_versions(self) -> int:
         """Steps were faster than publishing: no slot was free, or a newer version came before their turn."""
         return self._not_written + (self.newest.overtaken_versions if self.newest is not None else 0)
@@ -112,10 +118,10 @@ class Publisher:
         """Copy the parameters into the slot. To be called between two steps, on the training thread."""
         self._slots.write(slot, self._layout, tensors)
 
-    async def hand_over(self, slot: int, version: int) -> None:
+    async def hand_over(self, slot: int, version: int, canary: Canary | None = None) -> None:
         """Version `version` lies in the slot: hash and serve it. Returns at once."""
         assert self._peer is not None, "hand_over() before listening()"
-        order = messages.SnapshotWritten(version=version, slot=slot, num_bytes=self._slots.slot_bytes)
+        order = messages.SnapshotWritten(version=version, slot=slot, num_bytes=self._slots.slot_bytes, canary=canary)
         self._router.send(self._peer, encode(order, msgspec.msgpack.encode(self._layout)))
 
     async def listening(self) -> str:

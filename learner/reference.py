@@ -1,6 +1,7 @@
-"""ReferencePolicy: the frozen policy that the trained one is held near."""
+"""Reference: the frozen policy that the trained one is held near."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,16 @@ from learner.networks import PolicyNetwork, load_policy
 from learner.training import MicroBatch, TrainSettings
 
 
+class Reference(Protocol):
+    """Whoever says what the frozen policy would have said."""
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """logprobs_BT of each micro-batch, float32 in host memory; 0 outside its loss mask."""
+        ...
+
+
 class ReferencePolicy:
-    """Asked once per step, for all micro-batches; in between, an offloaded one takes no memory of the device."""
+    """A model of its own; between its passes an offloaded one takes no memory of the device."""
 
     def __init__(self, network: PolicyNetwork, *, device: torch.device, offload: bool) -> None:
         self._network = network.requires_grad_(False)
@@ -23,7 +32,7 @@ class ReferencePolicy:
             self._network.to(device)
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """logprobs_BT of each micro-batch, float32 in host memory; 0 outside its loss mask."""
+        """See Reference."""
         tensors = self._copy_to_device() if self._offload else {}
         return [self._ask(micro, tensors).cpu() for micro in micro_batches]
 
@@ -40,11 +49,34 @@ class ReferencePolicy:
         return logprobs_BT
 
 
-def open_reference(settings: TrainSettings, device: torch.device) -> ReferencePolicy | None:
+class BaseReference:
+    """The policy without its adapters: the model that it began as takes no memory of its own."""
+
+    def __init__(self, policy: PolicyNetwork, *, device: torch.device) -> None:
+        assert policy.adapters is not None
+        self._policy = policy
+        self._adapters = policy.adapters
+        self._device = device
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """See Reference."""
+        with torch.no_grad(), self._adapters.off():
+            return [self._ask(micro).cpu() for micro in micro_batches]
+
+    def _ask(self, micro: MicroBatch) -> Tensor:
+        inputs = (micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
+        logprobs_BT: Tensor
+        logprobs_BT, _ = self._policy(*(each.to(self._device) for each in inputs))
+        return logprobs_BT
+
+
+def open_reference(settings: TrainSettings, device: torch.device, policy: PolicyNetwork) -> Reference | None:
     """The reference of the settings, if there is one; raises UserError when it cannot be loaded or compared with."""
     name = settings.kl.reference_model
     if name is None:
         return None
+    if name == settings.model and policy.adapters is not None:
+        return BaseReference(policy, device=device)
     network = load_policy(name, dtype=settings.dtype, temperature=settings.temperature)
     if name != settings.model and _token_ids(name) != _token_ids(settings.model):
         raise UserError(

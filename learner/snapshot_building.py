@@ -4,6 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from common.canary import Canary
 from common.delta import blocks_of, build_delta_manifest, encode_delta
 from common.lifecycle import DedicatedThread
 from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
@@ -36,19 +37,25 @@ class SnapshotBuilder:
         data: memoryview,
         layout: tuple[TensorSpec, ...],
         base: tuple[SnapshotManifest, memoryview] | None,
+        canary: Canary | None = None,
     ) -> BuiltSnapshot:
         """data and the bytes of the base must not change meanwhile."""
         start_s = time.monotonic()
         manifest, blocks = await asyncio.gather(
-            self._hashing.run(self._hash, data, layout, version), self._encoding.run(_encode, base, data, layout)
+            self._hashing.run(self._hash, data, layout, version, canary),
+            self._encoding.run(_encode, base, data, layout),
         )
         delta = None
         if base is not None and blocks is not None:
             delta = await self._hashing.run(self._hash_delta, base[0], manifest, blocks)
         return BuiltSnapshot(manifest=manifest, delta=delta, seconds=time.monotonic() - start_s)
 
-    def _hash(self, data: memoryview, layout: tuple[TensorSpec, ...], version: int) -> SnapshotManifest:
-        return build_manifest(data, layout, run_id=self._run_id, version=version, chunk_bytes=self._chunk_bytes)
+    def _hash(
+        self, data: memoryview, layout: tuple[TensorSpec, ...], version: int, canary: Canary | None
+    ) -> SnapshotManifest:
+        return build_manifest(
+            data, layout, run_id=self._run_id, version=version, chunk_bytes=self._chunk_bytes, canary=canary
+        )
 
     def _hash_delta(self, base: SnapshotManifest, target: SnapshotManifest, blocks: list[bytes]) -> Delta:
         return Delta(*build_delta_manifest(base, target, blocks, chunk_bytes=self._chunk_bytes))

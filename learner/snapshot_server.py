@@ -108,7 +108,8 @@ class SnapshotService:
         base = None
         if self._shelf.newest_version != NO_VERSION:
             base = self._shelf.newest(), self._slots[self._shelf.newest_slot]
-        built = await self._builder.build(order.version, self._slots[order.slot][: order.num_bytes], layout, base)
+        data = self._slots[order.slot][: order.num_bytes]
+        built = await self._builder.build(order.version, data, layout, base, order.canary)
         self._shelf.put(built.manifest, order.slot)
         self._deltas.put(base[0] if base is not None else None, built.manifest, built.delta)
         await self._release()

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of single tokens, from hidden states, a chunk of logits at a time.
 
-The logits of a batch are its largest tensor by far: 4 bytes times tokens times vocabulary, several times over. Here they
-exist for one chunk of tokens at once, in the forward pass and, computed anew, in the backward pass.
+The logits of a batch are its largest tensor by far: 4 bytes times tokens times vocabulary, several times over. Here
+they exist for one chunk of tokens at once, in the forward pass and, computed anew, in the backward pass.
 N = tokens, C = tokens of a chunk, H = hidden size, V = vocabulary.
 """
 
@@ -74,27 +74,23 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """d log p_t = (1[v = t] - p_v) / temperature; d entropy = -p_v (log p_v + entropy) / temperature."""
         hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
-        grad_hidden_NH = torch.empty_like(hidden_NH)
-        grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
-        grad_bias_V = torch.zeros(len(weight_VH), dtype=torch.float32, device=weight_VH.device)
+        trains_hidden, trains_weight, trains_bias, *_ = ctx.needs_input_grad
+        grad_hidden_NH = torch.empty_like(hidden_NH) if trains_hidden else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if trains_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if trains_bias else None
         for start in range(0, len(hidden_NH), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits_CV = _logits(hidden_NH[part], weight_VH, bias_V, ctx.temperature)
             grad_CV = _logit_gradients(logits_CV, targets_N[part], *(_part(each, part) for each in gradients))
-            grad_CV = grad_CV.mul_(1.0 / ctx.temperature)
-            grad_bias_V += grad_CV.sum(dim=0)
+            grad_CV = grad_CV.div_(ctx.temperature)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(dim=0)
             grad_CV = grad_CV.to(weight_VH.dtype)
-            grad_hidden_NH[part] = grad_CV @ weight_VH
-            grad_weight_VH += grad_CV.T @ hidden_NH[part]
-        has_bias = bias_V is not None
-        return (
-            grad_hidden_NH,
-            grad_weight_VH.to(weight_VH.dtype),
-            grad_bias_V.to(bias_V.dtype) if has_bias else None,
-            None,
-            None,
-            None,
-        )
+            if grad_hidden_NH is not None:
+                grad_hidden_NH[part] = grad_CV @ weight_VH
+            if grad_weight_VH is not None:
+                grad_weight_VH += grad_CV.T @ hidden_NH[part]
+        return grad_hidden_NH, _as(weight_VH, grad_weight_VH), _as(bias_V, grad_bias_V), None, None, None
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
@@ -125,3 +121,7 @@ def _logit_gradients(
 
 def _part(tensor_N: Tensor | None, part: slice) -> Tensor | None:
     return tensor_N[part] if tensor_N is not None else None
+
+
+def _as(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return gradient.to(parameter.dtype) if parameter is not None and gradient is not None else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from learner.networks import load_critic, load_policy
@@ -18,8 +18,9 @@ class TorchNetwork:
     def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
         self._module = module
         self._max_grad_norm = settings.max_grad_norm
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            module.parameters(), lr=0.0, betas=settings.adam_betas, weight_decay=settings.weight_decay
+            self._trained.values(), lr=0.0, betas=settings.adam_betas, weight_decay=settings.weight_decay
         )
 
     @property
@@ -35,7 +36,7 @@ class TorchNetwork:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained.values(), self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -44,11 +45,13 @@ class TorchNetwork:
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
-        save_model(self._module, str(directory / "parameters.safetensors"))
+        save_file({name: each.data for name, each in self._trained.items()}, directory / "parameters.safetensors")
         torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
 
     def load(self, directory: Path) -> None:
-        load_model(self._module, str(directory / "parameters.safetensors"))
+        saved = load_file(directory / "parameters.safetensors")
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(saved[name])
         self._optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
 
 
@@ -62,11 +65,12 @@ def open_torch_engine(settings: TrainSettings) -> PpoEngine:
         dtype=settings.dtype,
         temperature=settings.temperature,
         trains_entropy=settings.entropy_coefficient > 0,
+        lora=settings.lora,
     )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     return PpoEngine(
         settings,
         TorchNetwork(policy, settings),
         TorchNetwork(critic, settings) if critic is not None else None,
-        open_reference(settings, torch.device("cpu")),
+        open_reference(settings, torch.device("cpu"), policy),
     )

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from torch import Tensor
 
+from learner.lora_settings import LoraSettings
 from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
@@ -17,6 +19,7 @@ class TrainSettings:
 
     model: str  # Hugging Face name or directory
     critic_model: str | None = None  # None: no critic
+    lora: LoraSettings | None = None  # None: the whole policy is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: Literal[0, 1, 2] = 1
     learning_rate: float = 1e-6
@@ -122,7 +125,17 @@ class TrainEngine(Protocol):
         ...
 
     def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in."""
+        """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
+
+        With adapters these alone, by PEFT's names.
+        """
+        ...
+
+    def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
+        """log pi of tokens 1..T-1 of token_ids_T given those before, at temperature 1: [T-1] float32.
+
+        Changes nothing: neither gradients nor random state.
+        """
         ...
 
     def save(self, directory: Path) -> None:
@@ -134,5 +147,5 @@ class TrainEngine(Protocol):
         ...
 
     def export_huggingface(self, directory: Path) -> None:
-        """Write the policy as a directory that transformers and vLLM load."""
+        """Write the policy as a directory that transformers and vLLM load; adapters merged, and also on their own."""
         ...

@@ -65,8 +65,8 @@ def example(of: msgspec.inspect.Type) -> object:
             return cls(**{field.name: example(field.type) for field in fields})
         case msgspec.inspect.IntType(ge=ge):
             return max(ge or 0, 2)
-        case msgspec.inspect.FloatType():
-            return 0.5
+        case msgspec.inspect.FloatType(le=le):
+            return 0.5 if le is None else min(0.5, le)
         case msgspec.inspect.BoolType():
             return True
         case msgspec.inspect.StrType():

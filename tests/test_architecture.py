@@ -19,6 +19,7 @@ DOORS = {
     "zmq": {f"common/wire/{name}.py" for name in ("lifeline", "opening", "options", "sockets", "watch")},
     "vllm": {"rollout_server/vllm_engine.py", "rollout_server/vllm_start.py", "rollout_server/vllm_worker.py"},
     "deepspeed": {"learner/deepspeed_engine.py"},
+    "peft": {"learner/lora.py"},
     "httpx": {"rollout_server/environments/http_server.py"},
     "websockets": {"rollout_server/environments/openenv_session.py"},
 }

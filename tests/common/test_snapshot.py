@@ -1,6 +1,7 @@
 import msgspec
 import pytest
 
+from common.canary import Canary
 from common.snapshot import (
     SnapshotError,
     SnapshotManifest,
@@ -58,6 +59,11 @@ def test_a_chunk_of_another_place_is_refused():
     [
         ({"num_bytes": 770}, "tensors fill 768 bytes"),
         ({"chunk_bytes": 90}, "chunk digests"),
+        ({"canary": Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=0.1)}, "does not match its digest"),
+        (
+            {"canary": Canary(token_ids=(1, 2), logprobs=(-1.0, -2.0), tolerance=0.1)},
+            "not one log-probability",
+        ),
         ({"digest": bytes(16)}, "does not match its digest"),
         ({"tensors": (TensorSpec(name="embedding", shape=(192,), dtype="float32", offset=4),)}, "starts at 4"),
         ({"tensors": (TensorSpec(name="a", shape=(1,), dtype="float32", offset=0),) * 2}, "named twice"),

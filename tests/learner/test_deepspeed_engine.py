@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ from tests.builders_learner import (
     weights_of,
     with_nan,
 )
-from tests.models import save_tiny_model
+from tests.models import forward_logprobs, save_tiny_model
 
 STEPS = 3
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -76,6 +77,10 @@ def test_float32_deepspeed_equals_plain_torch(stage, model, twin):
     assert_close_metrics(results, expected_results)
     assert results[0].metrics["grad_norm"] > 0.5  # so that it was clipped
     assert engine.version == STEPS
+    prompt = np.arange(5, 40, dtype=np.int32)
+    np.testing.assert_allclose(
+        engine.token_logprobs(prompt), forward_logprobs(engine._network.model, prompt), atol=1e-5
+    )
 
 
 def test_bfloat16_at_stage_1_stays_close_to_float32(model):
@@ -188,7 +193,7 @@ def test_a_checkpoint_that_fits_no_longer_is_refused_with_the_reason(checkpoint_
 def broken_step(request, model) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     engine = open_deepspeed_engine(some_train_settings(model, zero_stage=request.param))
     before = weights_of(engine)
-    layer = engine._model.model.layers[1].mlp.down_proj
+    layer = engine._network.model.model.layers[1].mlp.down_proj
     layer.register_full_backward_hook(lambda _module, inputs, _outputs: tuple(each * math.nan for each in inputs))
     result = engine.step(a_batch(random_groups(0), micro_batch_tokens=40))
     return result.refusal, before, weights_of(engine)
@@ -235,4 +240,4 @@ def test_an_exported_policy_is_the_same_function_in_transformers(tied, dtype, tm
     assert str(exported.dtype) == f"torch.{dtype}"
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        torch.testing.assert_close(exported(ids).logits, engine._model(ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(exported(ids).logits, engine._network.model(ids).logits, rtol=0, atol=0)

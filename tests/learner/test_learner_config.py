@@ -37,6 +37,8 @@ def test_a_count_below_one_is_refused(name, value):
         ({"learning_rate": math.nan}, "learning_rate must be finite and >= 0, got nan"),
         ({"critic_learning_rate": math.inf}, "critic_learning_rate must be finite and >= 0, got inf"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
+        ({"canary_every": -1}, "canary_every must be >= 0, got -1; 0 means never"),
+        ({"canary_tolerance": math.inf}, "canary_tolerance must be finite and > 0, got inf"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
         ({"server_timeout_s": 0.0}, "server_timeout_s must be finite and > 0, got 0.0"),
         ({"adam_beta1": 1.0}, "adam_beta1 must be at least 0 and less than 1, got 1.0"),

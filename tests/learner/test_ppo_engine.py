@@ -206,7 +206,7 @@ def test_an_exported_policy_is_the_same_function_in_transformers(tied, tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     with torch.no_grad():
-        torch.testing.assert_close(exported(ids).logits, engine._model(ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(exported(ids).logits, engine._network.model(ids).logits, rtol=0, atol=0)
     assert exported.config.tie_word_embeddings is tied
     before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("start", "exported"))
     assert fingerprint_tokenizer(after) == fingerprint_tokenizer(before)

@@ -5,8 +5,9 @@ import torch
 
 from common.lifecycle import UserError
 from learner.networks import load_policy
-from learner.reference import ReferencePolicy, open_reference
+from learner.reference import Reference, ReferencePolicy, open_reference
 from learner.reward_settings import KlSettings
+from learner.training import TrainSettings
 from tests.builders_learner import a_batch, random_groups, some_train_settings
 from tests.models import save_tiny_model
 
@@ -23,11 +24,15 @@ def settings_with(model: str, reference_model: str | None, **kl):
     return some_train_settings(model, kl=KlSettings(reference_model=reference_model, **kl))
 
 
+def opened(settings: TrainSettings) -> Reference | None:
+    return open_reference(settings, CPU, load_policy(settings.model, dtype="float32", temperature=1.0))
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_reference_says_what_the_policy_it_was_loaded_from_says_at_its_temperature(model, offload):
     settings = settings_with(model, model, reference_offload=offload)
     policy = load_policy(model, dtype="float32", temperature=settings.temperature)
-    logprobs = open_reference(settings, CPU).logprobs(BATCH.micro_batches)
+    logprobs = opened(settings).logprobs(BATCH.micro_batches)
     for micro, got_BT in zip(BATCH.micro_batches, logprobs, strict=True):
         expected_BT, _ = policy(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
         assert torch.equal(got_BT, expected_BT)
@@ -35,7 +40,7 @@ def test_a_reference_says_what_the_policy_it_was_loaded_from_says_at_its_tempera
 
 
 def test_without_a_reference_in_the_settings_there_is_none(model):
-    assert open_reference(some_train_settings(model), CPU) is None
+    assert opened(some_train_settings(model)) is None
 
 
 def test_a_frozen_network_asks_for_no_gradient(model):
@@ -57,7 +62,7 @@ def test_an_offloaded_reference_is_copied_to_the_device_and_stays_in_host_memory
 
 def test_an_offloaded_reference_answers_with_the_copy(model):
     settings = settings_with(model, model, reference_offload=True)
-    reference = open_reference(settings, CPU)
+    reference = opened(settings)
     copy_to_device = reference._copy_to_device
     reference._copy_to_device = lambda: {name: tensor * 0 + 0.01 for name, tensor in copy_to_device().items()}
     flat = reference.logprobs(BATCH.micro_batches[:1])[0]
@@ -72,7 +77,7 @@ def test_a_reference_that_stays_is_on_the_device_from_the_start(model):
 
 def test_a_reference_that_does_not_exist_is_named(model, tmp_path):
     with pytest.raises(UserError, match=f"cannot load the model {tmp_path}/nowhere: "):
-        open_reference(settings_with(model, f"{tmp_path}/nowhere"), CPU)
+        opened(settings_with(model, f"{tmp_path}/nowhere"))
 
 
 def test_a_reference_whose_tokens_mean_other_words_is_refused(model, tmp_path):
@@ -80,6 +85,6 @@ def test_a_reference_whose_tokens_mean_other_words_is_refused(model, tmp_path):
     tokenizer = other / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"w50"', '"other"'))
     with pytest.raises(UserError, match=r"other has another tokenizer than .*tied: its token ids mean other words"):
-        open_reference(settings_with(model, str(other)), CPU)
+        opened(settings_with(model, str(other)))
     same = save_tiny_model(tmp_path / "same", seed=1, tied=False)
-    assert open_reference(settings_with(model, str(same)), CPU) is not None
+    assert opened(settings_with(model, str(same))) is not None

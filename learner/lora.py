@@ -1,0 +1,106 @@
+"""Adapters: low-rank adapters in a causal language model, which alone are trained. The one file that names peft."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.lifecycle import UserError
+from learner.lora_settings import ALL_LINEAR, LoraSettings
+
+_NAME = "default"
+_PREFIX = "base_model.model."  # of every name in a PEFT directory
+
+
+class Adapters:
+    """Puts adapters into `model`, in place: it answers as before, because B begins as zeros.
+
+    Raises UserError when no layer of the model has a name that the settings want.
+    """
+
+    def __init__(self, model: nn.Module, settings: LoraSettings) -> None:
+        self._model: Any = model
+        self._settings = settings
+        self._config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self._model.config._name_or_path,
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=list(settings.target_modules) or ALL_LINEAR,
+            lora_dropout=settings.dropout,
+        )
+        try:
+            inject_adapter_in_model(self._config, model, _NAME)
+        except ValueError as error:
+            raise UserError(f"lora_target_modules {', '.join(settings.target_modules)}: {error}") from error
+        dtype = next(model.parameters()).dtype
+        for parameter in self._parameters().values():
+            parameter.data = parameter.data.to(dtype)  # of the model they stand in
+        for layer in self._layers().values():
+            for name, dropout in layer.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    layer.lora_dropout[name] = GradientDropout(dropout.p)
+
+    def __repr__(self) -> str:
+        return f"<Adapters in {len(self._layers())} layers, {self._settings}>"
+
+    @property
+    def settings(self) -> LoraSettings:
+        return self._settings
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """A [rank, inputs] and B [outputs, rank] of each layer, by their names in a PEFT directory."""
+        return [(_PREFIX + name.replace(f".{_NAME}.", "."), each.data) for name, each in self._parameters().items()]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model is, meanwhile, exactly the one that the adapters were put into."""
+        with rescale_adapter_scale(self._model, 0.0):
+            yield
+
+    def save(self, directory: Path) -> None:
+        """Write a PEFT directory: what PeftModel.from_pretrained and vLLM load beside the base model."""
+        self._config.save_pretrained(str(directory))
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors()}
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def merged(self) -> dict[str, Tensor]:
+        """The model's parameters by Hugging Face name, each with its adapter added, in host memory."""
+        layers, adapters = self._layers(), self._parameters()
+        merged: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            if name in adapters:
+                continue
+            layer_name, base, rest = name.partition(".base_layer.")
+            value = parameter.data
+            if base and rest == "weight":
+                value = value + layers[layer_name].get_delta_weight(_NAME).detach().to(value.dtype)
+            merged[f"{layer_name}.{rest}" if base else name] = value.cpu().contiguous()
+        return merged
+
+    def _layers(self) -> dict[str, Any]:
+        return {name: module for name, module in self._model.named_modules() if isinstance(module, LoraLayer)}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: each for name, each in self._model.named_parameters() if each.requires_grad}
+
+
+class GradientDropout(nn.Module):
+    """Dropout where a gradient is computed, and nowhere else.
+
+    What the policy says of a batch before the step, and what servers sample with, is of the whole adapter.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(inputs, self.share, training=torch.is_grad_enabled())
