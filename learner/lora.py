@@ -55,9 +55,9 @@ class Adapters:
     def settings(self) -> LoraSettings:
         return self._settings
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """A [rank, inputs] and B [outputs, rank] of each layer, by their names in a PEFT directory."""
-        return [(_PREFIX + name.replace(f".{_NAME}.", "."), each.data) for name, each in self._parameters().items()]
+        return [(_peft_name(name), each) for name, each in self._parameters().items()]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -65,24 +65,28 @@ class Adapters:
         with rescale_adapter_scale(self._model, 0.0):
             yield
 
-    def save(self, directory: Path) -> None:
-        """Write a PEFT directory: what PeftModel.from_pretrained and vLLM load beside the base model."""
-        self._config.save_pretrained(str(directory))
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors()}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a PEFT directory: what PeftModel.from_pretrained and vLLM load beside the base model.
 
-    def merged(self) -> dict[str, Tensor]:
-        """The model's parameters by Hugging Face name, each with its adapter added, in host memory."""
+        tensors: all of the model's parameters, by their names in it.
+        """
+        self._config.save_pretrained(str(directory))
+        own = {_peft_name(name): tensors[name].contiguous() for name in self._parameters()}
+        save_file(own, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's parameters by Hugging Face name, each with its adapter added; tensors: as for save()."""
         layers, adapters = self._layers(), self._parameters()
         merged: dict[str, Tensor] = {}
-        for name, parameter in self._model.named_parameters():
+        for name, value in tensors.items():
             if name in adapters:
                 continue
             layer_name, base, rest = name.partition(".base_layer.")
-            value = parameter.data
             if base and rest == "weight":
-                value = value + layers[layer_name].get_delta_weight(_NAME).detach().to(value.dtype)
-            merged[f"{layer_name}.{rest}" if base else name] = value.cpu().contiguous()
+                up, down = (tensors[f"{layer_name}.lora_{part}.{_NAME}.weight"].float() for part in "BA")
+                change = layers[layer_name].scaling[_NAME] * (up @ down)
+                value = value + (change.T if layers[layer_name].fan_in_fan_out else change).to(value.dtype)
+            merged[f"{layer_name}.{rest}" if base else name] = value.contiguous()
         return merged
 
     def _layers(self) -> dict[str, Any]:
@@ -90,6 +94,10 @@ class Adapters:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: each for name, each in self._model.named_parameters() if each.requires_grad}
+
+
+def _peft_name(name: str) -> str:
+    return _PREFIX + name.replace(f".{_NAME}.", ".")
 
 
 class GradientDropout(nn.Module):

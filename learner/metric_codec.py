@@ -1,7 +1,5 @@
 """Metrics as bytes: what ranks tell each other of their parts of a batch."""
 
-import dataclasses
-
 import msgspec
 
 from learner.algorithms.metrics import (
@@ -17,12 +15,14 @@ from learner.algorithms.metrics import (
 )
 from learner.ranks import Ranks
 
-_KINDS = {kind.__name__: kind for kind in (EffectiveShare, ExplainedVariance, Largest, Mean, Smallest, Spread, Sum)}
+_KINDS: dict[str, type[Metric]] = {
+    kind.__name__: kind for kind in (EffectiveShare, ExplainedVariance, Largest, Mean, Smallest, Spread, Sum)
+}
 
 
 def encode_metrics(metrics: dict[str, Metric]) -> bytes:
     return msgspec.msgpack.encode(
-        {name: (type(each).__name__, dataclasses.asdict(each)) for name, each in metrics.items()}
+        {name: (type(each).__name__, msgspec.to_builtins(each)) for name, each in metrics.items()}
     )
 
 

@@ -85,19 +85,24 @@ class PolicyNetwork(nn.Module):
         inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
         return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
 
-    def published_tensors(self) -> list[tuple[str, Tensor]]:
+    def published_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """What a snapshot consists of: all parameters by Hugging Face name, or the adapters alone."""
-        if self.adapters is not None:
-            return self.adapters.tensors()
-        return [(name, parameter.data) for name, parameter in self.model.named_parameters()]
+        return self.adapters.parameters() if self.adapters is not None else self.own_parameters()
 
-    def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`."""
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All of the model, adapters among them, tied ones once."""
+        return list(self.model.named_parameters())
+
+    def export(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`.
+
+        tensors: all of own_parameters(), whole, in host memory.
+        """
         if self.adapters is None:
-            self.model.save_pretrained(directory)
+            self.model.save_pretrained(directory, state_dict=tensors)
             return
-        self.model.save_pretrained(directory, state_dict=self.adapters.merged())
-        self.adapters.save(directory / "adapter")
+        self.model.save_pretrained(directory, state_dict=self.adapters.merged(tensors))
+        self.adapters.save(directory / "adapter", tensors)
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:

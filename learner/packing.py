@@ -94,14 +94,14 @@ def body_inputs(
     }, places_BT  # fmt: skip
 
 
-@torch.no_grad()
 def can_pack(body: Any, vocab_size: int, device: torch.device) -> bool:
     """Whether this model keeps trajectories in a row apart: packed, it says of each what it says of it alone."""
     lengths_B = torch.tensor(_CHECKED_LENGTHS, device=device)
     positions_T = torch.arange(int(lengths_B.max()), device=device)
     mask_BT = positions_T < lengths_B.unsqueeze(1)
     ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab_size
-    packed, padded = (run_body(body, ids_BT, mask_BT, packs=packs) for packs in (True, False))
+    with torch.no_grad():
+        packed, padded = (run_body(body, ids_BT, mask_BT, packs=packs) for packs in (True, False))
     packed_MH, padded_MH = packed.flat_PH[packed.places_BT[mask_BT]], padded.flat_PH[padded.places_BT[mask_BT]]
     tolerance = _TOLERANCE[padded_MH.dtype] * float(padded_MH.abs().max())
     return float((packed_MH - padded_MH).abs().max()) <= tolerance

@@ -1,7 +1,7 @@
 """PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +28,11 @@ from learner.packing import FLASH
 from learner.ranks import Alone, Ranks, concatenated
 from learner.reference import Reference
 from learner.reward_shaping import RewardShaper
+from learner.sharded_state import ShardedState
 from learner.targets import Targets, build_targets
-from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings
+from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings, WriteState
+
+NETWORK_NAMES = ("policy", "critic")  # directories of a checkpoint
 
 
 class Trainable(Protocol):
@@ -50,9 +53,17 @@ class Trainable(Protocol):
         """Clips, updates, clears the gradient; returns its norm before clipping."""
         ...
 
-    def save(self, directory: Path) -> None: ...
+    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Named parameters, whole, one after the other; each is to be copied before the next is asked for."""
+        ...
 
-    def load(self, directory: Path) -> None: ...
+    def copy_state(self) -> ShardedState:
+        """A copy of the parameters and of the optimizer's state, as far as this rank holds them."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue from what all ranks wrote there; raises UserError when it does not fit."""
+        ...
 
 
 class PpoEngine:
@@ -233,8 +244,8 @@ class PpoEngine:
         self._version += 1
         return metrics
 
-    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        return self._network.published_tensors()
+    def snapshot_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._policy.gathered(self._network.published_parameters())
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
         token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
@@ -246,29 +257,41 @@ class PpoEngine:
             logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
         return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
-    def save(self, directory: Path) -> None:
-        self._policy.save(directory / "policy")
-        write_adapters_note(directory, self._settings.lora)
-        if self._critic is not None:
-            self._critic.save(directory / "critic")
+    def copy_state(self) -> WriteState:
+        networks = dict(zip(NETWORK_NAMES, [network.copy_state() for network in self._networks()], strict=False))
         state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
         state |= self._shaper.state() | self._kl.state()
-        save_file(state, directory / "engine.safetensors")
+        rank, lora = self._ranks.rank, self._settings.lora
+
+        def write(directory: Path) -> None:
+            for name, network in networks.items():
+                network.write(directory / name)
+            save_file(state, _engine_file(directory, rank))
+            if rank == 0:
+                write_adapters_note(directory, lora)
+
+        return write
 
     def load(self, directory: Path) -> None:
         check_adapters_note(directory, self._settings.lora)
-        self._policy.load(directory / "policy")
-        if self._critic is not None:
-            self._critic.load(directory / "critic")
-        state = load_file(directory / "engine.safetensors")
+        for name, network in zip(NETWORK_NAMES, self._networks(), strict=False):
+            network.load(directory / name)
+        own = _engine_file(directory, self._ranks.rank)
+        state = load_file(own if own.exists() else _engine_file(directory, 0))  # it may have been fewer ranks
         self._version = int(state["version"])
         torch.set_rng_state(state["rng"])
         self._shaper.restore(state)
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        self._network.export(directory)
-        AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
+        tensors = {name: tensor.cpu().clone() for name, tensor in self._policy.gathered(self._network.own_parameters())}
+        if self._ranks.rank == 0:
+            self._network.export(directory, tensors)
+            AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
+
+
+def _engine_file(directory: Path, rank: int) -> Path:
+    return directory / f"engine-{rank:05d}.safetensors"
 
 
 def learning_rate_scale(version: int, settings: TrainSettings) -> float:

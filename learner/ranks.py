@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RankLostError(RuntimeError):
+    """Another rank is gone: the group has to be started anew."""
+
+
 class Ranks(Protocol):
     @property
     def rank(self) -> int: ...

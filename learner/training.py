@@ -1,6 +1,6 @@
 """TrainEngine: what the learner's loop needs of an engine, and the values that cross that line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from learner.engine_settings import EngineSettings, ZeroStage
 from learner.lora_settings import LoraSettings
 from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
@@ -21,7 +22,8 @@ class TrainSettings:
     critic_model: str | None = None  # None: no critic
     lora: LoraSettings | None = None  # None: the whole policy is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: ZeroStage = 1
+    engine: EngineSettings = field(default_factory=EngineSettings)
     learning_rate: float = 1e-6
     critic_learning_rate: float = 1e-5
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -30,7 +32,7 @@ class TrainSettings:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 16384  # padded tokens per forward pass
+    micro_batch_tokens: int = 16384  # per forward pass, padding included
     temperature: float = 1.0
     max_staleness: int = 0
     loss: str = "decoupled_ppo"
@@ -55,9 +57,10 @@ class TrainSettings:
             )
         check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
+        self.engine.check_stage(self.zero_stage)
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
-                "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
+                "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
             )
 
 
@@ -107,6 +110,9 @@ class StepResult:
     refusal: str | None = None
 
 
+WriteState = Callable[[Path], None]
+
+
 class TrainEngine(Protocol):
     """Holds the parameters. Blocking; all calls from one thread."""
 
@@ -124,7 +130,7 @@ class TrainEngine(Protocol):
         """One optimizer step; the version grows by one unless the result says why not."""
         ...
 
-    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
+    def snapshot_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
         With adapters these alone, by PEFT's names.
@@ -138,12 +144,15 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def save(self, directory: Path) -> None:
-        """Everything a bit-identical resume needs of the engine: parameters, optimizer, schedule, RNG, version."""
+    def copy_state(self) -> WriteState:
+        """All that a bit-identical resume needs: parameters, optimizer, schedule, RNG, version. Costs a copy of it.
+
+        Returns what writes the copy into a directory, on any thread, while training goes on.
+        """
         ...
 
     def load(self, directory: Path) -> None:
-        """Continue from what save() wrote."""
+        """Continue from what copy_state() wrote; raises UserError when it does not fit."""
         ...
 
     def export_huggingface(self, directory: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_reference_and_shaped_rewards_on_deepspeed_equal_those_on_plain_torch(
     )
     engine, twin = open_deepspeed_engine(settings), open_torch_engine(settings)
     train(engine, steps=1)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     assert_close_metrics(train(engine, steps=2), train(twin, steps=3)[1:])
     resumed = open_deepspeed_engine(settings)
     resumed.load(tmp_path)
@@ -138,7 +138,7 @@ def checkpoint_after_two_steps(model, tmp_path_factory) -> tuple[Path, PpoEngine
     train(engine, steps=2)
     directory = tmp_path_factory.mktemp("checkpoints") / "two"
     directory.mkdir()
-    engine.save(directory)
+    engine.copy_state()(directory)
     return directory, engine, train(engine, steps=2)
 
 
@@ -164,7 +164,7 @@ def test_a_bfloat16_engine_resumes_from_its_float32_master_weights(model, tmp_pa
     settings = some_train_settings(model, dtype="bfloat16", zero_stage=2, learning_rate=1e-5)
     engine = open_deepspeed_engine(settings)
     train(engine, steps=2)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     train(engine, steps=2)
     resumed = open_deepspeed_engine(replace(settings, seed=99))
     resumed.load(tmp_path)
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_fits_no_longer_is_refused_with_the_reason(checkpoint_
         unpartitioned.load(directory)
     with pytest.raises(UserError, match=f"{tmp_path}/policy holds no checkpoint; was the run begun with"):
         unpartitioned.load(tmp_path)
-    unpartitioned.save(tmp_path)
+    unpartitioned.copy_state()(tmp_path)
     with pytest.raises(UserError, match="was written at zero_stage 0 and cannot be read at 2"):
         open_deepspeed_engine(some_train_settings(model, zero_stage=2)).load(tmp_path)
 

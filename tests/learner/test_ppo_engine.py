@@ -189,7 +189,7 @@ def test_the_value_targets_are_learned(model):
 def test_a_resumed_engine_continues_bit_identically(model, algorithm, tmp_path):
     engine = an_engine(model, **algorithm)
     train(engine, steps=2)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     expected_results = train(engine, steps=2)
     resumed = an_engine(model, seed=99, **algorithm)
     resumed.load(tmp_path)
