@@ -16,10 +16,10 @@ NUM_TOKENS = 64
 MAX_TOKENS = 1 << 12
 SEED = 0
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""By the type of the weights: mean difference, in nats per token, that two right implementations stay below.
+TOLERANCES = {"float32": 2e-4, "bfloat16": 0.25, "float16": 0.05}
+"""By the type of the weights: mean difference, in nats per token, that two right implementations stay far below.
 
-Measured by `make bench-canary`, see docs/weights.md.
+For float32 50 times, for bfloat16 5 times the largest that `make bench-canary` measured, see docs/weights.md.
 """
 
 
@@ -37,6 +37,9 @@ class Canary(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     @property
     def is_whole(self) -> bool:
         return len(self.logprobs) == len(self.token_ids) - 1
+
+    def token_array(self) -> npt.NDArray[np.int32]:
+        return np.array(self.token_ids, np.int32)
 
     def distance(self, logprobs: npt.NDArray[np.float32]) -> float:
         """Mean absolute difference to [T-1] log-probabilities, in nats per token; infinite where one is no number."""

@@ -26,6 +26,7 @@ from common.messages import (
     GroupFinished,
     GroupHeader,
     ManifestReply,
+    MappingReply,
     Message,
     SnapshotWritten,
     TrajectoryHeader,
@@ -40,7 +41,7 @@ BYTES_PER_TOKEN = 4 + 4 + 1
 LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than this is no rounding
 MAX_QUOTED_CHARS = 200
 
-_WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, DeltaReply, ChunkReply, SnapshotWritten)
+_WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, DeltaReply, ChunkReply, MappingReply, SnapshotWritten)
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
@@ -79,6 +79,11 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     busy_s: Seconds  # time with at least one request running and the engine not paused, since the process started
     paused_s: Seconds  # time the engine was paused for weight updates, since the process started
     doing: Text  # one line for people: "generating", "waiting for snapshot 3", ...
+    # Why nothing it samples may be used at the moment: its leases fail with this reason, and it is granted no others
+    # until it says so no more. Empty while it is in service.
+    out_of_service: Text = ""
+    updates: Count = 0  # versions loaded since the process started
+    pulled_bytes: Count = 0  # of snapshots, since the process started
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
@@ -269,6 +274,9 @@ class ServerStatus(Message, frozen=True):
     paused_s: Seconds
     silent_s: Seconds  # since it was last heard of
     doing: Text
+    out_of_service: Text = ""
+    updates: Count = 0
+    pulled_bytes: Count = 0
 
 
 class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
@@ -336,6 +344,26 @@ class NoNewer(Message, frozen=True, tag="NoNewer"):
     version: Version
 
 
+class MappingRequest(Message, frozen=True, tag="MappingRequest"):
+    """Where in memory is a version newer than `newer_than`? Answered by MappingReply, NoNewer or OtherHost."""
+
+    newer_than: Version
+    host: Name  # see shared_slots.host_id
+
+
+class MappingReply(Message, frozen=True, tag="MappingReply"):
+    """The newest version lies whole in this slot of shared memory. The payload is its encoded manifest."""
+
+    version: Version
+    process: Id
+    descriptor: Count  # of that process
+    inode: Id  # what is there must be this
+
+
+class OtherHost(Message, frozen=True, tag="OtherHost"):
+    """The asker is on another host: it must pull."""
+
+
 class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
     version: Version
     index: Count
@@ -366,6 +394,7 @@ class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
     version: Version
     slot: Count
     num_bytes: Count
+    descriptor: Count  # of the slot, in the learner's process: another one than before where somebody kept the former
     canary: Canary | None = None  # of this version, if the learner computed it
 
 
@@ -398,7 +427,7 @@ LearnerToCoordinator = (
     OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CheckpointSaved | CloseRun
 )
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
-ServerToSnapshots = ManifestRequest | ChunkRequest
-SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone
+ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
+SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
 LearnerToSnapshots = SnapshotWritten
 SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

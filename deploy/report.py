@@ -14,7 +14,9 @@ from pathlib import Path
 
 from common.events import Event, Intervals, intersect, intervals_of, length_s, merge, read_events
 from common.lifecycle import EXIT_USER_ERROR, UserError
+from learner.rates import describe_bytes
 
+WAYS = {"delta": "as deltas", "shared memory": "through shared memory"}  # the others were pulled whole
 EDGE_SHARE = 0.1  # first and last reward: means over so much of the steps
 
 
@@ -171,9 +173,10 @@ def _updates(updates: Sequence[Event]) -> str:
         return "none"
     pauses_s = [event["pause_s"] for event in updates if "pause_s" in event]
     pause = f"{statistics.median(pauses_s) * 1e3:.0f} ms" if pauses_s else "unknown"
-    mean_bytes = statistics.fmean(event["num_bytes"] for event in updates)
-    deltas = sum(event.get("form") == "delta" for event in updates)
-    return f"{len(updates)}, {deltas} as deltas, {mean_bytes / 1e6:.1f} MB on average, median pause {pause}"
+    forms = Counter(event.get("form") for event in updates)
+    ways = [f"{forms[form]} {way}" for form, way in WAYS.items() if forms[form]]
+    pulled = describe_bytes(statistics.fmean(event["num_bytes"] for event in updates))
+    return ", ".join([str(len(updates)), *ways, f"{pulled} pulled on average", f"median pause {pause}"])
 
 
 def write_report(directory: Path) -> int:

@@ -25,7 +25,7 @@ from learner import joining
 from learner.algorithms import describe_all
 from learner.canary import CanaryMaker, default_canary_every
 from learner.checkpoint import Checkpoint, CheckpointStore
-from learner.checkpoint_writer import CheckpointWriter
+from learner.checkpoint_writer import CheckpointWriter, writing_checkpoints
 from learner.config import LearnerConfig
 from learner.coordinator.client import CoordinatorClient
 from learner.launch import launched_place, without_local_rank
@@ -254,7 +254,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))
-        checkpoints = CheckpointWriter(
+        writer = CheckpointWriter(
             model=learner.settings.model,
             engine=learner.engine,
             training=learner.training,
@@ -262,7 +262,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             checkpoints=learner.checkpoints,
             events=events,
         )
-        stack.callback(checkpoints.close)
+        checkpoints = await stack.enter_async_context(writing_checkpoints(writer))
         loop = LearnerLoop(
             settings=learner.settings,
             checkpoint_every_steps=config.checkpoint_every_steps,

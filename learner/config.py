@@ -203,8 +203,8 @@ class LearnerConfig:
     )
     canary_tolerance: float | None = option(
         None,
-        help="mean difference in nats per token above which a server is taken out; default: 0.001 for float32, 0.1 for "
-        "bfloat16",
+        help="mean difference in nats per token above which a server is taken out; default: 0.0002 for float32, 0.25 "
+        "for bfloat16",
     )
 
     # Bounds

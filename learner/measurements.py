@@ -52,6 +52,9 @@ def measure_run(status: CoordinatorStatus) -> Iterator[Measurement]:
         yield Measurement(
             name="server_running_groups", value=server.running_groups, help="leases it has", labels=labels
         )
+        yield Measurement(
+            name="server_out_of_service", value=bool(server.out_of_service), help="1: as it says", labels=labels
+        )
         yield Measurement(name="server_silent_seconds", value=server.silent_s, help="since last heard", labels=labels)
 
 

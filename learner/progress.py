@@ -4,7 +4,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
@@ -12,98 +11,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.messages import CoordinatorStatus, ServerStatus, SnapshotReady
+from common.messages import CoordinatorStatus, SnapshotReady
 from common.trajectory import Group
+from learner.rates import FleetTotals, Rates, Sample, describe_bytes
 from learner.training import StepResult
 
 WINDOW_S = 20.0
 LINE_EVERY_S = 5.0
 REWARD_STEPS = 20  # the reward shown is the mean over so many steps
 MAX_NAMED = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """Totals at one moment; differences over the window are rates and shares."""
-
-    at_s: float
-    waited_s: float = 0.0  # by the learner, for batches
-    trained_tokens: float = 0.0
-    server_s: float = 0.0  # time that servers were there, of all together, as the three below
-    busy_s: float = 0.0
-    paused_s: float = 0.0
-    generated_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What happened between two samples."""
-
-    first: Sample
-    last: Sample
-
-    @property
-    def elapsed_s(self) -> float:
-        return max(self.last.at_s - self.first.at_s, 1e-9)
-
-    @property
-    def server_s(self) -> float:
-        return max(self.last.server_s - self.first.server_s, 1e-9)
-
-    @property
-    def learner_idle(self) -> float:
-        return _share((self.last.waited_s - self.first.waited_s) / self.elapsed_s)
-
-    @property
-    def generation_idle(self) -> float:
-        """Mean over the servers; 1 when there was none."""
-        return _share(1.0 - (self.last.busy_s - self.first.busy_s) / self.server_s)
-
-    @property
-    def paused(self) -> float:
-        """Share of the servers' time that weight updates took."""
-        return _share((self.last.paused_s - self.first.paused_s) / self.server_s)
-
-    @property
-    def generated_tokens_per_s(self) -> float:
-        return (self.last.generated_tokens - self.first.generated_tokens) / self.elapsed_s
-
-    @property
-    def trained_tokens_per_s(self) -> float:
-        return (self.last.trained_tokens - self.first.trained_tokens) / self.elapsed_s
-
-
-def _share(value: float) -> float:
-    return min(max(value, 0.0), 1.0)
-
-
-class FleetTotals:
-    """What the rollout servers did together, although each counts from its own start and they come and go."""
-
-    def __init__(self) -> None:
-        self.server_s = self.busy_s = self.paused_s = 0.0
-        self.generated_tokens = 0
-        self._last: dict[str, ServerStatus] = {}
-
-    def observe(self, servers: Sequence[ServerStatus], elapsed_s: float) -> None:
-        """Add what each did since it was last seen; a server seen first, or started again, only begins to count."""
-        for server in servers:
-            before = self._last.get(server.server)
-            if before is None or _began_again(server, before):
-                continue
-            self.server_s += elapsed_s
-            self.busy_s += server.busy_s - before.busy_s
-            self.paused_s += server.paused_s - before.paused_s
-            self.generated_tokens += server.generated_tokens - before.generated_tokens
-        self._last = {server.server: server for server in servers if server.loaded_version >= 0}
-
-
-def _began_again(server: ServerStatus, before: ServerStatus) -> bool:
-    return (
-        server.busy_s < before.busy_s
-        or server.paused_s < before.paused_s
-        or server.generated_tokens < before.generated_tokens
-    )
 
 
 class Progress:
@@ -147,6 +63,8 @@ class Progress:
                 busy_s=self._fleet.busy_s,
                 paused_s=self._fleet.paused_s,
                 generated_tokens=self._fleet.generated_tokens,
+                updates=self._fleet.updates,
+                pulled_bytes=self._fleet.pulled_bytes,
             )
         )
         while self._samples[-1].at_s - self._samples[0].at_s > WINDOW_S:
@@ -165,7 +83,7 @@ class Progress:
                 f"{rates.generated_tokens_per_s:,.0f} sampled, {rates.trained_tokens_per_s:,.0f} trained"
             )
             fields["idle"] = f"learner {rates.learner_idle:.0%}, generation {rates.generation_idle:.0%}"
-            fields["updates"] = f"pause generation {rates.paused:.1%}"
+            fields["updates"] = _describe_updates(rates)
         if (published := self._published()) is not None:
             fields["weights"] = _describe(published)
         if (status := self._status()) is not None:
@@ -180,6 +98,9 @@ class Progress:
         servers = [f"{s.server} {self._lag(s.loaded_version)}" for s in status.servers]
         if servers:
             fields["servers"] = _first(servers)
+        out = [f"{s.server}: {s.out_of_service}" for s in status.servers if s.out_of_service]
+        if out:
+            fields["out of service"] = _first(out)
         failed = [f"{count} {kind}" for kind, count in status.failed.items() if count]
         if failed:
             fields["failed"] = _first(failed)
@@ -209,10 +130,18 @@ class Progress:
 
 
 def _describe(published: SnapshotReady) -> str:
-    full = f"{published.full_bytes / 1e6:,.1f} MB"
+    full = describe_bytes(published.full_bytes)
     if published.delta_bytes is None:
         return f"version {published.version}, {full}, no delta"
-    return f"version {published.version}, delta of {published.delta_bytes / 1e6:,.2f} of {full}"
+    return f"version {published.version}, delta of {describe_bytes(published.delta_bytes)}, in full {full}"
+
+
+def _describe_updates(rates: Rates) -> str:
+    pauses = f"pause generation {rates.paused:.1%}"
+    if not rates.updates:
+        return pauses
+    pulled = f"{describe_bytes(rates.bytes_of_update)} pulled" if rates.bytes_of_update else "through shared memory"
+    return f"{rates.pause_of_update_s * 1e3:,.0f} ms a version, {pulled}; {pauses}"
 
 
 def _first(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 import mmap
 import os
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.canary import Canary
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
 from common.lifecycle import ChildProcess, UserError
+from common.shared_slots import create_slot, lock_to_write, unlock
 from common.snapshot import CHUNK_BYTES, ITEM_BYTES, NO_VERSION, DType, TensorSpec
 from common.wire import Peer, Router, open_router
 from learner.snapshot_server import SnapshotServerSettings
@@ -32,6 +34,9 @@ from learner.snapshot_server import SnapshotServerSettings
 logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 3  # one being written, the newest, and one that a slower server is still pulling
+KEPT_S = 2.0  # and as long as KEPT_BYTES_PER_S: who reads a slot for longer keeps it, and another takes its place
+KEPT_BYTES_PER_S = 1e9
+LOOK_AGAIN_S = 0.05  # for a lock that another process lets go of
 
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -51,15 +56,37 @@ def lay_out(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
 
 
 class Slots:
-    """Anonymous shared memory for NUM_SLOTS snapshots; it vanishes with the processes that map it."""
+    """Shared memory for NUM_SLOTS snapshots; it vanishes with the processes that map it. See common/shared_slots.py."""
 
     def __init__(self, slot_bytes: int, num_slots: int = NUM_SLOTS) -> None:
         self.slot_bytes = slot_bytes
-        self.descriptors = [os.memfd_create(f"countercurrent-slot-{index}") for index in range(num_slots)]
-        self._mappings = []
-        for descriptor in self.descriptors:
-            os.ftruncate(descriptor, slot_bytes)
-            self._mappings.append(mmap.mmap(descriptor, slot_bytes))
+        self.descriptors = [create_slot(slot_bytes) for _ in range(num_slots)]
+        self._mappings = [mmap.mmap(descriptor, slot_bytes) for descriptor in self.descriptors]
+        self._kept_since_s: dict[int, float] = {}
+
+    def claim(self, slot: int, now_s: float) -> bool:
+        """To write it; False while a server on this host reads it.
+
+        One that stops while it reads keeps that memory, and the slot goes on with new.
+        """
+        if not lock_to_write(self.descriptors[slot]):
+            kept_s = now_s - self._kept_since_s.setdefault(slot, now_s)
+            if kept_s < KEPT_S + self.slot_bytes / KEPT_BYTES_PER_S:
+                return False
+            logger.warning("a rollout server on this host reads a snapshot for %.0f s now: it keeps the memory", kept_s)
+            self._replace(slot)
+        self._kept_since_s.pop(slot, None)
+        return True
+
+    def _replace(self, slot: int) -> None:
+        former, self.descriptors[slot] = self.descriptors[slot], create_slot(self.slot_bytes)
+        os.close(former)
+        self._mappings[slot] = mmap.mmap(self.descriptors[slot], self.slot_bytes)
+        lock_to_write(self.descriptors[slot])
+
+    def let_read(self, slot: int) -> None:
+        """It is written."""
+        unlock(self.descriptors[slot])
 
     def write(self, slot: int, layout: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors to their places: the one copy that publishing costs the training process.
@@ -113,10 +140,16 @@ class Publisher:
 
     def take_slot(self) -> int | None:
         """A slot to write the next version into; None (counted) when all are being read."""
-        if not self._free:
-            self._not_written += 1
-            return None
-        return self._free.pop()
+        slot = self._claim_slot()
+        self._not_written += slot is None
+        return slot
+
+    def _claim_slot(self) -> int | None:
+        for slot in self._free:
+            if self._slots.claim(slot, time.monotonic()):
+                self._free.remove(slot)
+                return slot
+        return None
 
     def write(self, slot: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the parameters into the slot. To be called between two steps, on the training thread."""
@@ -125,7 +158,14 @@ class Publisher:
     async def hand_over(self, slot: int, version: int, canary: Canary | None = None) -> None:
         """Version `version` lies in the slot: hash and serve it. Returns at once."""
         assert self._peer is not None, "hand_over() before listening()"
-        order = messages.SnapshotWritten(version=version, slot=slot, num_bytes=self._slots.slot_bytes, canary=canary)
+        self._slots.let_read(slot)
+        order = messages.SnapshotWritten(
+            version=version,
+            slot=slot,
+            num_bytes=self._slots.slot_bytes,
+            descriptor=self._slots.descriptors[slot],
+            canary=canary,
+        )
         self._router.send(self._peer, encode(order, msgspec.msgpack.encode(self._layout)))
 
     async def listening(self) -> str:
@@ -135,8 +175,13 @@ class Publisher:
         return self.address
 
     async def slot_free(self) -> None:
+        """Waits until take_slot() may have one."""
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._free))
+        while (slot := self._claim_slot()) is None:
+            await asyncio.sleep(LOOK_AGAIN_S)
+        self._slots.let_read(slot)
+        self._free.append(slot)
 
     async def watch(self) -> None:
         """Raises UserError when the snapshot server ends by itself."""

@@ -10,11 +10,9 @@ queues up.
 
 import asyncio
 import logging
-import mmap
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -26,9 +24,11 @@ from common.codec import Decoder, ProtocolError, encode
 from common.delta import encode_delta_manifest
 from common.keys import load_server_keys
 from common.lifecycle import configure_logging, die_with_parent, leave, run_until_stopped
+from common.shared_slots import host_id
 from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
 from common.wire import Dealer, Incoming, Router, open_dealer, open_router
 from learner.delta_shelf import Delta, DeltaShelf
+from learner.slot_maps import SlotMaps
 from learner.snapshot_building import SnapshotBuilder
 from learner.snapshot_shelf import SnapshotShelf
 
@@ -65,7 +65,7 @@ class WrittenSnapshot:
 class SnapshotService:
     """SnapshotShelf and DeltaShelf for many servers at once: adds sockets, threads that encode, and the clock."""
 
-    def __init__(self, builder: SnapshotBuilder, servers: Router, learner: Dealer, slots: Sequence[memoryview]) -> None:
+    def __init__(self, builder: SnapshotBuilder, servers: Router, learner: Dealer, slots: SlotMaps) -> None:
         self._builder = builder
         self._servers = servers
         self._learner = learner
@@ -107,8 +107,9 @@ class SnapshotService:
     async def _publish_one(self, order: messages.SnapshotWritten, layout: tuple[TensorSpec, ...]) -> None:
         base = None
         if self._shelf.newest_version != NO_VERSION:
-            base = self._shelf.newest(), self._slots[self._shelf.newest_slot]
-        data = self._slots[order.slot][: order.num_bytes]
+            base = self._shelf.newest(), self._slots.memory(self._shelf.newest_slot)
+        self._slots.follow(order.slot, order.descriptor)
+        data = self._slots.memory(order.slot)[: order.num_bytes]
         built = await self._builder.build(order.version, data, layout, base, order.canary)
         self._shelf.put(built.manifest, order.slot)
         self._deltas.put(base[0] if base is not None else None, built.manifest, built.delta)
@@ -134,11 +135,14 @@ class SnapshotService:
         except ProtocolError as error:
             logger.warning("refused a request for weights: %s", error)
             return
-        if isinstance(request, messages.ManifestRequest):
-            frames = self._manifest_reply(request)
-        else:
-            assert isinstance(request, messages.ChunkRequest)
-            frames = self._chunk_reply(incoming.peer.routing_id, request)
+        match request:
+            case messages.ManifestRequest():
+                frames = self._manifest_reply(request)
+            case messages.MappingRequest():
+                frames = self._mapping_reply(request)
+            case _:
+                assert isinstance(request, messages.ChunkRequest)
+                frames = self._chunk_reply(incoming.peer.routing_id, request)
         # A server that cannot take the answer now asks again after its time-out.
         self._servers.send(incoming.peer, frames)
 
@@ -151,6 +155,16 @@ class SnapshotService:
             reply = messages.DeltaReply(version=step.manifest.version, base_version=request.held_version)
             return encode(reply, encode_delta_manifest(step.manifest))
         return encode(messages.ManifestReply(version=newest, why_full=step), encode_manifest(self._shelf.newest()))
+
+    def _mapping_reply(self, request: messages.MappingRequest) -> list[bytes | memoryview]:
+        if request.host != host_id():
+            return encode(messages.OtherHost())
+        newest = self._shelf.newest_version
+        if newest == NO_VERSION or newest <= request.newer_than:
+            return encode(messages.NoNewer(version=newest))
+        process, descriptor, inode = self._slots.place(self._shelf.newest_slot)
+        reply = messages.MappingReply(version=newest, process=process, descriptor=descriptor, inode=inode)
+        return encode(reply, encode_manifest(self._shelf.newest()))
 
     def _chunk_reply(self, peer: bytes, request: messages.ChunkRequest) -> list[bytes | memoryview]:
         chunk: bytes | memoryview | None
@@ -169,7 +183,7 @@ class SnapshotService:
             return None
         start, end = self._shelf.manifest(request.version).chunk_range(request.index)
         # A copy: the slot may be written again while the message still waits in the socket.
-        return bytes(self._slots[slot][start:end])
+        return bytes(self._slots.memory(slot)[start:end])
 
     async def _release_slots(self) -> None:
         while True:
@@ -183,18 +197,14 @@ class SnapshotService:
 
 async def serve(settings: SnapshotServerSettings) -> int:
     keys = load_server_keys(Path(settings.keys_directory)) if settings.keys_directory else None
-    with ExitStack() as stack:
-        slots = []
-        for descriptor in settings.slot_descriptors:
-            mapping = stack.enter_context(mmap.mmap(descriptor, settings.slot_bytes, prot=mmap.PROT_READ))
-            slots.append(stack.enter_context(memoryview(mapping)))
-        async with (
-            open_router(settings.listen, keys=keys, max_frame_bytes=MAX_REQUEST_BYTES) as servers,
-            open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
-        ):
-            await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
-            with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes)) as builder:
-                await SnapshotService(builder, servers, learner, slots).run()
+    slots = SlotMaps(settings.parent_pid, settings.slot_descriptors, settings.slot_bytes)
+    async with (
+        open_router(settings.listen, keys=keys, max_frame_bytes=MAX_REQUEST_BYTES) as servers,
+        open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
+    ):
+        await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
+        with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes)) as builder:
+            await SnapshotService(builder, servers, learner, slots).run()
     return 0
 
 

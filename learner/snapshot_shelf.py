@@ -10,7 +10,16 @@ class Pull:
     """One server's progress through one snapshot."""
 
     missing: set[int]  # chunk indexes not yet sent to it
+    began_s: float
     last_request_s: float
+    num_sent: int = 0
+
+    def is_going_on(self, now_s: float, patience_s: float) -> bool:
+        return bool(self.missing) and now_s - self.last_request_s < patience_s
+
+    def left_s(self, now_s: float) -> float:
+        """What it still takes at its pace."""
+        return len(self.missing) * max(now_s - self.began_s, 1e-3) / max(self.num_sent, 1)
 
 
 @dataclass(kw_only=True)
@@ -19,19 +28,22 @@ class ShelvedSnapshot:
     slot: int
     pulls: dict[bytes, Pull] = field(default_factory=dict)  # by peer
 
-    def is_wanted(self, now_s: float, patience_s: float) -> bool:
-        """Some server is in the middle of pulling it and was heard of within `patience_s`."""
-        return any(pull.missing and now_s - pull.last_request_s < patience_s for pull in self.pulls.values())
+    def left_s(self, now_s: float, patience_s: float) -> float | None:
+        """Until the first of its servers has it; None when none is in the middle of pulling it."""
+        going_on = [pull for pull in self.pulls.values() if pull.is_going_on(now_s, patience_s)]
+        return min((pull.left_s(now_s) for pull in going_on), default=None)
 
 
 class SnapshotShelf:
-    """Keeps the newest snapshot always, and an older one only while a server is pulling it.
+    """Keeps the newest snapshot always, and older ones only while a server is pulling them.
 
-    A dead or very slow server holds a slot for `patience_s` at most: it then finds the version gone and starts on the
-    newest one.
+    At most `max_old` of these, so that there is always a slot for the next version: of more, those are kept that a
+    server will have soonest. Whoever pulls another finds it gone and starts on the newest. So a dead server holds a
+    slot for `patience_s` at most, and a slow one only while nobody else needs it.
     """
 
-    def __init__(self, *, patience_s: float = 5.0) -> None:
+    def __init__(self, *, max_old: int = 1, patience_s: float = 5.0) -> None:
+        self._max_old = max_old
         self._patience_s = patience_s
         self._snapshots: dict[int, ShelvedSnapshot] = {}
 
@@ -64,8 +76,9 @@ class SnapshotShelf:
             return None
         pull = snapshot.pulls.get(peer)
         if pull is None:
-            pull = Pull(missing=set(range(snapshot.manifest.num_chunks)), last_request_s=now_s)
+            pull = Pull(missing=set(range(snapshot.manifest.num_chunks)), began_s=now_s, last_request_s=now_s)
             snapshot.pulls[peer] = pull
+        pull.num_sent += index in pull.missing
         pull.missing.discard(index)
         pull.last_request_s = now_s
         return snapshot.slot
@@ -74,7 +87,9 @@ class SnapshotShelf:
         return self._snapshots[version].manifest
 
     def release(self, now_s: float) -> list[int]:
-        """Forget the older versions nobody is pulling; returns their slots."""
+        """Forget the older versions that are not to be kept; returns their slots."""
         old = [version for version in self._snapshots if version != self.newest_version]
-        gone = [version for version in old if not self._snapshots[version].is_wanted(now_s, self._patience_s)]
-        return [self._snapshots.pop(version).slot for version in gone]
+        left = {version: self._snapshots[version].left_s(now_s, self._patience_s) for version in old}
+        wanted = sorted((left_s, version) for version, left_s in left.items() if left_s is not None)
+        kept = {version for _, version in wanted[: self._max_old]}
+        return [self._snapshots.pop(version).slot for version in old if version not in kept]

@@ -25,6 +25,7 @@ from rollout_server.environments import environment_at
 from rollout_server.environments.environment import Environment
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.inference import InferenceEngine
+from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
@@ -89,7 +90,7 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
         logger.info("starting the engine for %s", model)
         opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
         engine = MeteredEngine(opened, events)
-        receiver = WeightReceiver(engine, events)
+        receiver = WeightReceiver(engine, events, transport=TRANSPORTS[config.weights_from])
         stack.callback(receiver.close)
         server = RolloutServer(
             dealer=dealer,

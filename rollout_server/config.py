@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import option
+from rollout_server.nearest_snapshots import TransportName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,12 @@ class RolloutServerConfig:
     )
     environment_timeout_s: float | None = option(
         None, help="a call of an environment that takes longer fails its task; default: as the run says, or 30"
+    )
+
+    weights_from: TransportName = option(
+        "nearest",
+        help="how weights get here: shared_memory (only on the learner's host, as its user), zeromq (from everywhere), "
+        "or the nearest that works",
     )
 
     run_dir: Path = option(Path("runs/rollout-server"), help="where this server's event log goes")

@@ -50,6 +50,10 @@ class HeldLeases:
         if work is not None and work is not asyncio.current_task():
             work.cancel()
 
+    def working(self) -> tuple[int, ...]:
+        """Leases whose groups are not finished."""
+        return tuple(self._working)
+
     def drop_all(self) -> None:
         for lease_id in list(self._proofs):
             self.drop(lease_id)

@@ -126,6 +126,8 @@ class RolloutServer:
         yield Measurement(name="update_pause_seconds_total", value=self._receiver.paused_s, help="paused for weights")
         yield Measurement(name="weight_bytes_total", value=self._receiver.received_bytes, help="of snapshots pulled")
         yield Measurement(name="deltas_loaded_total", value=self._receiver.deltas_loaded, help="versions, as deltas")
+        yield Measurement(name="out_of_service", value=bool(self._receiver.doubt), help="1: its weights are wrong")
+        yield Measurement(name="failed_canaries_total", value=self._receiver.canaries_failed, help="wrong weights")
         yield Measurement(name="full_snapshots_loaded_total", value=self._receiver.full_loaded, help="versions, whole")
 
     async def run(self, welcome: messages.Welcome) -> None:
@@ -141,7 +143,7 @@ class RolloutServer:
             logger.info("%s", finished.exceptions[0])
         finally:
             if not self._is_finished:  # its leases go to others at once
-                self._dealer.try_send(encode(messages.Leaving(reason="this rollout server stops")))
+                self._dealer.try_send(encode(messages.Leaving(reason=self._receiver.doubt[:4096] or "it stops")))
 
     async def _enter(self, welcome: messages.Welcome) -> None:
         """Begin, or begin again after the learner restarted: what was leased by its former self is void."""
@@ -164,7 +166,16 @@ class RolloutServer:
     async def _follow_weights(self, address: str) -> None:
         address = with_host_of(self._dealer.address, address)
         async with open_dealer(address, key=self._key) as dealer:
-            await self._receiver.run(dealer)
+            await self._receiver.run(dealer, on_doubt=self._leave_service)
+
+    async def _leave_service(self, doubt: str) -> None:
+        """While the engine computes with other weights than it was given, what it samples is nobody's.
+
+        Groups that are finished are older: they were held back until their version was judged.
+        """
+        for lease_id in self._leases.working():
+            self._leases.drop(lease_id)
+        await self._say_alive()
 
     async def _receive(self) -> None:
         while True:
@@ -184,10 +195,12 @@ class RolloutServer:
                 case messages.Finished(reason=reason):
                     raise RunFinishedError(f"the run is finished: {reason}")
                 case _:
-                    self._hear_of_lease(message)
+                    await self._hear_of_lease(message)
 
-    def _hear_of_lease(self, message: messages.Message | None) -> None:
+    async def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
+            case messages.Lease() if self._receiver.doubt:
+                await self._say_alive()  # and out of service: the lease was granted before that was heard
             case messages.Lease() if message.lease_id not in self._leases:
                 self._leases.begin(message, self._tasks.create_task(self._work(message)))
             case messages.LeaseCancelled(lease_id=lease_id):
@@ -268,7 +281,9 @@ class RolloutServer:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _describe(self) -> messages.Heartbeat:
-        if self._leases.num_working:
+        if self._receiver.doubt:
+            doing = "repairing the weights"
+        elif self._leases.num_working:
             doing = "generating"
         else:
             doing = self._waiting_for or f"waiting for leases at version {self._receiver.loaded_version}"
@@ -279,7 +294,10 @@ class RolloutServer:
             generated_tokens=self._engine.generated_tokens,
             busy_s=self._engine.busy_s,
             paused_s=self._receiver.paused_s,
-            doing=doing,
+            doing=doing[:4096],
+            out_of_service=self._receiver.doubt[:4096],
+            updates=self._receiver.deltas_loaded + self._receiver.full_loaded,
+            pulled_bytes=self._receiver.received_bytes,
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat

@@ -26,7 +26,9 @@ class SnapshotClient:
         self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
         self.received_bytes = 0  # of chunks that were taken
 
-    async def ask(self, dealer: Dealer, request: messages.ManifestRequest, timeout_s: float) -> Reply | None:
+    async def ask(
+        self, dealer: Dealer, request: messages.ManifestRequest | messages.MappingRequest, timeout_s: float
+    ) -> Reply | None:
         """The answer to a request for a manifest; late answers to earlier pulls are passed over."""
         await dealer.send(encode(request))
         reply = await self._receive(dealer, "the manifest", timeout_s)

@@ -15,6 +15,7 @@ from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sam
 from rollout_server.model_tensors import check_snapshot, expected_shapes
 from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
+URGENT = -1  # smaller comes first: a canary must not wait for thousands of requests that vLLM has queued
 MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
 
 
@@ -121,7 +122,7 @@ class VllmEngine:
             skip_clone=True,
         )
         async with self._updating:
-            output = await self._run(token_ids, params, "token_logprobs")
+            output = await self._run(token_ids, params, "token_logprobs", priority=URGENT)
         # The first position is empty; logprobs=0 leaves exactly the token itself at every other.
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
 
@@ -145,7 +146,10 @@ class VllmEngine:
         async with self._call(f"snapshot {version} cannot be applied"):
             # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
             core = self._llm.engine_core
-            await core.pause_scheduler_async(mode="keep", clear_cache=self.clear_cache)
+            # A number that comes again stands for other weights: the former were wrong, or of another life of the run.
+            # What they have cached has the same salt.
+            clear_cache = self.clear_cache or version <= self.loaded_version
+            await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
             await self._llm.collective_rpc("load_snapshot", args=(path, tensors))
             await self._llm.update_weight_version(str(version))
             self.loaded_version = version
@@ -172,7 +176,7 @@ class VllmEngine:
         for call in self._calls:
             call.reschedule(asyncio.get_running_loop().time())
 
-    async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str) -> Any:
+    async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str, *, priority: int = 0) -> Any:
         """vLLM's final output for one prompt."""
         await self._open.wait()
         if self._refusal is not None:
@@ -180,7 +184,7 @@ class VllmEngine:
         # The salt keeps a request from reading prefixes that another version's weights computed.
         prompt = {"type": "token", "prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(self.loaded_version)}
         async with self._call(f"request {request_id}"):
-            [output] = [final async for final in self._llm.generate(prompt, params, request_id)]
+            [output] = [final async for final in self._llm.generate(prompt, params, request_id, priority=priority)]
         if (reason := output.outputs[0].finish_reason) not in ("stop", "length"):
             raise EngineError(f"request {request_id}: vLLM ended it with {reason!r}")
         return output

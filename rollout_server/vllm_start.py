@@ -111,6 +111,7 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         # A seeded request whose prompt is computed in parts kills vLLM on CPU: it rewinds a generator that cannot be.
         enable_chunked_prefill=False if on_cpu else None,
         enable_prefix_caching=True,
+        scheduling_policy="priority",  # all requests have the same, except those of vllm_engine.URGENT
         worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
         disable_log_stats=True,
     ).create_engine_config()

@@ -19,13 +19,21 @@ LOGIT_SPREAD = 6.0
 
 def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
     """Random weights, large enough that the next-token distribution depends on all of them and is not flat."""
+    return a_model(seed, tied=tied, dtype=dtype)
+
+
+def a_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32, **shape: int) -> Qwen2ForCausalLM:
+    """Likewise, of whatever shape."""
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,  # vLLM's CPU attention takes heads of 32, 64, ... dimensions
+        "num_key_value_heads": 1,
+    } | shape
     config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # vLLM's CPU attention takes heads of 32, 64, ... dimensions
-        num_key_value_heads=1,
+        **shape,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=None,
@@ -45,7 +53,10 @@ def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -
 
 def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool, dtype: torch.dtype = torch.float32) -> Path:
     """A model directory as Hugging Face lays it out, with a tokenizer of one token per word `w<id>`."""
-    model = a_tiny_model(seed, tied=tied, dtype=dtype)
+    return save_model(directory, a_tiny_model(seed, tied=tied, dtype=dtype))
+
+
+def save_model(directory: Path, model: Qwen2ForCausalLM) -> Path:
     model.generation_config.eos_token_id = [TOKENIZER_EOS_ID, GENERATION_EOS_ID]
     model.generation_config.update(do_sample=True, top_p=0.3, top_k=4, temperature=0.5, repetition_penalty=1.7)
     model.save_pretrained(directory)

@@ -6,7 +6,7 @@ runs without the interpreter's lock).
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from common.snapshot import ITEM_BYTES, DType, TensorSpec
 
 BLOCK_ELEMENTS = 1 << 20
 MAX_DELTA_SHARE = 0.5  # of the full snapshot's bytes: above it, what is saved is not worth the coding
+SAMPLE_EVERY = 8  # blocks: these are encoded first, and none of the others if they say that it will not pay
+MIN_BLOCKS_TO_SAMPLE = 32
+SAMPLE_SLACK = 1.25  # times MAX_DELTA_SHARE
 
 Buffer = bytes | bytearray | memoryview
 
@@ -66,13 +69,21 @@ def encode_delta(
 ) -> list[bytes] | None:
     """The encoded blocks that lead from snapshot `old` to `new`; None as soon as a full one is clearly better."""
     left = MAX_DELTA_SHARE * sum(block.num_bytes for block in blocks)
-    encoded: list[bytes] = []
-    for block in blocks:
-        encoded.append(encode_block(block.words_of(old), block.words_of(new), block.dtype, primitives))
-        left -= len(encoded[-1])
-        if left < 0:
+    sample = range(0, len(blocks), SAMPLE_EVERY) if len(blocks) >= MIN_BLOCKS_TO_SAMPLE else range(0)
+    encoded: dict[int, bytes] = {}
+    for index in (*sample, *(index for index in range(len(blocks)) if index not in sample)):
+        block = blocks[index]
+        encoded[index] = encode_block(block.words_of(old), block.words_of(new), block.dtype, primitives)
+        left -= len(encoded[index])
+        if left < 0 or (len(encoded) == len(sample) and not _may_pay(blocks, encoded)):
             return None
-    return encoded
+    return [encoded[index] for index in range(len(blocks))]
+
+
+def _may_pay(blocks: Sequence[BlockPlace], encoded: Mapping[int, bytes]) -> bool:
+    """By a sample of the blocks."""
+    share = sum(map(len, encoded.values())) / sum(blocks[index].num_bytes for index in encoded)
+    return share <= SAMPLE_SLACK * MAX_DELTA_SHARE
 
 
 def changes_by_tensor(block: BlockPlace, changes: Changes, tensors: Sequence[TensorSpec]) -> Iterator[TensorChanges]:

@@ -108,8 +108,14 @@ class Coordinator:
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
         return [*again, *self._go_on(now)]
 
-    def heartbeat(self, server_id: str, *, progress: int, loaded_version: int, now: float) -> list[Decision]:
-        """A sign of life from the server's work loop. From servers that are no members nothing is heard."""
+    def heartbeat(
+        self, server_id: str, *, progress: int, loaded_version: int, now: float, out_of_service: str = ""
+    ) -> list[Decision]:
+        """A sign of life from the server's work loop. From servers that are no members nothing is heard.
+
+        out_of_service: why nothing the server samples may be used. It is granted nothing more until that is over, and
+        what it has not finished goes to others.
+        """
         member = self.members.get(server_id)
         if member is None:
             return []
@@ -117,6 +123,10 @@ class Coordinator:
         if progress > member.progress:
             member.progressed_at = now
         member.progress, member.loaded_version = progress, loaded_version
+        member.out_of_service = out_of_service
+        if out_of_service:
+            for lease in [self.book.running[lease_id] for lease_id in member.leases]:
+                self.book.fail(lease, "out_of_service", out_of_service, blame_task=False)
         return self._go_on(now)
 
     def server_left(self, server_id: str, reason: str, now: float) -> list[Decision]:

@@ -45,6 +45,8 @@ def what_a_server_waits_for(coordinator: Coordinator, server_id: str, now: float
 
 
 def _pause(coordinator: Coordinator, member: Member, now: float) -> str:
+    if member.out_of_service:
+        return f"server {member.server_id} is out of service: {member.out_of_service}"
     if member.paused_until <= now:
         return _environments_down(coordinator, member, now)
     return (

@@ -181,9 +181,14 @@ class Inbound:
         return ""
 
     def _heartbeat(self, session: Session, heartbeat: Heartbeat, now: float) -> None:
+        _log_service(session, heartbeat)
         session.heartbeat = heartbeat
         decisions = self.core.heartbeat(
-            session.server_id, progress=heartbeat.progress, loaded_version=heartbeat.loaded_version, now=now
+            session.server_id,
+            progress=heartbeat.progress,
+            loaded_version=heartbeat.loaded_version,
+            out_of_service=heartbeat.out_of_service,
+            now=now,
         )
         self.outbound.carry_out(decisions)
         self.outbound.pulse(session, now)
@@ -207,3 +212,12 @@ class Inbound:
             self.outbound.carry_out(self.core.group_invalid(server_id, lease_id, "invalid", cut(str(error)), now))
             return
         self.outbound.carry_out(self.core.group_finished(server_id, group, now))
+
+
+def _log_service(session: Session, heartbeat: Heartbeat) -> None:
+    """When it changes."""
+    before = session.heartbeat.out_of_service if session.heartbeat is not None else ""
+    if heartbeat.out_of_service and heartbeat.out_of_service != before:
+        logger.error("server %s is out of service: %s", session.server_id, heartbeat.out_of_service)
+    elif before and not heartbeat.out_of_service:
+        logger.warning("server %s is back in service at version %d", session.server_id, heartbeat.loaded_version)

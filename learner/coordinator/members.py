@@ -43,11 +43,12 @@ class Member:
     failures_in_a_row: int = 0
     paused_until: float = 0.0
     last_failure: str = ""
+    out_of_service: str = ""  # why it may not be granted anything, as it says itself
     down: dict[int, EnvironmentDown] = field(default_factory=dict)  # environments that are down, as seen from there
 
     def free_groups(self, settings: CoordinatorSettings, now: float) -> int:
         """Leases the server may be granted now. A server that only fails gets one at a time, after a pause."""
-        if now - self.heard_at > settings.notice_timeout_s:
+        if now - self.heard_at > settings.notice_timeout_s or self.out_of_service:
             return 0
         free = self.room(settings)
         if self.failures_in_a_row < settings.failures_before_pause:

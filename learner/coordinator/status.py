@@ -54,4 +54,7 @@ def _server_status(core: Coordinator, session: Session, now: float) -> ServerSta
         paused_s=heartbeat.paused_s if heartbeat else 0.0,
         silent_s=max(0.0, now - session.heard_at),
         doing=heartbeat.doing if heartbeat else ("ready" if session.ready else "loading the model"),
+        out_of_service=heartbeat.out_of_service if heartbeat else "",
+        updates=heartbeat.updates if heartbeat else 0,
+        pulled_bytes=heartbeat.pulled_bytes if heartbeat else 0,
     )

@@ -1,4 +1,6 @@
-"""A process that receives weights and says so: python -m tests.benchmarks.push_receiver (pull|subscribe) ADDRESS BYTES.
+"""A process that receives weights and says so.
+
+python -m tests.benchmarks.push_receiver (receive ADDRESS TRANSPORT | subscribe ADDRESS BYTES)
 
 Reads a version per line; answers each with a line once that version is there.
 """
@@ -15,6 +17,7 @@ import zmq
 from common.events import EventLog
 from common.wire import open_dealer
 from rollout_server.inference import LocalSnapshot, WeightUpdate
+from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
 from rollout_server.table_engine import TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 
@@ -34,12 +37,12 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def pull(address: str) -> None:
+async def receive(address: str, transport: TransportName) -> None:
     engine = IdleEngine(vocab_size=2, max_model_len=8, eos_id=0)
     with (
         tempfile.TemporaryDirectory() as directory,
         closing(EventLog(Path(directory) / "events.jsonl", "rollout_server")) as events,
-        closing(WeightReceiver(engine, events)) as receiver,
+        closing(WeightReceiver(engine, events, transport=TRANSPORTS[transport])) as receiver,
     ):
         async with open_dealer(address) as dealer, asyncio.TaskGroup() as tasks:
             await receiver.follow(RUN_ID)
@@ -73,7 +76,7 @@ def subscribe(address: str, num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "pull":
-        asyncio.run(pull(sys.argv[2]))
+    if sys.argv[1] == "receive":
+        asyncio.run(receive(*sys.argv[2:]))
     else:
         subscribe(sys.argv[2], int(sys.argv[3]))

@@ -91,7 +91,7 @@ def test_a_whole_run_in_words(tmp_path: Path):
   generation idle       75%
   both busy at once     13% of the time
   tokens                2,100 sampled, 2,000 trained
-  weight updates        3, 2 as deltas, 1.3 MB on average, median pause 8 ms
+  weight updates        3, 2 as deltas, 1.3 MB pulled on average, median pause 8 ms
   policy                run/huggingface/step-000020
   checkpoint            run/checkpoints/step-000020"""
     )

@@ -8,10 +8,25 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
+from common.canary import Canary
 from common.codec import LOGPROB_SLACK, Decoder, ProtocolError, encode, pack_group, unpack_groups
+from common.delta import (
+    blocks_of,
+    build_delta_manifest,
+    decode_delta_manifest,
+    encode_delta,
+    encode_delta_manifest,
+)
 from common.key_files import KeyFileError, decode_keys
 from common.messages import GroupFinished
-from common.snapshot import SnapshotError, TensorSpec, build_manifest, decode_manifest, encode_manifest
+from common.snapshot import (
+    SnapshotError,
+    SnapshotManifest,
+    TensorSpec,
+    build_manifest,
+    decode_manifest,
+    encode_manifest,
+)
 from learner.coordinator.admission import admit
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases, decode_frontier
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Outcome, pack
@@ -126,19 +141,25 @@ class Groups:
         return False
 
 
+def a_manifest(version: int) -> tuple[SnapshotManifest, bytes]:
+    """With a canary; each version differs from the one before in some elements."""
+    data = bytearray(bytes(range(256)) * 12)
+    data[:: 512 // version] = bytes([version]) * len(data[:: 512 // version])
+    layout = tuple(
+        TensorSpec(name=f"layer.{number}", shape=(16, 12), dtype="float32", offset=number * 768) for number in range(4)
+    )
+    canary = Canary(token_ids=(7, 3, 9), logprobs=(-1.5, -0.25), tolerance=0.1)
+    manifest = build_manifest(memoryview(data), layout, run_id="run", version=version, chunk_bytes=1000, canary=canary)
+    return manifest, bytes(data)
+
+
 class Manifests:
     """Of snapshots: whatever is not bit for bit the publisher's is refused."""
 
     name = "manifests"
 
     def __init__(self) -> None:
-        data = memoryview(bytes(range(256)) * 12)
-        layout = tuple(
-            TensorSpec(name=f"layer.{number}", shape=(16, 12), dtype="float32", offset=number * 768)
-            for number in range(4)
-        )
-        manifest = build_manifest(data, layout, run_id="run", version=3, chunk_bytes=1000)
-        self._encoded = encode_manifest(manifest)
+        self._encoded = encode_manifest(a_manifest(3)[0])
 
     def refuses(self, rng: random.Random) -> bool:
         data = damaged(self._encoded, OF_BYTES, rng)
@@ -147,6 +168,27 @@ class Manifests:
         except SnapshotError:
             return True
         assert encode_manifest(manifest) == self._encoded, "a changed manifest was accepted"
+        return False
+
+
+class DeltaManifests:
+    """Likewise, of what leads from one version to the next."""
+
+    name = "delta manifests"
+
+    def __init__(self) -> None:
+        (base, old), (target, new) = a_manifest(2), a_manifest(3)
+        blocks = encode_delta(old, new, blocks_of(target.tensors))
+        assert blocks is not None
+        self._encoded = encode_delta_manifest(build_delta_manifest(base, target, blocks)[0])
+
+    def refuses(self, rng: random.Random) -> bool:
+        data = damaged(self._encoded, OF_BYTES, rng)
+        try:
+            manifest = decode_delta_manifest(data)
+        except SnapshotError:
+            return True
+        assert encode_delta_manifest(manifest) == self._encoded, "a changed manifest was accepted"
         return False
 
 
@@ -223,4 +265,4 @@ class KeyFiles:
 
 
 def all_targets() -> list[Target]:
-    return [*map(Messages, UNIONS), Groups(), Manifests(), Frontiers(), WorkerFrames(), KeyFiles()]
+    return [*map(Messages, UNIONS), Groups(), Manifests(), DeltaManifests(), Frontiers(), WorkerFrames(), KeyFiles()]

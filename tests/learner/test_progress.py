@@ -2,11 +2,13 @@ import io
 import sys
 import time
 
+import msgspec
 import pytest
 from rich.console import Console
 
-from common.messages import CoordinatorStatus, ServerStatus
-from learner.progress import REWARD_STEPS, WINDOW_S, FleetTotals, Progress, ProgressDisplay, Rates, Sample
+from common.messages import CoordinatorStatus, ServerStatus, SnapshotReady
+from learner.progress import REWARD_STEPS, WINDOW_S, Progress, ProgressDisplay
+from learner.rates import FleetTotals, Rates, Sample, describe_bytes
 from learner.training import StepResult
 
 
@@ -33,9 +35,11 @@ class Run:
     def __init__(self, *, version: int = 0) -> None:
         self.waited_s = 0.0
         self.status: CoordinatorStatus | None = None
+        self.published: SnapshotReady | None = None
         self.progress = Progress(
-            total_steps=400, queue_groups=8, waited_s=lambda: self.waited_s, status=lambda: self.status, version=version
-        )
+            total_steps=400, queue_groups=8, waited_s=lambda: self.waited_s, status=lambda: self.status,
+            version=version, published=lambda: self.published,
+        )  # fmt: skip
 
     def step(self, version: int, reward: float = 0.5) -> None:
         metrics = {"reward": reward, "staleness_mean": 1.25, "staleness_max": 2.0, "trained_tokens": 800.0}
@@ -98,7 +102,7 @@ def test_the_values_of_the_display():
     run.step(5)
     run.waited_s = 1.0
     run.status = a_status(
-        a_server(generated_tokens=2100, busy_s=5.0, paused_s=0.04),
+        a_server(generated_tokens=2100, busy_s=5.0, paused_s=0.04, updates=4, pulled_bytes=6_000),
         a_server("node2", loaded_version=1, busy_s=3.0),
         failed={"timeout": 2, "hung": 0},
         waiting_for="server node1",
@@ -110,12 +114,39 @@ def test_the_values_of_the_display():
         "staleness": "1.25 mean, 2 max",
         "tokens/s": "500 sampled, 200 trained",
         "idle": "learner 25%, generation 25%",
-        "updates": "pause generation 0.5%",
+        "updates": "10 ms a version, 1.5 kB pulled; pause generation 0.5%",
         "queue": "3/8 groups, 1.5 MB, 2 running",
         "servers": "node1 2 behind, node2 4 behind",
         "failed": "2 timeout",
         "waiting for": "server node1",
     }
+
+
+def test_what_is_shared_is_not_said_to_be_pulled_and_what_was_published_is_said_with_its_bytes():
+    run = Run()
+    run.published = SnapshotReady(
+        version=7, full_bytes=1_217_000, delta_bytes=1_290, encode_s=0.1, overtaken_versions=0, full_pulls={}
+    )
+    for now_s in (0.0, 4.0):
+        run.status = a_status(a_server(updates=int(now_s), paused_s=now_s / 100))
+        run.progress.observe(now_s)
+    assert run.progress.fields()["updates"] == "10 ms a version, through shared memory; pause generation 1.0%"
+    assert run.progress.fields()["weights"] == "version 7, delta of 1.3 kB, in full 1.2 MB"
+    run.published = msgspec.structs.replace(run.published, delta_bytes=None)
+    assert run.progress.fields()["weights"] == "version 7, 1.2 MB, no delta"
+
+
+def test_a_server_out_of_service_is_shown_with_its_reason():
+    run = Run()
+    run.status = a_status(a_server(), a_server("node2", out_of_service="its weights are wrong"))
+    assert run.progress.fields()["out of service"] == "node2: its weights are wrong"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"), [(0, "0 B"), (999, "999 B"), (1_290, "1.3 kB"), (2.5e6, "2.5 MB"), (140e9, "140.0 GB")]
+)
+def test_bytes_are_said_in_units_that_a_person_reads(num_bytes, words):
+    assert describe_bytes(num_bytes) == words
 
 
 def test_a_resumed_run_is_shown_at_its_version_before_its_first_step():

@@ -1,6 +1,7 @@
 """The publisher with its real snapshot server process; rollout servers that pull fast, slowly, or not to the end."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from common.messages import (
     SnapshotGone,
     SnapshotsToServer,
 )
+from common.shared_slots import lock_to_read, unlock
 from common.snapshot import MAX_MANIFEST_BYTES, NO_VERSION, SnapshotManifest, decode_manifest, verify_chunk
 from common.wire import open_dealer
 from learner.publisher import NUM_SLOTS, Publisher, lay_out, open_publisher
@@ -151,29 +153,43 @@ async def test_a_server_that_pulls_slowly_gets_one_version_whole_while_newer_one
         assert_equal(await slow.pull(newer), 3)
 
 
-async def test_when_every_slot_is_being_read_a_version_is_skipped_and_training_goes_on():
+async def test_two_servers_that_pull_slowly_do_not_keep_the_next_version_from_the_others():
     async with (
         a_publisher() as publishing,
         a_puller(publishing.publisher) as one,
         a_puller(publishing.publisher) as two,
     ):
-        publisher = publishing.publisher
         old = []
         for version, slow in enumerate((one, two)):
             assert await publishing.publish(version)
             old.append(await slow.manifest(newer_than=version - 1))
             await slow.chunk(old[-1], 0)
-        assert await publishing.publish(2)
-        assert not await publishing.publish(3)
-        assert publisher.skipped_versions == 1
-        assert repr(publisher) == f"<Publisher at {publisher.address}, version 2, 0 slots free>"
-        assert_equal(await one.pull(old[0]), 0)
-        await publisher.slot_free()
-        assert await publishing.publish(4)
-        assert_equal(await two.pull(old[1]), 1)
+        for version in (2, 3, 4):
+            await publishing.publisher.slot_free()
+            assert await publishing.publish(version)
+        answers = [
+            (await slow.ask(ChunkRequest(version=manifest.version, index=1)))[0]
+            for slow, manifest in zip((one, two), old, strict=True)
+        ]
+        assert sorted(type(answer).__name__ for answer in answers) == ["ChunkReply", "SnapshotGone"]
         newest = await one.manifest(newer_than=0)
         assert newest.version == 4
         assert_equal(await one.pull(newest), 4)
+
+
+async def test_when_no_slot_may_be_written_a_version_is_skipped_and_training_goes_on():
+    async with a_publisher() as publishing:
+        publisher = publishing.publisher
+        descriptors = [os.open(f"/proc/self/fd/{slot}", os.O_RDONLY) for slot in publisher._slots.descriptors]
+        assert all(map(lock_to_read, descriptors))  # as servers on this host do
+        assert not await publishing.publish(0)
+        assert publisher.skipped_versions == 1
+        assert repr(publisher) == f"<Publisher at {publisher.address}, version -1, {NUM_SLOTS} slots free>"
+        unlock(descriptors[1])
+        await publisher.slot_free()
+        assert await publishing.publish(1)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 async def test_a_version_that_is_gone_is_answered_with_the_newest():

@@ -59,6 +59,44 @@ def test_a_server_that_fell_silent_holds_a_slot_no_longer_than_the_patience():
     assert shelf.request_chunk(b"server", 0, 1, 6.2) is None
 
 
+def pull(shelf: SnapshotShelf, peer: bytes, version: int, num_chunks: int, began_s: float, now_s: float) -> None:
+    """So many chunks at an even pace until now."""
+    for index in range(num_chunks):
+        shelf.request_chunk(peer, version, index, began_s + (now_s - began_s) * index / max(num_chunks - 1, 1))
+
+
+def test_of_two_older_snapshots_that_are_pulled_the_one_that_a_server_will_have_sooner_is_kept():
+    shelf = SnapshotShelf()
+    for version in range(3):
+        shelf.put(a_manifest(version, num_chunks=100), slot=version)
+    pull(shelf, b"slow", 0, 60, 0.0, 60.0)  # 40 s to go
+    pull(shelf, b"fast", 1, 20, 59.0, 60.0)  # 4 s to go, although less of it is there
+    assert shelf.release(60.0) == [0]
+    assert shelf.request_chunk(b"slow", 0, 60, 60.0) is None
+    assert shelf.request_chunk(b"fast", 1, 20, 60.0) == 1
+
+
+def test_a_slow_server_keeps_its_version_as_long_as_nobody_else_needs_the_slot():
+    shelf = SnapshotShelf()
+    shelf.put(a_manifest(0, num_chunks=100), slot=0)
+    for version in range(1, 50):
+        pull(shelf, b"slow", 0, 2 * version, 0.0, float(version))
+        shelf.put(a_manifest(version, num_chunks=100), slot=1 + version % 2)
+        released = shelf.release(float(version))
+        assert released == ([1 + (version - 1) % 2] if version > 1 else [])
+
+
+def test_there_is_always_a_slot_for_the_next_version_however_many_servers_pull_old_ones():
+    shelf = SnapshotShelf()
+    free = [0, 1, 2]
+    for version in range(50):
+        shelf.put(a_manifest(version), free.pop())
+        for peer in range(8):
+            shelf.request_chunk(bytes([peer]), version, peer % 2, float(version))
+        free += shelf.release(float(version))
+        assert free
+
+
 def test_a_chunk_that_does_not_exist_is_not_served():
     assert a_shelf(0).request_chunk(b"server", 0, 3, 0.0) is None
 

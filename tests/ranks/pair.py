@@ -38,7 +38,7 @@ class Pair:
         self._processes = processes
         self._directory = directory
 
-    def play(self, settings: TrainSettings, **fields: Any) -> Outcome:
+    def play(self, settings: TrainSettings, *, patience_s: float = ANSWER_S, **fields: Any) -> Outcome:
         """See Scenario; raises AssertionError with what the ranks printed when there is no answer in time."""
         path = self._directory / "weights.safetensors"
         line = msgspec.json.encode(Scenario(settings=settings, weights=str(path), **fields)).decode()
@@ -46,7 +46,7 @@ class Pair:
             assert process.stdin is not None
             process.stdin.write(line + "\n")
             process.stdin.flush()
-        answer = self._answer()
+        answer = self._answer(patience_s)
         return Outcome(
             weights=load_file(path),
             metrics=[result["metrics"] for result in answer["results"]],
@@ -55,10 +55,10 @@ class Pair:
             packs=answer["packs"],
         )
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, patience_s: float) -> dict[str, Any]:
         output = self._processes[0].stdout
         assert output is not None
-        ready, _, _ = select.select([output], [], [], ANSWER_S)
+        ready, _, _ = select.select([output], [], [], patience_s)
         line = output.readline() if ready else ""
         assert line.startswith("{"), f"{line!r}\n{self.log}"
         answer: dict[str, Any] = json.loads(line)

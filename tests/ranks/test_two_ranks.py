@@ -185,3 +185,17 @@ def test_an_export_is_what_was_published(stage: int, model: str, pair: Pair, tmp
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     assert largest_difference(dict(exported.named_parameters()), outcome.weights) == 0.0
     assert (tmp_path / "exported" / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # DeepSpeed's Adam for host memory is compiled once, by each rank that comes first
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "all")])
+def test_what_is_offloaded_to_host_memory_is_trained_and_resumed_alike(
+    stage: int, offload: Any, model: str, pair: Pair, alone: Any, tmp_path: Path
+):
+    settings = settings_for(model, zero_stage=stage, engine=EngineSettings(offload=offload))
+    outcome = pair.play(settings, steps=STEPS, save=str(tmp_path / "saved"), save_after=STEPS - 1, patience_s=400.0)
+    weights, _ = alone
+    assert largest_difference(outcome.weights, weights) < 1e-5
+    resumed = pair.play(settings, resume=str(tmp_path / "saved"), steps=1)
+    assert largest_difference(resumed.weights, outcome.weights) == 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.canary import Canary, canary_prompt, make_canary
 from common.codec import Decoder, encode, unpack_groups
 from common.environments import Environments
 from common.events import EventLog
@@ -44,6 +45,13 @@ TOKENIZER = CharacterTokenizer()
 V = TOKENIZER.vocab_size
 HELLO = Hello(protocol=PROTOCOL_VERSION, server="a", epoch="epoch-1")
 READY = Ready(model_fingerprint="m", tokenizer_fingerprint="t", capacity_groups=8, capacity_bytes=1 << 30)
+
+
+def canary_of(table: np.ndarray) -> Canary | None:
+    prompt = canary_prompt(V, 64)
+    assert prompt is not None
+    logprobs = table - np.log(np.exp(table.astype(np.float64)).sum(axis=1, keepdims=True))
+    return make_canary(prompt.tolist(), logprobs[prompt[:-1], prompt[1:]].astype(np.float32), 1e-4)
 
 
 class FakeLearner:
@@ -95,9 +103,12 @@ class FakeLearner:
             for incoming in await self._snapshots.receive():
                 request, _ = decoder.decode(incoming.frames)
                 version = self.published if isinstance(request, ManifestRequest) else request.version
-                data = np.random.default_rng(version).normal(size=(V, V)).astype("<f4").tobytes()
+                table = np.random.default_rng(version).normal(size=(V, V)).astype("<f4")
+                data = table.tobytes()
                 specs = (TensorSpec(TABLE_TENSOR, (V, V), "float32", 0),)
-                manifest = build_manifest(memoryview(data), specs, run_id=self.run_id, version=version)
+                manifest = build_manifest(
+                    memoryview(data), specs, run_id=self.run_id, version=version, canary=canary_of(table)
+                )
                 if isinstance(request, ManifestRequest):
                     answer = encode(ManifestReply(version=manifest.version), encode_manifest(manifest))
                 else:
@@ -166,13 +177,20 @@ async def a_learner(address: str = "tcp://127.0.0.1:0", session: str = "1") -> A
             task.cancel()
 
 
-async def serve(address: str, tmp_path: Path, environments: Mapping[str, Any], *, step_s: float = 0.0) -> None:
+async def serve(
+    address: str,
+    tmp_path: Path,
+    environments: Mapping[str, Any],
+    *,
+    step_s: float = 0.0,
+    engine_type: type[TableEngine] = TableEngine,
+) -> None:
     """What the command does, with the table engine in the place of vLLM."""
     async with AsyncExitStack() as stack:
         events = stack.enter_context(closing(EventLog(tmp_path / "events.jsonl", "rollout_server")))
         dealer = await stack.enter_async_context(open_dealer(address))
         welcome = await join(dealer, HELLO)
-        engine = MeteredEngine(TableEngine(vocab_size=V, max_model_len=64, eos_id=EOS_ID, step_s=step_s), events)
+        engine = MeteredEngine(engine_type(vocab_size=V, max_model_len=64, eos_id=EOS_ID, step_s=step_s), events)
         receiver = stack.enter_context(closing(WeightReceiver(engine, events)))
 
         def runner(welcome: Welcome) -> EpisodeRunner:
@@ -195,11 +213,18 @@ async def serve(address: str, tmp_path: Path, environments: Mapping[str, Any], *
 
 @asynccontextmanager
 async def a_joined_server(
-    learner: FakeLearner, tmp_path: Path, environment: ScriptedEnvironment | None = None, *, step_s: float = 0.0
+    learner: FakeLearner,
+    tmp_path: Path,
+    environment: ScriptedEnvironment | None = None,
+    *,
+    step_s: float = 0.0,
+    engine_type: type[TableEngine] = TableEngine,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
     environments = {ScriptedEnvironment.url: environment or ScriptedEnvironment()}
-    serving = asyncio.create_task(serve(learner.address, tmp_path, environments, step_s=step_s))
+    serving = asyncio.create_task(
+        serve(learner.address, tmp_path, environments, step_s=step_s, engine_type=engine_type)
+    )
     try:
         await learner.hear_hello()
         learner.say(learner.welcome())

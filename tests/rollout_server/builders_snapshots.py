@@ -1,12 +1,13 @@
 """A snapshot server that can be told to fail in every way, and a receiver that follows it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from common.canary import Canary
 from common.codec import Decoder, encode
 from common.delta import DeltaManifest, blocks_of, build_delta_manifest, encode_delta, encode_delta_manifest
 from common.events import EventLog
@@ -47,16 +48,31 @@ def a_table(version: int) -> np.ndarray:
     return table
 
 
-def a_manifest(version: int, run_id: str = RUN_ID) -> SnapshotManifest:
-    data = memoryview(a_table(version).tobytes())
-    return build_manifest(data, SPECS, run_id=run_id, version=version, chunk_bytes=CHUNK_BYTES)
+OnDoubt = Callable[[str], Awaitable[None]]
 
 
-def a_delta(base: int, target: int) -> tuple[DeltaManifest, bytes]:
+async def nobody(doubt: str) -> None:
+    pass
+
+
+CanaryOf = Callable[[int], Canary | None]  # version -> its canary
+
+
+def without_canary(version: int) -> None:
+    return None
+
+
+def a_manifest(version: int, run_id: str = RUN_ID, canary_of: CanaryOf = without_canary) -> SnapshotManifest:
+    data, canary = memoryview(a_table(version).tobytes()), canary_of(version)
+    return build_manifest(data, SPECS, run_id=run_id, version=version, chunk_bytes=CHUNK_BYTES, canary=canary)
+
+
+def a_delta(base: int, target: int, canary_of: CanaryOf = without_canary) -> tuple[DeltaManifest, bytes]:
     old, new = a_table(base).tobytes(), a_table(target).tobytes()
     blocks = encode_delta(old, new, blocks_of(SPECS))
     assert blocks is not None
-    return build_delta_manifest(a_manifest(base), a_manifest(target), blocks, chunk_bytes=CHUNK_BYTES)
+    manifests = (a_manifest(version, canary_of=canary_of) for version in (base, target))
+    return build_delta_manifest(*manifests, blocks, chunk_bytes=CHUNK_BYTES)
 
 
 class SnapshotServer:
@@ -72,9 +88,11 @@ class SnapshotServer:
         address: str = "tcp://127.0.0.1:0",
         *,
         has_deltas: bool = False,
+        canary_of: CanaryOf = without_canary,
     ) -> None:
         self.newest = newest
         self.has_deltas = has_deltas
+        self._canary_of = canary_of
         self.run_id = run_id
         self.address = address
         self.fault: Fault = honestly
@@ -104,12 +122,13 @@ class SnapshotServer:
             case ManifestRequest(newer_than=version) if version >= self.newest:
                 return NoNewer(version=self.newest), b""
             case ManifestRequest(held_version=held) if self.has_deltas and held != NO_VERSION:
-                manifest, _ = a_delta(held, self.newest)
+                manifest, _ = a_delta(held, self.newest, self._canary_of)
                 return DeltaReply(version=self.newest, base_version=held), encode_delta_manifest(manifest)
             case ManifestRequest():
-                return ManifestReply(version=self.newest), encode_manifest(a_manifest(self.newest, self.run_id))
+                manifest = a_manifest(self.newest, self.run_id, self._canary_of)
+                return ManifestReply(version=self.newest), encode_manifest(manifest)
             case ChunkRequest(version=self.newest, index=index, base_version=base) if base != NO_VERSION:
-                manifest, data = a_delta(base, self.newest)
+                manifest, data = a_delta(base, self.newest, self._canary_of)
                 start, end = manifest.chunk_range(index)
                 return ChunkReply(version=self.newest, index=index, base_version=base), data[start:end]
             case ChunkRequest(version=self.newest, index=index):
@@ -127,13 +146,15 @@ class SnapshotServer:
 
 
 @asynccontextmanager
-async def following(server: SnapshotServer, tmp_path: Path, engine: TableEngine | None = None):
+async def following(
+    server: SnapshotServer, tmp_path: Path, engine: TableEngine | None = None, on_doubt: OnDoubt = nobody
+):
     """A receiver that follows the run, not told of any version yet."""
     engine = engine or TableEngine(vocab_size=V, max_model_len=64, eos_id=0)
     async with asyncio.timeout(PATIENCE_S), open_dealer(server.address) as dealer, asyncio.TaskGroup() as tasks:
         with a_receiver(engine, tmp_path) as receiver:
             await receiver.follow(RUN_ID)
-            running = tasks.create_task(receiver.run(dealer))
+            running = tasks.create_task(receiver.run(dealer, on_doubt=on_doubt))
             yield receiver, engine
             running.cancel()
 

@@ -10,7 +10,7 @@ from common.delta import encode_delta_manifest
 from common.delta.manifest import _whole_digest
 from common.messages import ChunkReply, ChunkRequest, DeltaReply, Message
 from common.snapshot import NO_VERSION
-from rollout_server import weight_receiver
+from rollout_server import pulled_snapshots, weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, WeightUpdate
 from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_snapshots import (
@@ -148,7 +148,7 @@ async def test_a_chunk_of_another_delta_to_the_same_version_is_not_taken(tmp_pat
         await load(receiver, engine, server, 3)
         server.fault = mix_once
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.3)
+            patch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", 0.3)
             await load(receiver, engine, server, 4)
     assert sent
     assert engine.bases == [None, 3]
@@ -189,7 +189,7 @@ async def test_changes_that_were_applied_half_are_repaired_by_copying_everything
 async def test_a_newer_version_overtakes_a_full_one_of_which_less_than_half_is_there(
     tmp_path, monkeypatch, answered, is_overtaken
 ):
-    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", 0.1)
     server, engine = SnapshotServer(newest=3), RecordingEngine()
     table = a_table(3).tobytes()
     stalls = True

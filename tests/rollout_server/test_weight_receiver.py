@@ -15,7 +15,7 @@ from common.messages import (
 )
 from common.snapshot import NO_VERSION, encode_manifest
 from common.wire import open_dealer
-from rollout_server import weight_receiver
+from rollout_server import pulled_snapshots, weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_snapshots import (
@@ -28,6 +28,7 @@ from tests.rollout_server.builders_snapshots import (
     V,
     a_manifest,
     a_receiver,
+    a_table,
     assert_loaded,
     following,
     honestly,
@@ -59,7 +60,7 @@ async def test_nothing_is_asked_for_before_something_is_announced(tmp_path):
 
 
 async def test_a_pull_goes_on_at_the_chunk_where_it_was_cut(tmp_path, monkeypatch, unused_tcp_port):
-    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", 0.3)
     server = SnapshotServer(address=f"tcp://127.0.0.1:{unused_tcp_port}")
     half_way = asyncio.Event()
 
@@ -101,8 +102,25 @@ async def test_a_chunk_with_a_flipped_bit_is_refused_and_pulled_again(tmp_path, 
     assert "chunk 5 of snapshot 0: the digest does not match; pull it again" in caplog.text
 
 
+async def test_a_chunk_of_another_version_under_this_ones_name_is_refused_and_pulled_again(tmp_path, caplog):
+    server = SnapshotServer(newest=3)
+
+    def mixes_once(request: Message, answer: Answer) -> Answer:
+        if request == ChunkRequest(version=3, index=5) and server.chunks_asked(3).count(5) == 1:
+            start = 5 * CHUNK_BYTES
+            return answer[0], a_table(2).tobytes()[start : start + CHUNK_BYTES]
+        return answer
+
+    server.fault = mixes_once
+    async with server.serving(), following(server, tmp_path) as (receiver, engine):
+        await receiver.announce(3)
+        await receiver.wait_for_version(3)
+        await assert_loaded(engine, 3)
+    assert "chunk 5 of snapshot 3: the digest does not match; pull it again" in caplog.text
+
+
 def flipped_manifest(request: Message, answer: Answer) -> Answer:
-    return answer[0], answer[1][:-1] + bytes([answer[1][-1] ^ 4])
+    return answer[0], answer[1][:-2] + bytes([answer[1][-2] ^ 4]) + answer[1][-1:]  # the last byte of the digest
 
 
 def manifest_of(version: int, run_id: str = RUN_ID) -> Fault:
@@ -174,7 +192,7 @@ async def test_a_snapshot_that_is_gone_in_the_middle_is_given_up_for_the_newest(
 
 
 async def test_what_is_no_reply_is_ignored(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", 0.3)
     server = SnapshotServer()
 
     def babbles_once(request: Message, answer: Answer) -> Answer:

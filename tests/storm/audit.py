@@ -22,6 +22,7 @@ class Records:
     journaled: dict[int, int]  # lease -> task, of groups that are accepted and not trained at the end
     frontier: dict[str, Any]  # of the last checkpoint
     num_covered: int  # groups that are still in the journal though the last checkpoint covers them
+    canaries: dict[bool, int]  # how many versions servers computed with as they should, and how many they did not
 
 
 @dataclass
@@ -48,7 +49,10 @@ def read_records(directory: Path) -> Records:
             if event["kind"] == "step":
                 steps.setdefault(event["step"], []).append(event | {"lineage": lineage})
     acknowledged: dict[int, set[int]] = {}
+    canaries = {True: 0, False: 0}
     for event in read_events(sorted(directory.glob("server-*/events-*.jsonl"))):
+        if event["kind"] == "canary":
+            canaries[event["ok"]] += 1
         if event["kind"] == "group_acknowledged":
             acknowledged.setdefault(event["lease"], set()).add(event["task"])
     with sqlite3.connect(run / "journal.sqlite") as database:
@@ -61,7 +65,10 @@ def read_records(directory: Path) -> Records:
     current = (run / "checkpoints" / "CURRENT").read_text().strip()
     state = json.loads((run / "checkpoints" / current / "run.json").read_text())
     frontier = json.loads(base64.b64decode(state["frontier"]))
-    return Records(steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered)
+    return Records(
+        steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered,
+        canaries=canaries,
+    )  # fmt: skip
 
 
 def audit(records: Records, *, total_steps: int, groups_per_step: int, max_staleness: int) -> Verdict:
@@ -74,6 +81,8 @@ def audit(records: Records, *, total_steps: int, groups_per_step: int, max_stale
     verdict.check(sorted(records.steps) == list(range(1, total_steps + 1)), f"steps are {sorted(records.steps)}")
     _check_steps(records, verdict, groups_per_step=groups_per_step, max_staleness=max_staleness)
     verdict.check(records.num_covered == 0, f"the journal keeps {records.num_covered} groups that nobody needs")
+    verdict.check(records.canaries[False] == 0, f"{records.canaries[False]} versions were not what was computed with")
+    verdict.check(records.canaries[True] > 0, "no server was asked whether it computes with what it loaded")
     survived = [taken[-1] for _, taken in sorted(records.steps.items())]
     trained = {
         lease: task for record in survived for lease, task in zip(record["leases"], record["tasks"], strict=True)

@@ -32,7 +32,9 @@ async def test_a_learner_alone_prints_the_command_that_joins_it_and_the_two_fini
         assert max(int(age) for age in step["staleness_histogram"]) == step["staleness_max"]
     events = read_events(stage.path.glob("runs/rollout-server/*.jsonl")) + read_events(stage.path.glob("run/*.jsonl"))
     intervals = {event["kind"] for event in events if "t_end" in event}
-    assert intervals >= {"train", "wait_batch", "generate", "weight_update", "publish", "save"}
+    assert intervals >= {"train", "wait_batch", "generate", "weight_update", "publish", "save", "canary"}
+    loaded = [event["version"] for event in events if event["kind"] == "weight_update"]
+    assert loaded == [event["version"] for event in events if event["kind"] == "canary" and event["ok"]]
     assert_transformers_loads(stage.path / "run/huggingface/step-000006")
 
 

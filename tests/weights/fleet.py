@@ -5,17 +5,20 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from common.canary import Canary
 from common.delta.formats import FORMATS
 from common.events import EventLog
 from common.messages import SnapshotReady
 from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
 from learner.publisher import Publisher, lay_out, open_publisher
-from rollout_server.inference import LocalSnapshot, WeightUpdate
+from rollout_server.inference import InferenceEngine, LocalSnapshot, WeightUpdate
+from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
 from rollout_server.table_engine import TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 from tests.fault_proxy import FaultProxy
@@ -46,6 +49,10 @@ class Weights:
         """So much changes that a delta does not pay."""
         for _, tensor in self.tensors:
             tensor.copy_(torch.from_numpy(self._rng.normal(0, 0.02, tuple(tensor.shape))))
+
+    def canary(self) -> Canary | None:
+        """Nothing computes with these weights."""
+        return None
 
     def remember(self, version: int) -> None:
         self.digests[version] = digest_of(b"".join(t.view(torch.int16).numpy().tobytes() for _, t in self.tensors))
@@ -125,7 +132,7 @@ async def a_cutting_proxy(target: str) -> AsyncIterator[CuttingProxy]:
 class Member:
     """One receiver with its engine, and the proxy in front of it."""
 
-    def __init__(self, proxy: CuttingProxy, receiver: WeightReceiver, engine: DoubtingEngine) -> None:
+    def __init__(self, proxy: CuttingProxy, receiver: WeightReceiver, engine: Any) -> None:
         self.proxy = proxy
         self.receiver = receiver
         self.engine = engine
@@ -160,19 +167,19 @@ class Fleet:
         while (slot := self.publisher.take_slot()) is None:
             await self.publisher.slot_free()
         self.publisher.write(slot, self.weights.tensors)
-        await self.publisher.hand_over(slot, self.version)
+        await self.publisher.hand_over(slot, self.version, self.weights.canary())
         ready = await self.ready.get()
         assert ready.version == self.version
         return ready
 
-    async def join(self) -> Member:
+    async def join(self, transport: TransportName = "zeromq", engine: InferenceEngine | None = None) -> Member:
         proxy = await self._stack.enter_async_context(a_cutting_proxy(self.publisher.address))
         dealer = await self._stack.enter_async_context(open_dealer(proxy.address))
         events = self._stack.enter_context(
             closing(EventLog(self._directory / f"{len(self.members)}.jsonl", "rollout_server"))
         )
-        engine = DoubtingEngine(self.weights)
-        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events)))
+        engine = engine or DoubtingEngine(self.weights)
+        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events, transport=TRANSPORTS[transport])))
         await receiver.follow(RUN_ID)
         self._running.append(self._tasks.create_task(receiver.run(dealer)))
         self.members.append(Member(proxy, receiver, engine))
@@ -185,6 +192,11 @@ class Fleet:
         for member in self.members:
             await member.receiver.wait_for_version(self.version)
 
+    def stop_following(self) -> None:
+        """Its members."""
+        for task in self._running[1:]:
+            task.cancel()
+
     async def close(self) -> None:
         for task in self._running:
             task.cancel()
@@ -194,7 +206,13 @@ class Fleet:
 
 @asynccontextmanager
 async def a_fleet(
-    directory: Path, *, num_members: int, patience_s: float, weights: Weights | None = None
+    directory: Path,
+    *,
+    num_members: int,
+    patience_s: float,
+    weights: Weights | None = None,
+    transport: TransportName = "zeromq",
+    run_id: str = RUN_ID,
 ) -> AsyncIterator[Fleet]:
     weights = weights or Weights()
     with tempfile.TemporaryDirectory() as private:  # a socket's path must be short
@@ -202,7 +220,7 @@ async def a_fleet(
             asyncio.timeout(patience_s),
             open_publisher(
                 lay_out(weights.tensors),
-                run_id=RUN_ID,
+                run_id=run_id,
                 listen="tcp://127.0.0.1:0",
                 keys=None,
                 private_directory=Path(private),
@@ -214,7 +232,7 @@ async def a_fleet(
             try:
                 await publisher.listening()
                 for _ in range(num_members):
-                    await fleet.join()
+                    await fleet.join(transport)
                 yield fleet
             finally:
                 await fleet.close()

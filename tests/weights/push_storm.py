@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rollout_server import weight_receiver
+from rollout_server import pulled_snapshots
 from tests.weights.fleet import CHUNK_BYTES, Fleet, Member, a_fleet
 
 NUM_MEMBERS = 4
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--pushes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    weight_receiver.REPLY_TIMEOUT_S = REPLY_TIMEOUT_S
+    pulled_snapshots.REPLY_TIMEOUT_S = REPLY_TIMEOUT_S
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         outcome = asyncio.run(push_storm(options.pushes, Path(directory), seed=options.seed))

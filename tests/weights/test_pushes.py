@@ -2,7 +2,7 @@
 
 import pytest
 
-from rollout_server import weight_receiver
+from rollout_server import pulled_snapshots
 from tests.weights.fleet import a_fleet
 from tests.weights.push_storm import FULL_EVERY, NUM_MEMBERS, REPLY_TIMEOUT_S, push_storm
 
@@ -11,7 +11,7 @@ PUSHES = 30
 
 
 async def test_pushes_cut_at_random_bytes_leave_every_receiver_at_exactly_the_published_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_receiver, "REPLY_TIMEOUT_S", REPLY_TIMEOUT_S)
+    monkeypatch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", REPLY_TIMEOUT_S)
     outcome = await push_storm(PUSHES, tmp_path, patience_s=PATIENCE_S)
     assert outcome.cuts == NUM_MEMBERS * PUSHES
     assert outcome.mixed == 0

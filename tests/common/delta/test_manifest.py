@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from common.canary import Canary
 from common.delta import (
     DeltaManifest,
     blocks_of,
@@ -23,12 +24,14 @@ from common.snapshot import (
     build_manifest,
     decode_manifest,
     encode_manifest,
+    verify_all,
     verify_chunk,
 )
 
 N = 4096
 CHUNK_BYTES = 512
 FLIPS = 1000
+NAMES_WHAT = r"manifest|tensor|snapshot \d|delta \d"  # what may not decode cannot tell its version
 TENSORS = (TensorSpec("wide", (N // 2,), "float32", 0), TensorSpec("narrow", (N,), "bfloat16", 2 * N))
 
 
@@ -37,7 +40,10 @@ def a_snapshot(version: int) -> tuple[SnapshotManifest, bytes]:
     words = np.random.default_rng(0).integers(0, 1 << 16, 2 * N, dtype=np.uint16)
     words[:: 7 + version] += np.uint16(version)
     data = words.tobytes()
-    manifest = build_manifest(memoryview(data), TENSORS, run_id="run", version=version, chunk_bytes=CHUNK_BYTES)
+    canary = Canary(token_ids=(3, 1, 2), logprobs=(-1.25, -2.5), tolerance=0.1)
+    manifest = build_manifest(
+        memoryview(data), TENSORS, run_id="run", version=version, chunk_bytes=CHUNK_BYTES, canary=canary
+    )
     return manifest, data
 
 
@@ -83,9 +89,12 @@ def test_a_flipped_bit_anywhere_in_a_manifest_is_refused(kind: str):
         "full": (encode_manifest(a_snapshot(2)[0]), decode_manifest),
         "delta": (encode_delta_manifest(a_delta()[0]), decode_delta_manifest),
     }[kind]
+    refusals: set[str] = set()
     for flipped in flips_of(encoded):
-        with pytest.raises(SnapshotError):
+        with pytest.raises(SnapshotError, match=NAMES_WHAT) as refused:
             decode(flipped)
+        refusals.add(str(refused.value))
+    assert any(f"of {'snapshot 2' if kind == 'full' else 'delta 1 to 2'} does not match" in each for each in refusals)
 
 
 @pytest.mark.parametrize("kind", ["full", "delta"])
@@ -99,6 +108,17 @@ def test_a_flipped_bit_anywhere_in_a_chunk_is_refused_by_the_name_of_the_chunk(k
         [flipped] = flips_of(data[start:end], 1, randomness)
         with pytest.raises(SnapshotError, match=f"chunk {index} of {manifest.title}: the digest does not match"):
             verify_chunk(manifest, index, flipped)
+
+
+def test_a_flipped_bit_anywhere_in_memory_that_is_shared_is_refused_by_the_name_of_the_chunk():
+    manifest, data = a_snapshot(2)
+    randomness, memory = random.Random(2), bytearray(data)
+    for _ in range(FLIPS):
+        place, bit = randomness.randrange(len(memory)), 1 << randomness.randrange(8)
+        memory[place] ^= bit
+        with pytest.raises(SnapshotError, match=f"chunk {place // CHUNK_BYTES} of snapshot 2: the digest does not"):
+            verify_all(manifest, memoryview(memory))
+        memory[place] ^= bit
 
 
 def flips_of(data: bytes, times: int = FLIPS, randomness: random.Random | None = None) -> list[bytes]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.delta import BlockPlace, Changes, blocks_of, changes_by_tensor, decode_block, encode_delta
+from common.delta import BlockPlace, Changes, blocks_of, changes_by_tensor, decode_block, encode_delta, plan
 from common.delta.plan import MAX_DELTA_SHARE
 from common.snapshot import ITEM_BYTES, TensorSpec
 from tests.builders_delta import as_words, changed_at_random, weights
@@ -103,6 +103,43 @@ def test_no_block_is_encoded_after_the_delta_has_lost():
     blocks = [Watched(block.dtype, block.start, block.num_elements) for block in blocks_of(tensors, 256)]
     assert encode_delta(old, new, blocks) is None
     assert max(looked_at) < 0.55 * len(old)
+
+
+def encoded_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where the blocks begin that are encoded from now on."""
+    places: list[int] = []
+    encode_block = plan.encode_block
+
+    def watch(old, new, dtype, primitives):
+        places.append(old.__array_interface__["data"][0])
+        return encode_block(old, new, dtype, primitives)
+
+    monkeypatch.setattr(plan, "encode_block", watch)
+    return places
+
+
+def test_of_a_large_model_that_changed_everywhere_one_block_in_eight_is_encoded_and_no_more(monkeypatch):
+    tensors = tensors_of(((64 * 256,), "bfloat16"))
+    old, _ = snapshots_of(tensors, density=0.0)
+    new = bytearray(np.random.default_rng(1).bytes(len(old)))
+    places = encoded_blocks(monkeypatch)
+    assert encode_delta(old, new, blocks_of(tensors, 256)) is None
+    assert len(places) == 8
+    assert set(np.diff(places)) == {8 * 256 * 2}
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_of_a_large_model_that_changed_less_every_block_is_encoded_once_and_handed_over_in_order(monkeypatch, density):
+    tensors = tensors_of(((67 * 256 + 9,), "bfloat16"))
+    old, new = snapshots_of(tensors, density)
+    blocks = blocks_of(tensors, 256)
+    places = encoded_blocks(monkeypatch)
+    encoded = encode_delta(old, new, blocks)
+    assert len(set(places)) == len(places) == len(blocks) == 68
+    for block, data in zip(blocks, encoded, strict=True):
+        words = block.words_of(old)
+        decode_block(data, words, block.dtype).apply_to(words)
+    assert old == new
 
 
 @pytest.mark.parametrize("max_elements", [1, 10, 64, 1 << 20])

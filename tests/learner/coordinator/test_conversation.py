@@ -5,6 +5,7 @@ import pytest
 from common.codec import pack_group
 from common.environments import Environments
 from common.messages import (
+    PROTOCOL_VERSION,
     Finished,
     GroupAccepted,
     GroupFinished,
@@ -103,7 +104,8 @@ def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample()
 def test_another_protocol_is_refused_with_both_versions_named():
     [(_, refused)] = Desk().say(A, a_hello(protocol=99))
     assert refused == Refused(
-        reason="the server speaks protocol 99, the learner 2; install the same version of countercurrent on both"
+        reason=f"the server speaks protocol 99, the learner {PROTOCOL_VERSION}; "
+        "install the same version of countercurrent on both"
     )
 
 

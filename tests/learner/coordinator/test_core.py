@@ -164,6 +164,36 @@ def test_a_task_that_keeps_failing_while_others_succeed_is_parked_by_name_and_ot
     assert coordinator.counts().failed == {"environment": 3}
 
 
+WRONG_WEIGHTS = "with version 4 loaded, the engine's log-probabilities are wrong"
+
+
+def test_a_server_out_of_service_is_granted_nothing_and_what_it_has_not_finished_goes_to_others_unblamed():
+    coordinator = a_coordinator(groups_per_step=2, max_staleness=0, max_task_failures=1)
+    granted = join(coordinator)
+    assert [grant.server_id for grant in granted] == ["a", "a"]
+    join(coordinator, "b")
+    coordinator.group_finished("a", group_for(granted[0]), now=1.0)
+    again = grants(coordinator.heartbeat("a", progress=1, loaded_version=0, now=2.0, out_of_service=WRONG_WEIGHTS))
+    assert [(grant.server_id, grant.task_id) for grant in again] == [("b", granted[1].task_id)]
+    assert coordinator.counts().failed == {"out_of_service": 1}
+    assert coordinator.counts().queued == 1  # what it finished is older than the doubt
+    assert coordinator.book.tasks.parked == {}
+    assert "a" in coordinator.members
+    [refused] = of_kind(coordinator.group_finished("a", group_for(granted[1]), now=3.0), RefuseGroup)
+    assert refused.kind == "ended"
+
+
+def test_a_server_is_granted_leases_again_with_the_first_heartbeat_that_says_that_it_is_in_service():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
+    join(coordinator)
+    for now in (1.0, 2.0, 30.0):
+        out = coordinator.heartbeat("a", progress=1, loaded_version=0, now=now, out_of_service=WRONG_WEIGHTS)
+        assert grants(out) == []
+        assert grants(coordinator.tick(now=now)) == []
+    assert len(grants(coordinator.heartbeat("a", progress=1, loaded_version=0, now=31.0))) == 1
+    assert coordinator.counts().failed == {"out_of_service": 1}
+
+
 def test_while_nothing_succeeds_no_task_is_parked_and_leases_come_one_at_a_time_ever_more_slowly():
     coordinator = a_coordinator(groups_per_step=8, failures_before_pause=4)
     open_leases, now, probes = join(coordinator), 0.0, []

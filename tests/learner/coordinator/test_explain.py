@@ -51,6 +51,14 @@ def test_a_server_that_only_fails_is_named_with_its_last_failure_and_parked_task
     )
 
 
+def test_a_server_out_of_service_is_named_with_its_reason():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
+    join(coordinator)
+    coordinator.heartbeat("a", progress=1, loaded_version=0, now=1.0, out_of_service="its weights are wrong")
+    assert learner_waits_for(coordinator, now=1.0) == "server a is out of service: its weights are wrong"
+    assert what_a_server_waits_for(coordinator, "a", now=1.0) == "server a is out of service: its weights are wrong"
+
+
 def test_a_server_waits_for_the_learner_when_a_bound_is_met():
     coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
     join(coordinator)

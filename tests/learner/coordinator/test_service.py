@@ -114,6 +114,24 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
 
 
+async def test_a_server_out_of_service_is_named_with_its_reason_and_granted_leases_again_when_it_is_back(
+    tmp_path, caplog
+):
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
+        tasks = [(await server.expect(Lease)).task_id for _ in range(4)]
+        await server.say(a_heartbeat(out_of_service="its weights are wrong"))
+        await server.say(a_heartbeat(out_of_service="its weights are wrong"))
+        while not (status := await learner.expect(CoordinatorStatus)).failed:
+            pass
+        assert (status.failed, status.running) == ({"out_of_service": 4}, 0)
+        assert status.waiting_for == "server a is out of service: its weights are wrong"
+        await server.say(a_heartbeat())
+        again = [(await server.expect(Lease)).task_id for _ in range(4)]
+    assert set(again) & set(tasks)  # among others, that did not just fail
+    assert caplog.text.count("server a is out of service: its weights are wrong") == 1
+    assert "server a is back in service at version 0" in caplog.text
+
+
 async def test_a_server_that_gets_thousands_of_leases_at_once_is_given_the_time_to_read_them(tmp_path):
     rules = some_settings(groups_per_step=2000, queue_groups=4000, queue_bytes=1 << 30)
     prompts = tmp_path / "long.jsonl"

@@ -1,0 +1,151 @@
+"""PulledSnapshots: versions pulled over ZeroMQ into this process's own copy, from whatever host.
+
+A delta when the learner's side has one for what this server holds, else the full snapshot. Chunk by chunk, several
+requests in flight, into warm memory; a delta is decoded while it arrives. A cut connection costs the chunks in flight
+and nothing else: what was verified stays.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from common import messages
+from common.delta import DeltaManifest, decode_delta_manifest
+from common.lifecycle import DedicatedThread
+from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest
+from common.wire import Dealer
+from rollout_server.delta_decoding import DeltaDecoder
+from rollout_server.host_copy import HostCopy
+from rollout_server.pulling import PullState
+from rollout_server.snapshot_client import PullGivenUp, SnapshotClient
+from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
+
+logger = logging.getLogger(__name__)
+
+REPLY_TIMEOUT_S = 5.0
+OVERTAKE_ABOVE = 0.5  # share of a full snapshot still missing, for a newer version to be pulled in its place
+
+Offer = tuple[SnapshotManifest | DeltaManifest, str]
+
+
+class PulledSnapshots:
+    """A SnapshotTransport. Whatever fails, the next pull is a full one."""
+
+    def __init__(self, target: WeightTarget, client: SnapshotClient) -> None:
+        self._target = target
+        self._client = client
+        self._copy = HostCopy()
+        self._decoding = DedicatedThread("weights")
+        self._gave_up = False  # the pull before this one
+
+    def __repr__(self) -> str:
+        return f"<PulledSnapshots, {self._copy!r}>"
+
+    def close(self) -> None:
+        self._decoding.close()
+        self._copy.close()
+
+    def forget(self) -> None:
+        self._copy.manifest = None
+
+    @asynccontextmanager
+    async def next_version(self, dealer: Dealer) -> AsyncIterator[ArrivedSnapshot | None]:
+        """See SnapshotTransport."""
+        yield await self._pull(dealer)
+
+    async def _pull(self, dealer: Dealer) -> ArrivedSnapshot | None:
+        """Bring the copy to the next version; None when that turned out to be gone or not ours."""
+        offer = await self._request_manifest(dealer)
+        if offer is None:
+            return None
+        manifest, form = offer
+        try:
+            if isinstance(manifest, DeltaManifest):
+                return await self._pull_delta(dealer, manifest)
+            return await self._pull_full(dealer, manifest, form)
+        except SnapshotError as error:
+            self.forget()
+            logger.warning("not loaded, the full snapshot is next: %s", error)
+        except PullGivenUp as reason:
+            logger.info("%s is given up after %s", manifest.title, reason)
+        return None
+
+    async def _pull_full(self, dealer: Dealer, manifest: SnapshotManifest, form: str) -> ArrivedSnapshot:
+        self._copy.begin(manifest.num_bytes)
+        pull = self._begin(manifest)
+        while pull.missing:
+            if self._is_overtaken(pull):
+                self._gave_up = True
+                newest = self._target.published_version
+                raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: {newest} is published")
+            arrived = await self._client.next_chunk(dealer, pull)
+            if arrived is not None:
+                self._copy.write(manifest.chunk_range(arrived[0])[0], arrived[1])
+        self._copy.manifest = manifest
+        self._gave_up = False
+        return ArrivedSnapshot(manifest=manifest, path=self._copy.path, form=form, num_bytes=pull.num_bytes_received)
+
+    async def _pull_delta(self, dealer: Dealer, manifest: DeltaManifest) -> ArrivedSnapshot:
+        decoder = DeltaDecoder(manifest, self._copy)
+        pull = self._begin(manifest, manifest.base_version)
+        while pull.missing:
+            arrived = await self._client.next_chunk(dealer, pull)
+            if arrived is not None:
+                decoder.add(*arrived)
+                await self._decoding.run(decoder.decode_arrived)
+        changes = await self._decoding.run(self._copy.apply, manifest, decoder.changes)
+        self._gave_up = False
+        return ArrivedSnapshot(
+            manifest=manifest.target,
+            path=self._copy.path,
+            form="delta",
+            num_bytes=pull.num_bytes_received,
+            changes=changes,
+        )
+
+    def _begin(self, manifest: SnapshotManifest | DeltaManifest, base_version: int = NO_VERSION) -> PullState:
+        return PullState(
+            manifest=manifest,
+            version=manifest.version,
+            base_version=base_version,
+            timeout_s=REPLY_TIMEOUT_S,
+            heard_s=time.monotonic(),
+        )
+
+    def _is_overtaken(self, pull: PullState) -> bool:
+        """Never twice in a row: a server slower than the learner must get somewhere too."""
+        is_newer = self._target.published_version > pull.version
+        return is_newer and pull.share_missing > OVERTAKE_ABOVE and not self._gave_up
+
+    def _held_version(self) -> int:
+        """What a delta may start from."""
+        held = self._copy.manifest
+        if held is None or held.run_id != self._target.run_id or held.version != self._target.loaded_version:
+            return NO_VERSION
+        return held.version
+
+    async def _request_manifest(self, dealer: Dealer) -> Offer | None:
+        request = messages.ManifestRequest(newer_than=self._target.loaded_version, held_version=self._held_version())
+        reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
+        if reply is None:
+            return None
+        try:
+            return self._read_offer(*reply)
+        except SnapshotError as error:
+            self.forget()
+            logger.warning("not loaded, asking again: %s", error)
+            return None
+
+    def _read_offer(self, reply: messages.Message, payload: memoryview) -> Offer | None:
+        """Raises SnapshotError for what must never be loaded."""
+        match reply:
+            case messages.ManifestReply(why_full=why):
+                manifest = decode_manifest(payload)
+                self._target.check(manifest)
+                return manifest, f"full, {why}"
+            case messages.DeltaReply():
+                delta = decode_delta_manifest(payload)
+                self._target.check(delta.target)
+                return delta, "delta"
+        return None
