@@ -123,7 +123,7 @@ def gradients_of_one_step(engine: PpoEngine, batch: TrainBatch) -> dict[str, tor
             for name, parameter in module.named_parameters():
                 gradients[f"{index} {name}"] = parameter.grad.clone()
 
-        network._optimizer.register_step_pre_hook(catch)
+        network.optimizer.register_step_pre_hook(catch)
     assert engine.step(batch).refusal is None
     return gradients
 

@@ -56,8 +56,7 @@ def test_packed_values_are_those_of_padded_trajectories_also_after_the_last_toke
 
 def test_packing_computes_less():
     inputs, _ = body_inputs(a_tiny_model(0, tied=True), *INPUTS[:2], packs=True)
-    num_tokens = int(MICRO.attention_mask_BT.sum())
-    assert num_tokens <= inputs["input_ids"].numel() < 1.1 * num_tokens + 1 < MICRO.token_ids_BT.numel()
+    assert inputs["input_ids"].numel() < 0.85 * MICRO.token_ids_BT.numel()
     assert "attention_mask" not in inputs  # with one, transformers would read a row as one text
     assert inputs["use_cache"] is False
 
