@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from common.lifecycle import UserError
 from learner.engine_settings import EngineSettings
 from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
@@ -199,3 +200,10 @@ def test_what_is_offloaded_to_host_memory_is_trained_and_resumed_alike(
     assert largest_difference(outcome.weights, weights) < 1e-5
     resumed = pair.play(settings, resume=str(tmp_path / "saved"), steps=1)
     assert largest_difference(resumed.weights, outcome.weights) == 0.0
+
+
+def test_a_checkpoint_without_the_part_of_one_rank_is_refused_on_all(model: str, pair: Pair, tmp_path: Path):
+    pair.play(settings_for(model, zero_stage=2), steps=2, save=str(tmp_path), save_after=1)
+    (tmp_path / "policy" / "rank-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="was written by 2 ranks and has 1"):
+        open_torch_engine(settings_for(model)).load(tmp_path)
