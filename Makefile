@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -21,13 +21,20 @@ quickstart: venv ## train a small model end to end, with a summary and a picture
 	@$(VENV)/python -m deploy.quickstart
 
 test: venv ## all tests that need neither a GPU nor patience (at most 15 minutes on 2 cores)
-	$(VENV)/python -m pytest -m "not slow and not gpu" --durations=15
+	@$(VENV)/python -m tests.environments --install openenv-core-0.3
+	$(VENV)/python -m pytest -m "not slow and not gpu and not environments" --durations=15
 
 test-slow: venv ## the tests that take minutes each: learning against a control
-	$(VENV)/python -m pytest -m "slow and not gpu" --timeout 1200
+	$(VENV)/python -m pytest -m "slow and not gpu and not environments" --timeout 1200
+
+parity: venv ## the whole pipeline at staleness 0 against a plain synchronous trainer, step for step to 1e-5
+	$(VENV)/python -m pytest -s -m slow tests/parity --timeout 300
 
 test-environments: venv ## the clients of environment servers against the real ones, each in an installation of its own
 	$(VENV)/python -m tests.environments
+
+real-model: venv ## some steps of the whole loop with a pre-trained model of 135M parameters (fetches 93 MB once)
+	@$(VENV)/python -m deploy.real_model
 
 lint: venv ## style
 	$(VENV)/ruff check . && $(VENV)/ruff format --check .
@@ -44,8 +51,9 @@ bench-overlap: venv ## wall time of the pipeline over the slower of generation a
 bench-rollout: venv ## tokens per second of the rollout server's engine over bare vLLM
 	$(VENV)/python -m tests.benchmarks.bench_rollout
 
-bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns
+bench-environments: venv ## how busy the engine is with 256 episodes of 1 s steps, over 256 single turns; what one that is down costs
 	$(VENV)/python -m tests.benchmarks.bench_environments
+	$(VENV)/python -m tests.benchmarks.bench_environment_down
 
 bench-weights: venv ## weight deltas beside what others do, of a real training run, and pushes beside PUB over TCP
 	$(VENV)/python -m tests.benchmarks.bench_delta
@@ -87,4 +95,4 @@ bench-dataplane: venv ## what trajectories cost on their way: rate, CPU, memory,
 	$(VENV)/python -m tests.benchmarks.bench_dataplane
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf .venv .venv-environments .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-environments .real-model .venv.lock .venv.options .venv.removed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

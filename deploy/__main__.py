@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from common.key_files import KeyFileError
-from common.lifecycle import configure_logging, run_until_stopped
+from common.lifecycle import EXIT_USER_ERROR, UserError, configure_logging, run_until_stopped
+from deploy.batch_command import show_batch
 from deploy.key_commands import add_key, list_keys, remove_key
 from deploy.report import show_report
 from deploy.up import RunPlan, up
@@ -30,6 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="summarise a run: text and picture", description="Summarise a run.")
     report.add_argument("run_dir", type=Path, help="the learner's --run-dir")
 
+    batch = commands.add_parser(
+        "batch",
+        help="show a batch that broke a step",
+        description="Show a batch whose loss or gradient was not finite: RUN_DIR/refused/step-N.ccbatch.",
+    )
+    batch.add_argument("file", type=Path)
+    batch.add_argument("--json", action="store_true", help="one object per trajectory, with its tokens")
+
     _add_key_commands(commands)
 
     arguments, learner_flags = parser.parse_known_args(argv)
@@ -39,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return show_report(arguments.run_dir)
     if arguments.command == "key":
         return _key(arguments)
+    if arguments.command == "batch":
+        return _batch(arguments)
     learner = parse_learner(["--config", str(arguments.config), *learner_flags])
     configure_logging("up")
     plan = RunPlan(
@@ -79,6 +90,15 @@ def _key(arguments: argparse.Namespace) -> int:
     except KeyFileError as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    try:
+        show_batch(arguments.file, as_json=arguments.json)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

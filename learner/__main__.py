@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NoReturn
 
 import msgspec
@@ -37,7 +38,10 @@ from learner.progress import Progress, ProgressDisplay
 from learner.publisher import Publisher, lay_out, open_publisher
 from learner.rank_orders import LeadingEngine, lead
 from learner.rank_processes import run_follower, supervise_ranks
+from learner.refusals import Refusals
+from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
+from learner.step_metrics import StepMeter
 from learner.trackers import open_trackers
 from learner.training import TrainEngine, TrainSettings
 
@@ -263,6 +267,13 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             events=events,
         )
         checkpoints = await stack.enter_async_context(writing_checkpoints(writer))
+        refusals = Refusals(
+            RefusedBatches(learner.run.refused),
+            events,
+            on_nonfinite=config.on_nonfinite,
+            max_skipped_steps=config.max_skipped_steps,
+        )
+        meter = StepMeter(refusals)
         loop = LearnerLoop(
             settings=learner.settings,
             checkpoint_every_steps=config.checkpoint_every_steps,
@@ -272,12 +283,15 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             publisher=learner.publisher,
             canaries=canaries_of(config, learner.publisher, facts),
             checkpoints=checkpoints,
+            refusals=refusals,
             events=events,
-            observers=[StepLog(events, trackers), progress],
+            observers=[StepLog(events, trackers), progress, meter],
         )
         if config.metrics_listen is not None:
-            measurements = lambda: measure(learner.engine, learner.publisher, learner.coordinator)  # noqa: E731
-            stack.enter_context(start_metrics_server(config.metrics_listen, measurements))
+            parts = (learner.engine, learner.publisher, learner.coordinator)
+            stack.enter_context(
+                start_metrics_server(config.metrics_listen, lambda: chain(measure(*parts), meter.measure()))
+            )
         display = stack.enter_context(ProgressDisplay(progress, Console()))
         refreshing = learner.tasks.create_task(refresh(display))
         try:

@@ -11,12 +11,12 @@ from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.lora_settings import LoraSettings, lora_settings
-from learner.loss_settings import Proximal, check_proximal, check_strengths
+from learner.loss_settings import OnNonfinite, Proximal, check_critic_warmup, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
-    "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints", "ranks",
+    "max_skipped_steps", "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints", "ranks",
 )  # fmt: skip
 
 
@@ -39,8 +39,9 @@ class LearnerConfig:
     environment: Environments = option(
         Environments.at("python:learner.demo.task:reward"),
         short="env",
-        help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH or "
-        "openenv+ws://HOST:PORT; in the file also a table for each of several: see docs/environments.md",
+        help="what answers and rewards the policy: python:MODULE:NAME, reward+http://HOST:PORT/PATH, "
+        "hf-reward:MODEL or openenv+ws://HOST:PORT; in the file also a table for each of several: see "
+        "docs/environments.md",
     )
     critic_model: str | None = option(
         None, help="network the critic starts from, for --advantage gae or vtrace; default: model"
@@ -49,7 +50,7 @@ class LearnerConfig:
     # Adapters in place of the whole policy
     lora_rank: int = option(
         0,
-        help="rank of the LoRA adapters that alone are trained and published; 0: the whole policy is. The reference "
+        help="rank of the LoRA adapters that alone are trained; 0: the whole policy is. The reference "
         "that the policy is held near is then the policy without them, and takes no memory",
     )
     lora_alpha: float | None = option(None, help="adapters are scaled by alpha / rank; default: 2 * lora_rank")
@@ -148,12 +149,21 @@ class LearnerConfig:
     # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
     critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
+    critic_warmup_steps: int = option(
+        0, help="first steps of the run in which the critic learns alone and the policy stays as it is"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float = option(0.9, help="decay of Adam's first moment")
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     weight_decay: float = option(0.0, help="decoupled weight decay")
     max_grad_norm: float = option(1.0, help="gradients are clipped to this norm")
+    on_nonfinite: OnNonfinite = option(
+        "stop",
+        help="when a loss or gradient is not finite, nothing is updated and the batch is kept in RUN_DIR/refused (read "
+        "it with countercurrent batch); then the run stops, or the batch counts as trained (skip)",
+    )
+    max_skipped_steps: int = option(3, help="so many steps skipped in a row stop the run all the same")
 
     # The training engine
     zero_stage: ZeroStage = option(
@@ -236,6 +246,7 @@ class LearnerConfig:
                 f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
             )
         self.reward_settings.check_advantage(self.advantage)
+        check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         check_strengths(self.entropy_coefficient, self.value_clip)
         self._check_adapters()

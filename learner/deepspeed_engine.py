@@ -21,6 +21,7 @@ from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
 from learner.sharded_state import SavedState, ShardedState
 from learner.training import TrainSettings
+from learner.zero_gradients import discard_gradient
 from learner.zero_state import ZeroState
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class DeepSpeedNetwork:
         self._engine.step()
         self._state.num_steps += 1
         return norm or float(self._engine.get_global_grad_norm() or 0.0)
+
+    def discard_gradient(self) -> None:
+        discard_gradient(self._engine, stage=self._stage)
 
     def _own_grad_norm(self) -> float:
         """DeepSpeed does not tell the norm at stage 0."""

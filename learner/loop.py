@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 from common.canary import Canary
 from common.events import EventLog
-from common.lifecycle import DedicatedThread, UserError
+from common.lifecycle import DedicatedThread
 from common.trajectory import Group
 from learner.batching import build_batch
 from learner.canary import CanaryMaker
 from learner.checkpoint_writer import CheckpointWriter
 from learner.coordinator.client import CoordinatorClient
 from learner.publisher import Publisher
+from learner.refusals import Refusals
 from learner.training import StepResult, TrainEngine, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class LearnerLoop:
         publisher: Publisher,
         canaries: CanaryMaker,
         checkpoints: CheckpointWriter,
+        refusals: Refusals,
         events: EventLog,
         observers: Sequence[StepObserver],
     ) -> None:
@@ -50,9 +52,10 @@ class LearnerLoop:
         self._coordinator = coordinator
         self._publisher = publisher
         self._canaries = canaries
+        self._checkpoints = checkpoints
+        self._refusals = refusals
         self._events = events
         self._observers = observers
-        self._checkpoints = checkpoints
         self._unpublished = asyncio.Event()  # set while a version waits for a slot
 
     async def run(self) -> None:
@@ -80,13 +83,20 @@ class LearnerLoop:
         version = self._engine.version
         with self._events.interval("train", version=version):
             result = await self._training.run(self._step, groups)
-        if result.refusal is not None:
-            raise UserError(f"step {version} was not taken: {result.refusal}; {self._set_aside(version, groups)}")
-        version = self._engine.version
+        stop = None
+        if result.refusal is None:
+            self._refusals.step_taken()
+        else:
+            stop = await self._training.run(self._refusals.step_refused, version, groups, result)
+        if stop is not None and self._engine.version == version:
+            raise stop
+        version = self._engine.version  # also of a step that was skipped: its batch is not to come again
         await self._coordinator.step_completed(version, tuple(group.lease_id for group in groups))
         await self._publish()
         for observer in self._observers:
             observer.step_completed(version, groups, result)
+        if stop is not None:
+            raise stop
         if version % self._checkpoint_every_steps == 0:
             await self._checkpoints.begin()
 
@@ -103,12 +113,6 @@ class LearnerLoop:
             layout=self._engine.layout,
         )
         return self._engine.step(batch)
-
-    def _set_aside(self, version: int, groups: tuple[Group, ...]) -> str:
-        """Name the tasks of the batch that broke the step, for whoever wants to know why."""
-        tasks = [group.task_id for group in groups]
-        self._events.emit("step_refused", version=version, tasks=tasks, leases=[group.lease_id for group in groups])
-        return f"its tasks were {tasks}; the run stops at the checkpoint of version {version}"
 
     async def _publish(self) -> None:
         """Copy the parameters out, between two steps; later, when every slot is still being read."""

@@ -7,6 +7,9 @@ Proximal = Literal["recomputed", "interpolated"]
 """Where the centre of decoupled PPO's trust region comes from: the policy before the step, or a guess at the one
 before that, between it and the policy that sampled."""
 
+OnNonfinite = Literal["stop", "skip"]
+"""What is done about a batch whose loss or gradient is not finite."""
+
 WITH_CRITIC = ("gae", "vtrace")
 """The advantages that need a critic."""
 
@@ -15,6 +18,16 @@ def check_proximal(proximal: Proximal, loss: str) -> None:
     """Raises ValueError when the loss has no use for it."""
     if proximal != "recomputed" and loss != "decoupled_ppo":
         raise ValueError(f"proximal {proximal} is a centre for the trust region of decoupled_ppo; loss {loss} has none")
+
+
+def check_critic_warmup(critic_warmup_steps: int, advantage: str) -> None:
+    """Raises ValueError for a negative number, or for steps in which nothing would be trained."""
+    if critic_warmup_steps < 0:
+        raise ValueError(f"critic_warmup_steps must be >= 0, got {critic_warmup_steps}")
+    if critic_warmup_steps and advantage not in WITH_CRITIC:
+        raise ValueError(
+            f"critic_warmup_steps {critic_warmup_steps}: advantage {advantage} has no critic, nothing would be trained"
+        )
 
 
 def check_strengths(entropy_coefficient: float, value_clip: float) -> None:

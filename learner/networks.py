@@ -1,6 +1,6 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Architectures that change the logits after the output layer: for them the model's own forward is needed.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+Gather = Callable[[Sequence[tuple[str, nn.Parameter]]], Iterator[tuple[str, Tensor]]]
+"""Named parameters, whole, one after the other: see Trainable.gathered()."""
 
 
 class PolicyNetwork(nn.Module):
@@ -85,24 +89,27 @@ class PolicyNetwork(nn.Module):
         inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
         return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
 
-    def published_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What a snapshot consists of: all parameters by Hugging Face name, or the adapters alone."""
-        return self.adapters.parameters() if self.adapters is not None else self.own_parameters()
+    def published_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """What a snapshot consists of: parameters by Hugging Face name, tied ones once, each with its adapter added.
 
-    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """All of the model, adapters among them, tied ones once."""
-        return list(self.model.named_parameters())
+        Servers need to know nothing of adapters; what these leave as it was takes no place in a delta.
+        """
+        if self.adapters is not None:
+            return self.adapters.merged(gather)
+        return gather(list(self.model.named_parameters()))
 
-    def export(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """By their names in a PEFT directory; none without adapters."""
+        return self.adapters.parameters() if self.adapters is not None else []
+
+    def export(self, directory: Path, tensors: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
         """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`.
 
-        tensors: all of own_parameters(), whole, in host memory.
+        tensors: those of published_tensors(), adapters: those of adapter_parameters(), whole, in host memory.
         """
-        if self.adapters is None:
-            self.model.save_pretrained(directory, state_dict=tensors)
-            return
-        self.model.save_pretrained(directory, state_dict=self.adapters.merged(tensors))
-        self.adapters.save(directory / "adapter", tensors)
+        self.model.save_pretrained(directory, state_dict=tensors)
+        if self.adapters is not None:
+            self.adapters.save(directory / "adapter", adapters)
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +52,10 @@ class Trainable(Protocol):
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates, clears the gradient; returns its norm before clipping."""
+        ...
+
+    def discard_gradient(self) -> None:
+        """Forget what backward() added since the last step."""
         ...
 
     def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
@@ -104,14 +109,31 @@ class PpoEngine:
         one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
         return BatchLayout(num_ranks=self._ranks.size, packs=self._network.packs, in_one_row=one_row)
 
+    @property
+    def _trains_policy(self) -> bool:
+        """A critic that knows nothing yet is trained alone at first: advantages are noise until it does."""
+        return self._version >= self._settings.critic_warmup_steps
+
     def _networks(self) -> list[Trainable]:
         return [self._policy] if self._critic is None else [self._policy, self._critic]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """See TrainEngine. A refused batch leaves a half-summed gradient behind: the engine is not to be used again.
+        """See TrainEngine.
 
         Of several ranks each gives its part of the batch, see batch_codec.part_of(), and all return the same.
         """
+        result = self._try_step(batch)
+        if result.refusal is None:
+            return replace(result, metrics={**result.metrics, "refused": 0.0})
+        for network, watch in zip(self._networks(), self._watches, strict=True):
+            network.discard_gradient()
+            watch.take_complaint()
+        if self._settings.on_nonfinite == "skip":
+            self._version += 1
+        return replace(result, metrics={**result.metrics, "refused": 1.0, "trained_tokens": 0.0})
+
+    def _try_step(self, batch: TrainBatch) -> StepResult:
+        """What is refused leaves a half-summed gradient behind."""
         metrics = self._batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
@@ -162,7 +184,10 @@ class PpoEngine:
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, ratios: BatchRatios | None, *, is_last: bool
     ) -> tuple[dict[str, Metric], tuple[int, ...]]:
         """(metrics, ranks whose loss is not finite): with one, no rank's is propagated, since all do so together."""
-        logprobs_BT, entropy_BT = self._policy.forward(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
+        with torch.set_grad_enabled(self._trains_policy):
+            logprobs_BT, entropy_BT = self._policy.forward(
+                micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT
+            )
         loss, metrics = self._objective.loss(logprobs_BT, entropy_BT, micro, target, counts, ratios)
         cost, distances = self._distance_to_reference(logprobs_BT, micro, target, counts)
         if cost is not None:
@@ -170,7 +195,8 @@ class PpoEngine:
         metrics |= {**distances, "loss": Sum(float(loss.detach()))}
         if infinite := self._ranks.saying(not _is_finite(metrics)):
             return metrics, infinite
-        self._policy.backward(loss, is_last=is_last)
+        if self._trains_policy:
+            self._policy.backward(loss, is_last=is_last)
         if self._critic is None:
             return metrics, ()
         of_critic, infinite = self._accumulate_critic(micro, target, counts, is_last=is_last)
@@ -236,8 +262,9 @@ class PpoEngine:
 
     def _update(self) -> dict[str, float]:
         scale = learning_rate_scale(self._version, self._settings)
-        learning_rate = self._settings.learning_rate * scale
-        metrics = {"learning_rate": learning_rate, "grad_norm": self._policy.step(learning_rate)}
+        learning_rate = self._settings.learning_rate * scale if self._trains_policy else 0.0
+        grad_norm = self._policy.step(learning_rate) if self._trains_policy else 0.0
+        metrics = {"learning_rate": learning_rate, "grad_norm": grad_norm}
         if self._critic is not None:
             metrics["critic_grad_norm"] = self._critic.step(self._settings.critic_learning_rate * scale)
         self._shaper.keep()
@@ -245,7 +272,7 @@ class PpoEngine:
         return metrics
 
     def snapshot_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return self._policy.gathered(self._network.published_parameters())
+        return self._network.published_tensors(self._policy.gathered)
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
         token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
@@ -284,10 +311,15 @@ class PpoEngine:
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        tensors = {name: tensor.cpu().clone() for name, tensor in self._policy.gathered(self._network.own_parameters())}
+        tensors = _in_host_memory(self.snapshot_tensors())
+        adapters = _in_host_memory(self._policy.gathered(self._network.adapter_parameters()))
         if self._ranks.rank == 0:
-            self._network.export(directory, tensors)
+            self._network.export(directory, tensors, adapters)
             AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
+
+
+def _in_host_memory(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
 
 
 def _engine_file(directory: Path, rank: int) -> Path:

@@ -36,6 +36,10 @@ class RunDirectory:
         return checkpoints_in(self.path)
 
     @property
+    def refused(self) -> Path:
+        return self.path / "refused"
+
+    @property
     def keys(self) -> Path:
         return self.path / "keys"
 

@@ -67,8 +67,17 @@ def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable, ranks: R
             if values is not None
             else None
         ),
+        gaps_NK=_gaps(batch, table, ranks),
         log_ratios_NK=ranks.sum(table.gather(log_ratios(batch, own))) if own is not None else None,
     )
+
+
+def _gaps(batch: TrainBatch, table: TokenTable, ranks: Ranks) -> Tensor:
+    """[N, K]: tokens between a trained one and the next; 0 after the last."""
+    shapes = [micro.loss_mask_BT.shape for micro in batch.micro_batches]
+    places_NK = ranks.sum(table.gather([torch.arange(length).expand(rows, length) for rows, length in shapes]))
+    has_next_NK = torch.nn.functional.pad(table.mask_NK[:, 1:], (0, 1))
+    return torch.where(has_next_NK, places_NK.roll(-1, dims=1) - places_NK - 1, 0.0)
 
 
 def log_ratios(batch: TrainBatch, logprobs_BT: Sequence[Tensor]) -> list[Tensor]:

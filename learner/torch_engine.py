@@ -50,6 +50,9 @@ class TorchNetwork:
         self._state.num_steps += 1
         return float(norm)
 
+    def discard_gradient(self) -> None:
+        self.optimizer.zero_grad()
+
     def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.data) for name, parameter in parameters)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learner.engine_settings import EngineSettings, ZeroStage
 from learner.lora_settings import LoraSettings
-from learner.loss_settings import WITH_CRITIC, Proximal, check_proximal
+from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_critic_warmup, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
 
 
@@ -26,12 +26,14 @@ class TrainSettings:
     engine: EngineSettings = field(default_factory=EngineSettings)
     learning_rate: float = 1e-6
     critic_learning_rate: float = 1e-5
+    critic_warmup_steps: int = 0  # first steps of the run in which the policy stays as it is
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     total_steps: int = 1
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    on_nonfinite: OnNonfinite = "stop"
     micro_batch_tokens: int = 16384  # per forward pass, padding included
     temperature: float = 1.0
     max_staleness: int = 0
@@ -55,6 +57,7 @@ class TrainSettings:
                 f"advantage {self.advantage} and critic_model {self.critic_model}: {' and '.join(WITH_CRITIC)} need "
                 "one, the others none"
             )
+        check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
         self.engine.check_stage(self.zero_stage)
@@ -104,7 +107,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did. `refusal` says why it was not taken; the parameters are then as before."""
+    """What one optimizer step did. `refusal` says why it was not taken; all but the version is then as before."""
 
     metrics: Mapping[str, float]
     refusal: str | None = None
@@ -127,13 +130,17 @@ class TrainEngine(Protocol):
         ...
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """One optimizer step; the version grows by one unless the result says why not."""
+        """One optimizer step; the version grows by one.
+
+        Where the result says that it was not taken, nothing moved and the next batch may follow; the version has grown
+        all the same if settings.on_nonfinite is skip: the batch has had its turn.
+        """
         ...
 
     def snapshot_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
-        With adapters these alone, by PEFT's names.
+        Adapters are added to the parameters they stand beside.
         """
         ...
 

@@ -163,10 +163,12 @@ class EpisodeRunner:
             said = turns.say(completion, self._tokenizer)
             step = await episode.step(said)
             total_reward = check_reward(total_reward + check_reward(step.reward))
-            if step.done or not completion.terminated:
+            if step.done:
                 is_cut = step.truncated or not completion.terminated
                 return turns.trajectories(total_reward, FinishReason.TRUNCATED if is_cut else FinishReason.TERMINATED)
-            if not turns.go_on(said, step.observation):
+            if not completion.terminated or not turns.go_on(said, step.observation):
+                if step.end is not None:
+                    total_reward = check_reward(total_reward + check_reward(await step.end()))
                 return turns.trajectories(total_reward, FinishReason.TRUNCATED)
 
     async def _sample_turn(self, turns: Turns, lease: Lease, index: int) -> Completion:

@@ -53,6 +53,7 @@ class Turns:
 
         return Said(
             text=tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+            is_cut=not completion.terminated,
             read_prompt=lambda: read(log.num_prompt_tokens),
             read_all=lambda: read(len(log)),
         )

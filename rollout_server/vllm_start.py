@@ -17,6 +17,7 @@ from rollout_server.model_tensors import checkpoint_dtype
 
 CPU_KV_CACHE_BYTES = 256 << 20
 SHUTDOWN_S = 0.5  # the engine has nothing to save
+KILLED_S = 5.0  # until a process is gone that was killed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,10 @@ async def stop_vllm(llm: Any) -> None:
     """End the processes of an AsyncLLM; abort what runs before, or it never returns."""
     if llm.output_handler is not None:  # it takes the end of the engine for a failure, and says so
         llm.output_handler.cancel()
+    processes = llm.engine_core.resources.engine_manager.processes
     await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
+    for process in processes:
+        await asyncio.to_thread(process.join, KILLED_S)  # vLLM does not wait for those that it kills
     context = llm.engine_core.ctx
     if all(socket.closed for socket in context._sockets):
         context._shadow_obj.term()  # vLLM leaves it, with its threads, to the garbage collector

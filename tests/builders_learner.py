@@ -151,3 +151,28 @@ def with_nan(batch: TrainBatch, name: str) -> TrainBatch:
     row, token = last.loss_mask_BT.nonzero()[0].tolist()
     tensor_BT[row, token] = float("nan")
     return replace(batch, micro_batches=[*others, replace(last, **{name: tensor_BT})])
+
+
+BREAKS = ("gradient", "loss")
+"""Ways to break a step, each after other micro-batches have added to the gradient; the second before the last has."""
+
+
+def refuse_a_batch(engine: PpoEngine, breaks: str) -> None:
+    """Give the engine, at its version, a batch that it refuses; with one that trains a critic, that breaks it."""
+    batch = a_batch(random_groups(99, version=engine.version), version=engine.version, micro_batch_tokens=40)
+    if breaks == "loss":
+        result = engine.step(with_nan(batch, "behavior_logprobs_BT"))
+    else:
+        body = next(module for name, module in engine._networks()[-1].module.named_modules() if name.endswith("1.mlp"))
+        calls = 0
+
+        def spoil(_module: torch.nn.Module, inputs: Any, _outputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return tuple(each * (float("nan") if calls == len(batch.micro_batches) else 1.0) for each in inputs)
+
+        handle = body.register_full_backward_hook(spoil)
+        result = engine.step(batch)
+        handle.remove()
+    assert result.refusal is not None, breaks
+    assert "is not finite" in result.refusal

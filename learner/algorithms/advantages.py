@@ -7,11 +7,13 @@ Shape suffixes: N = trajectories of the batch, K = trained tokens of a trajector
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from learner.algorithms.moments import Moments
+from learner.algorithms.settings import Setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +21,8 @@ class Episodes:
     """What advantages are estimated from. Outside mask_NK anything may stand, -inf and nan included.
 
     Column k is a trajectory's k-th trained token: prompts, environment tokens and tokens too old to be trained are not
-    among them, so time runs over what the policy did, and nothing is discounted across what it did not.
+    among them, so time runs over what the policy did, and nothing is discounted across what it did not; but where a
+    setting says so, gaps_NK are time as well.
     """
 
     rewards_N: Tensor  # of the whole trajectory, given at its last trained token
@@ -27,12 +30,31 @@ class Episodes:
     mask_NK: Tensor  # bool; True for the first tokens of a row, as many as it has
     token_rewards_NK: Tensor  # what single tokens got or cost beside it, such as -beta KL
     values_NK: Tensor | None = None  # with a critic: V of the state before each token
+    gaps_NK: Tensor | None = None  # tokens between a trained one and the next trained one; 0 after the last
     bootstrap_N: Tensor | None = None  # with a critic: V of the state after the last token; 0 where the episode ended
 
     @property
     def totals_N(self) -> Tensor:
         """Undiscounted reward of each trajectory, what its tokens cost included."""
         return self.rewards_N + torch.where(self.mask_NK, self.token_rewards_NK, 0.0).sum(dim=1)
+
+    def discounts_NK(self, gamma: float, count_environment: float) -> Tensor:
+        """[N, K]: what a trained token makes of what comes after it. count_environment: other tokens are time, too."""
+        if not count_environment:
+            return torch.full(self.mask_NK.shape, gamma, dtype=self.rewards_N.dtype)
+        assert self.gaps_NK is not None
+        steps_NK = 1.0 + torch.where(self.mask_NK, self.gaps_NK, 0.0)
+        return torch.tensor(gamma, dtype=self.rewards_N.dtype) ** steps_NK
+
+
+Gamma = Annotated[float, Setting("discount for each token of time", at_least=0, at_most=1)]
+GaeLambda = Annotated[
+    float, Setting("1: what really followed; 0: what the critic says of the next state", at_least=0, at_most=1)
+]
+CountEnvironment = Annotated[
+    float, Setting("1: also tokens that are not trained, such as an environment's, are time", at_least=0, at_most=1)
+]
+Whiten = Annotated[float, Setting("1: mean 0 and deviation 1 over the batch's tokens", at_least=0, at_most=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +63,14 @@ class Estimate:
     returns_NK: Tensor | None = None  # what the critic is trained towards; 0 outside the mask
 
 
-def group_relative_advantages(episodes: Episodes, *, normalize_std: float = 1.0, epsilon: float = 1e-6) -> Estimate:
+def group_relative_advantages(
+    episodes: Episodes,
+    *,
+    normalize_std: Annotated[
+        float, Setting("1: over the group's standard deviation; 0: not", at_least=0, at_most=1)
+    ] = 1.0,
+    epsilon: Annotated[float, Setting("added to that deviation", at_least=0)] = 1e-6,
+) -> Estimate:
     """Reward minus the mean of its group, over the group's standard deviation: GRPO, arXiv:2402.03300, section 4.1.2.
 
     normalize_std 0 leaves the deviation out. A group of one, or of equal rewards, has advantage 0: it says nothing.
@@ -70,33 +99,44 @@ def leave_one_out_advantages(episodes: Episodes) -> Estimate:
     return _same_for_all_tokens(centered_N * count_N / (count_N - 1).clamp(min=1), episodes)
 
 
-def return_advantages(episodes: Episodes, *, gamma: float = 1.0, whiten: float = 0.0) -> Estimate:
+def return_advantages(
+    episodes: Episodes, *, gamma: Gamma = 1.0, whiten: Whiten = 0.0, count_environment: CountEnvironment = 0.0
+) -> Estimate:
     """The discounted return from each token on, without a baseline: REINFORCE, Williams 1992.
 
     whiten 1: with mean 0 and standard deviation 1 over the trained tokens of the batch.
     """
-    return _from_returns(episodes, episodes.rewards_N, gamma=gamma, whiten=whiten)
+    discounts_NK = episodes.discounts_NK(gamma, count_environment)
+    return _from_returns(episodes, episodes.rewards_N, discounts_NK, whiten=whiten)
 
 
-def global_advantages(episodes: Episodes, *, gamma: float = 1.0) -> Estimate:
+def global_advantages(episodes: Episodes, *, gamma: Gamma = 1.0, count_environment: CountEnvironment = 0.0) -> Estimate:
     """The return from each token on, whitened over the tokens of the batch: REINFORCE++, arXiv:2501.03262.
 
     The paper takes its KL penalty token by token from the reward.
     """
-    return _from_returns(episodes, episodes.rewards_N, gamma=gamma, whiten=1.0)
+    discounts_NK = episodes.discounts_NK(gamma, count_environment)
+    return _from_returns(episodes, episodes.rewards_N, discounts_NK, whiten=1.0)
 
 
-def group_baseline_advantages(episodes: Episodes, *, gamma: float = 1.0) -> Estimate:
+def group_baseline_advantages(
+    episodes: Episodes, *, gamma: Gamma = 1.0, count_environment: CountEnvironment = 0.0
+) -> Estimate:
     """As global_advantages, with rewards relative to the mean of their group: REINFORCE++-baseline, arXiv:2501.03262.
 
     A group of equal rewards is not quite silent: like all others it is seen relative to the mean over all tokens.
     """
     centered_N, _ = _center_on_groups(episodes.rewards_N, episodes.group_index_N)
-    return _from_returns(episodes, centered_N, gamma=gamma, whiten=1.0)
+    return _from_returns(episodes, centered_N, episodes.discounts_NK(gamma, count_environment), whiten=1.0)
 
 
 def generalized_advantages(
-    episodes: Episodes, *, gamma: float = 1.0, gae_lambda: float = 1.0, whiten: float = 1.0
+    episodes: Episodes,
+    *,
+    gamma: Gamma = 1.0,
+    gae_lambda: GaeLambda = 1.0,
+    whiten: Whiten = 1.0,
+    count_environment: CountEnvironment = 0.0,
 ) -> Estimate:
     """GAE: Schulman et al. 2015 (arXiv:1506.02438), equation 16, with a critic.
 
@@ -109,14 +149,15 @@ def generalized_advantages(
     values_NK = torch.where(mask_NK, episodes.values_NK, 0.0)
     following_NK = torch.where(_is_last(mask_NK), episodes.bootstrap_N.unsqueeze(1), values_NK.roll(-1, dims=1))
     rewards_NK = _token_rewards(episodes, episodes.rewards_N)
-    deltas_NK = torch.where(mask_NK, rewards_NK + gamma * following_NK - values_NK, 0.0)
-    advantages_NK = torch.where(mask_NK, _discounted_to_go(deltas_NK, gamma * gae_lambda), 0.0)
+    discounts_NK = episodes.discounts_NK(gamma, count_environment)
+    deltas_NK = torch.where(mask_NK, rewards_NK + discounts_NK * following_NK - values_NK, 0.0)
+    advantages_NK = torch.where(mask_NK, carried_back(deltas_NK, gae_lambda * discounts_NK), 0.0)
     returns_NK = advantages_NK + values_NK
     return Estimate(_whiten(advantages_NK, mask_NK) if whiten else advantages_NK, returns_NK)
 
 
-def _from_returns(episodes: Episodes, rewards_N: Tensor, *, gamma: float, whiten: float) -> Estimate:
-    returns_NK = _discounted_to_go(_token_rewards(episodes, rewards_N), gamma)
+def _from_returns(episodes: Episodes, rewards_N: Tensor, discounts_NK: Tensor, *, whiten: float) -> Estimate:
+    returns_NK = carried_back(_token_rewards(episodes, rewards_N), discounts_NK)
     advantages_NK = torch.where(episodes.mask_NK, returns_NK, 0.0)
     return Estimate(_whiten(advantages_NK, episodes.mask_NK) if whiten else advantages_NK)
 
@@ -135,12 +176,12 @@ def _is_last(mask_NK: Tensor) -> Tensor:
     return mask_NK & ~torch.nn.functional.pad(mask_NK[:, 1:], (0, 1))
 
 
-def _discounted_to_go(rewards_NK: Tensor, discount: float) -> Tensor:
-    """out[:, k] = the sum over j >= k of discount^(j - k) rewards[:, j]."""
-    columns = list(rewards_NK.unbind(dim=1))
+def carried_back(values_NK: Tensor, factors_NK: Tensor) -> Tensor:
+    """out[:, k] = values[:, k] + factors[:, k] out[:, k + 1]."""
+    columns, factors = list(values_NK.unbind(dim=1)), factors_NK.unbind(dim=1)
     for k in reversed(range(len(columns) - 1)):
-        columns[k] = columns[k] + discount * columns[k + 1]
-    return torch.stack(columns, dim=1) if columns else rewards_NK
+        columns[k] = columns[k] + factors[k] * columns[k + 1]
+    return torch.stack(columns, dim=1) if columns else values_NK
 
 
 def _whiten(values_NK: Tensor, mask_NK: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from learner.algorithms.advantages import Episodes, Estimate
+from learner.algorithms.advantages import CountEnvironment, Episodes, Estimate, GaeLambda, Gamma, carried_back
 from learner.algorithms.samples import MAX_LOG_RATIO
 from learner.algorithms.settings import Setting
 
@@ -21,12 +21,13 @@ class OffPolicyEpisodes(Episodes):
 def vtrace_advantages(
     episodes: OffPolicyEpisodes,
     *,
-    gamma: float = 1.0,
-    gae_lambda: float = 1.0,
+    gamma: Gamma = 1.0,
+    gae_lambda: GaeLambda = 1.0,
     max_rho: Annotated[
         float, Setting("bound on a token's own ratio: which policy the critic values", more_than=0)
     ] = 1.0,
     max_c: Annotated[float, Setting("bound on the ratio with which later tokens count", more_than=0)] = 1.0,
+    count_environment: CountEnvironment = 0.0,
 ) -> Estimate:
     """V-trace, with a critic: IMPALA, arXiv:1802.01561, section 4.
 
@@ -47,17 +48,11 @@ def vtrace_advantages(
     ratios_NK = log_ratios_NK.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     rewards_NK = token_rewards_NK + torch.where(is_last_NK, episodes.rewards_N.unsqueeze(1), 0.0)
     following_NK = torch.where(is_last_NK, bootstrap_N1, values_NK.roll(-1, dims=1))
-    deltas_NK = ratios_NK.clamp(max=max_rho) * (rewards_NK + gamma * following_NK - values_NK)
-    gains_NK = _carried_back(torch.where(mask_NK, deltas_NK, 0.0), gamma * gae_lambda * ratios_NK.clamp(max=max_c))
+    discounts_NK = episodes.discounts_NK(gamma, count_environment)
+    deltas_NK = ratios_NK.clamp(max=max_rho) * (rewards_NK + discounts_NK * following_NK - values_NK)
+    factors_NK = gae_lambda * discounts_NK * ratios_NK.clamp(max=max_c)
+    gains_NK = carried_back(torch.where(mask_NK, deltas_NK, 0.0), factors_NK)
     targets_NK = torch.where(mask_NK, values_NK + gains_NK, 0.0)
     following_targets_NK = torch.where(is_last_NK, bootstrap_N1, targets_NK.roll(-1, dims=1))
-    advantages_NK = torch.where(mask_NK, rewards_NK + gamma * following_targets_NK - values_NK, 0.0)
+    advantages_NK = torch.where(mask_NK, rewards_NK + discounts_NK * following_targets_NK - values_NK, 0.0)
     return Estimate(advantages_NK, targets_NK)
-
-
-def _carried_back(deltas_NK: Tensor, factors_NK: Tensor) -> Tensor:
-    """out[:, k] = deltas[:, k] + factors[:, k] out[:, k + 1]."""
-    columns, factors = list(deltas_NK.unbind(dim=1)), factors_NK.unbind(dim=1)
-    for k in reversed(range(len(columns) - 1)):
-        columns[k] = columns[k] + factors[k] * columns[k + 1]
-    return torch.stack(columns, dim=1) if columns else deltas_NK

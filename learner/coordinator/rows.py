@@ -45,10 +45,17 @@ class Message(msgspec.Struct):
     content: str | list[dict[str, Any]]
 
 
-class Row(msgspec.Struct):
-    """What every row must have; an environment reads the rest."""
+class ResponsesParams(msgspec.Struct):
+    """What a row of NeMo Gym has in place of a prompt."""
 
-    prompt: str | list[Message]
+    input: str | list[dict[str, Any]]
+
+
+class Row(msgspec.Struct):
+    """What every row must have, one of both; an environment reads the rest."""
+
+    prompt: str | list[Message] | msgspec.UnsetType = msgspec.UNSET
+    responses_create_params: ResponsesParams | msgspec.UnsetType = msgspec.UNSET
 
 
 _row_decoder = msgspec.json.Decoder(Row)
@@ -58,10 +65,16 @@ def check_row(row: bytes, where: str) -> None:
     """Raises DataError("`where`: ...") unless `row` is a JSON object with a usable prompt."""
     if len(row) > MAX_ROW_BYTES:
         raise DataError(f"{where}: the row has {len(row)} bytes, at most {MAX_ROW_BYTES} are possible")
+    expected = '{"prompt": "..." or [messages], ...}'
     try:
-        prompt = _row_decoder.decode(row).prompt
+        decoded = _row_decoder.decode(row)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f'{where}: expected {{"prompt": "..." or [messages], ...}}: {error}') from error
+        raise DataError(f"{where}: expected {expected}: {error}") from error
+    prompt: object = decoded.prompt
+    if prompt is msgspec.UNSET and decoded.responses_create_params is not msgspec.UNSET:
+        prompt = decoded.responses_create_params.input
+    if prompt is msgspec.UNSET:
+        raise DataError(f"{where}: expected {expected}: Object missing required field `prompt`")
     if not prompt:
         raise DataError(f"{where}: the prompt is empty")
 

@@ -11,10 +11,13 @@ from rollout_server.environments.environment import Environment
 
 ENVIRONMENTS = {
     "python": "python_code:PythonCode",
+    "hf-reward": "hf_reward:HfReward",
     "reward+http": "reward_http:RewardHttp",
     "reward+https": "reward_http:RewardHttp",
     "openenv+ws": "openenv:OpenEnv",
     "openenv+wss": "openenv:OpenEnv",
+    "nemo-gym+http": "nemo_gym:NemoGym",
+    "nemo-gym+https": "nemo_gym:NemoGym",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 

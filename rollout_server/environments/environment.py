@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +13,7 @@ import msgspec
 from common.environments import EnvironmentSettings
 from common.lifecycle import UserError
 from common.messages import MAX_REWARD
+from rollout_server.environments.responses_input import PARAMS, UnusableInput, chat_messages
 
 Message = Mapping[str, Any]
 """One chat message: at least "role" and "content"."""
@@ -46,7 +47,7 @@ class EnvironmentFailure(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of the dataset: a JSON object with at least "prompt"."""
+    """One row of the dataset: a JSON object with at least "prompt", or "responses_create_params" as NeMo Gym's have."""
 
     json: bytes
     fields: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Said:
     """What the policy said in one turn."""
 
     text: str  # without special tokens
+    is_cut: bool = False  # it would have said more, and had no room to
     read_prompt: Callable[[], str] = str  # the first observation as the policy read it, special tokens included
     read_all: Callable[[], str] = str  # everything up to the end of this turn, special tokens included
 
@@ -70,6 +72,9 @@ class StepResult:
     done: bool
     truncated: bool = False  # done because a limit was reached, not because the task came to its end
     observation: Observation = ""  # what the policy reads next; a text after a chat is the user's next message
+    end: Callable[[], Awaitable[float]] | None = (
+        None  # reward for ending here, where the policy has no turn or room left
+    )
 
 
 class Episode(Protocol):
@@ -110,6 +115,15 @@ def parse_row(row_json: bytes) -> Row:
         fields = msgspec.json.decode(row_json, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadRow(f"the row is not a JSON object: {error}") from error
+    return Row(json=row_json, fields=fields, prompt=_prompt(fields))
+
+
+def _prompt(fields: Mapping[str, Any]) -> Observation:
+    if "prompt" not in fields and PARAMS in fields:
+        try:
+            return chat_messages(fields[PARAMS])
+        except UnusableInput as error:
+            raise BadRow(str(error)) from error
     if "prompt" not in fields:
         raise BadRow(f'the row has no "prompt"; it has: {", ".join(sorted(fields)) or "nothing"}')
     prompt = fields["prompt"]
@@ -118,7 +132,7 @@ def parse_row(row_json: bytes) -> Row:
             raise BadRow('"prompt" is empty')
     elif not are_messages(prompt):
         raise BadRow('"prompt" must be a text or a list of {"role": ..., "content": ...}')
-    return Row(json=row_json, fields=fields, prompt=prompt)
+    return prompt  # type: ignore[no-any-return]  # one of the two
 
 
 def are_messages(prompt: object) -> bool:

@@ -1,6 +1,8 @@
 """HttpServer: requests to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
 
 import asyncio
+import ssl
+from functools import cache
 from types import TracebackType
 from typing import Literal, Self
 
@@ -19,14 +21,19 @@ class HttpFailure(Exception):
     this request (other 4xx). bad_reply: too large, or compressed without being asked to be.
     """
 
-    def __init__(self, kind: HttpFailureKind, reason: str) -> None:
+    def __init__(self, kind: HttpFailureKind, reason: str, *, status: int = 0, said: str = "") -> None:
         super().__init__(reason)
         self.kind: HttpFailureKind = kind
         self.reason = reason
+        self.status = status  # of the reply; 0 when there is none
+        self.said = said  # the beginning of its body
 
 
 class HttpServer:
-    """An async context manager. Follows no redirect, uses no proxy, and reads no more of a reply than is allowed."""
+    """An async context manager. Follows no redirect, uses no proxy, and reads no more of a reply than is allowed.
+
+    It keeps the cookies that it is given: whoever needs a session of his own needs an HttpServer of his own.
+    """
 
     def __init__(self, url: str, *, max_reply_bytes: int) -> None:
         """Raises ValueError unless url is http(s)://HOST[:PORT][/PATH][?QUERY]."""
@@ -43,7 +50,9 @@ class HttpServer:
         self._allowed = f"at most {max_reply_bytes} bytes are allowed: max_reply_bytes"
         # How many requests run at once is decided by those who make them.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=4.0)
-        self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, limits=limits, timeout=None)
+        self._client = httpx.AsyncClient(
+            trust_env=False, follow_redirects=False, limits=limits, timeout=None, verify=_trusted_authorities()
+        )
 
     def __repr__(self) -> str:
         return f"<HttpServer {self.url}>"
@@ -57,10 +66,26 @@ class HttpServer:
     ) -> None:
         await self._client.__aexit__(kind, error, trace)
 
-    async def post_json(self, body: bytes, *, timeout_s: float) -> bytes:
-        """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included."""
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._url.host, self._url.port or (443 if self._url.scheme == "https" else 80)
+
+    @property
+    def cookies(self) -> list[str]:
+        """The values of those that the server has given."""
+        return [cookie.value or "" for cookie in self._client.cookies.jar]
+
+    async def post_json(self, body: bytes, *, timeout_s: float, below: str = "") -> bytes:
+        """The body of the 200 reply; raises HttpFailure. timeout_s: for everything, connecting included.
+
+        below: a path under the URL's own.
+        """
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return await self._send(self._client.build_request("POST", self._url, content=body, headers=headers), timeout_s)
+        url = self._url.copy_with(path=self._url.path.rstrip("/") + below) if below else self._url
+        request = self._client.build_request("POST", url, content=body, headers=headers)
+        if self.cookies and "Cookie" not in request.headers:
+            raise HttpFailure("bad_reply", f"{url}: the server gave cookies that are not for this address")
+        return await self._send(request, timeout_s)
 
     async def get(self, *, timeout_s: float) -> bytes:
         """As post_json."""
@@ -85,10 +110,9 @@ class HttpServer:
 
     async def connect(self, *, timeout_s: float) -> None:
         """Returns when a connection was made; raises HttpFailure. Nothing is sent."""
-        port = self._url.port or (443 if self._url.scheme == "https" else 80)
         try:
             async with asyncio.timeout(timeout_s):
-                _, writer = await asyncio.open_connection(self._url.host, port)
+                _, writer = await asyncio.open_connection(*self.address)
             writer.transport.abort()
         except (OSError, TimeoutError) as error:
             raise HttpFailure("unreachable", f"{self.url}: {error or 'no connection in time'}") from error
@@ -111,15 +135,23 @@ class HttpServer:
         status = response.status_code
         if status == 200:
             return
-        said = f"{self.url} said {status}"
+        said = f"{response.url} said {status}"
         if quoted := content[:MAX_QUOTED_BYTES].decode(errors="replace").strip():
             said += f": {quoted}"
         if status >= 500 or status == 429:
-            raise HttpFailure("unreachable", said)
+            raise HttpFailure("unreachable", said, status=status, said=quoted)
         if 300 <= status < 400:
             target = response.headers.get("Location", "")[:MAX_QUOTED_BYTES]
-            raise HttpFailure("unusable", f"{said}; it redirects to {target!r}, and redirects are not followed")
-        raise HttpFailure("unusable" if status in (401, 403, 404, 405) else "refused", said)
+            reason = f"{said}; it redirects to {target!r}, and redirects are not followed"
+            raise HttpFailure("unusable", reason, status=status)
+        kind: HttpFailureKind = "unusable" if status in (401, 403, 404, 405) else "refused"
+        raise HttpFailure(kind, said, status=status, said=quoted)
+
+
+@cache
+def _trusted_authorities() -> ssl.SSLContext:
+    """Reading them takes longer than an episode may wait for."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def _described(error: httpx.TransportError) -> str:

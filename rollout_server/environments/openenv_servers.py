@@ -13,10 +13,10 @@ from rollout_server.environments.environment import EnvironmentFailure, FailureK
 from rollout_server.environments.health import Health, retry_delay_s
 from rollout_server.environments.http_server import HttpFailure, HttpServer
 from rollout_server.environments.openenv_session import Session, SessionFailure, open_session
+from rollout_server.environments.replicas import least_busy
 
 PREFIX = "openenv+"
 CONNECT_TIMEOUT_S = 10.0
-LOOK_EVERY_S = 0.02
 
 _KINDS: Mapping[str, FailureKind] = {
     "unreachable": "environment_unavailable",
@@ -79,7 +79,7 @@ class OpenEnvServers:
     async def schemas(self) -> bytes:
         """What GET /schema says. Raises EnvironmentFailure."""
         loop = asyncio.get_running_loop()
-        replica = await self._replica(loop.time() + self.settings.step_timeout_s)
+        replica = await least_busy(self._replicas, deadline=loop.time() + self.settings.step_timeout_s)
         sent_at = loop.time()
         try:
             content = await replica.schema_server.get(timeout_s=self.settings.step_timeout_s)
@@ -97,7 +97,7 @@ class OpenEnvServers:
         deadline = asyncio.get_running_loop().time() + self.settings.capacity_timeout_s
         tries = 0
         while True:
-            replica = await self._replica(deadline)
+            replica = await least_busy(self._replicas, deadline=deadline)
             try:
                 return await self._try(replica, data, deadline)
             except SessionFailure as failure:
@@ -107,19 +107,6 @@ class OpenEnvServers:
                     kind = _KINDS.get(failure.kind, "environment_error")
                     raise EnvironmentFailure(kind, failure.reason) from failure
             await asyncio.sleep(retry_delay_s(max(1, tries), self._random))
-
-    async def _replica(self, deadline: float) -> Replica:
-        """The least busy server that may be tried now. While one is being tried again, its answer is waited for: the
-        samples of a group come together, and if one of them failed it would take the others with it."""
-        loop = asyncio.get_running_loop()
-        while True:
-            for replica in sorted(self._replicas, key=lambda one: one.capacity.load):
-                if replica.health.admit(loop.time()):
-                    return replica
-            if loop.time() >= deadline or not any(replica.health.is_being_tried for replica in self._replicas):
-                reasons = "; ".join(replica.health.last_failure for replica in self._replicas)
-                raise EnvironmentFailure("environment_unavailable", reasons)
-            await asyncio.sleep(LOOK_EVERY_S)
 
     async def _try(self, replica: Replica, data: Mapping[str, Any], deadline: float) -> Begun:
         loop = asyncio.get_running_loop()

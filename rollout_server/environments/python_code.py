@@ -51,13 +51,13 @@ class PythonCode:
     @asynccontextmanager
     async def episode(self, row: Row, *, seed: int) -> AsyncIterator[Episode]:
         if not self._pool.has_episodes:
-            yield _OneTurn(row, self._pool)  # a function of its arguments alone: the seed is nothing to it
+            yield OneTurn(row, self._pool)  # a function of its arguments alone: the seed is nothing to it
             return
         async with self._pool.episode(row.json, seed=seed) as episode:
             yield episode
 
 
-class _OneTurn:
+class OneTurn:
     """Asks the function once."""
 
     def __init__(self, row: Row, pool: WorkerPool) -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 
 import msgspec
 
@@ -30,13 +31,13 @@ RaisedByUsers = (Exception, SystemExit, asyncio.CancelledError)
 
 def main(argv: list[str]) -> int:
     """argv: file descriptor of the socket, process id of the parent, time-out in seconds, most bytes of an
-    observation, module, name."""
-    descriptor, parent_pid, timeout_s, max_observation_bytes, module, name = argv
+    observation, module, name, and what the name is called with, if with anything."""
+    descriptor, parent_pid, timeout_s, max_observation_bytes, module, name, *arguments = argv
     _die_with_parent(int(parent_pid))
     link = socket.socket(fileno=int(descriptor))
     link.set_inheritable(False)  # a program started by the function must not keep the connection open
     try:
-        target = _load(module, name, int(max_observation_bytes))
+        target = _load(module, name, arguments, int(max_observation_bytes))
     except RaisedByUsers as error:
         link.sendall(pack(Hello(concurrent=False, error=_described(error))))
         return 1
@@ -55,12 +56,14 @@ def _die_with_parent(parent_pid: int) -> None:
         sys.exit(1)
 
 
-def _load(module: str, name: str, max_observation_bytes: int) -> Target:
+def _load(module: str, name: str, arguments: Sequence[str], max_observation_bytes: int) -> Target:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     value = getattr(importlib.import_module(module), name, None)
     if value is None:
         raise AttributeError(f"module {module} has no function {name}")
+    if arguments:
+        value = value(*arguments)
     return target_of(value, f"{module}.{name}", max_observation_bytes=max_observation_bytes)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,7 @@ from rollout_server.environments.environment import (
     StepResult,
 )
 from rollout_server.environments.frames import Call, Outcome
-from rollout_server.environments.worker_process import PendingCall, WorkerProcess
+from rollout_server.environments.worker_process import PendingCall, WorkerCode, WorkerProcess
 
 RESTART_PAUSE_S = 1.0
 EPISODE_DIED = "the worker process that ran the episode died"
@@ -31,9 +31,17 @@ _log = logging.getLogger(__name__)
 class WorkerPool:
     """Calls wait in one queue for the least busy worker. A worker is started when there are more calls than workers."""
 
-    def __init__(self, module: str, function: str, settings: EnvironmentSettings) -> None:
-        self._module = module
-        self._function = function
+    def __init__(
+        self,
+        module: str,
+        function: str,
+        settings: EnvironmentSettings,
+        *,
+        arguments: Sequence[str] = (),
+        title: str = "",
+    ) -> None:
+        """arguments: function(*arguments), in the worker, is what answers the calls. title: its name for people."""
+        self._code = WorkerCode(module, function, tuple(arguments), title)
         self._settings = settings
         self._places = asyncio.Semaphore(settings.max_concurrent)
         self._ids = itertools.count()
@@ -47,7 +55,7 @@ class WorkerPool:
         self._keeper_tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
-        return f"<WorkerPool {self._module}:{self._function}, {len(self._queue)} calls queued, workers {self._workers}>"
+        return f"<WorkerPool {self._code}, {len(self._queue)} calls queued, workers {self._workers}>"
 
     async def __aenter__(self) -> Self:
         """Starts the first worker; raises EnvironmentStartError when the function cannot be used."""
@@ -153,7 +161,7 @@ class WorkerPool:
     async def _start_worker(self) -> WorkerProcess:
         self._num_starting += 1
         try:
-            worker = await WorkerProcess.start(self._module, self._function, self._settings, self._dispatch_soon)
+            worker = await WorkerProcess.start(self._code, self._settings, self._dispatch_soon)
         finally:
             self._num_starting -= 1
         self._workers.append(worker)
@@ -173,7 +181,7 @@ class WorkerPool:
         self._dispatch_soon()
         unstarted = await worker.death()
         self._workers.remove(worker)
-        _log.warning("a worker of %s:%s ended: %s", self._module, self._function, worker.cause_of_death)
+        _log.warning("a worker of %s ended: %s", self._code, worker.cause_of_death)
         for pending in reversed(unstarted):
             if pending.call.verb == "step":  # the process had the state of the episode
                 pending.fail(EnvironmentFailure("environment_error", EPISODE_DIED))

@@ -45,6 +45,19 @@ class PendingCall:
             self.outcome.set_exception(failure)
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerCode:
+    """What a worker runs: module.name, or what module.name(*arguments) returns."""
+
+    module: str
+    name: str
+    arguments: tuple[str, ...] = ()
+    title: str = ""  # for people
+
+    def __str__(self) -> str:
+        return self.title or f"python:{self.module}:{self.name}"
+
+
 class WorkerProcess(asyncio.Protocol):
     """Sends calls to one process and settles them from its answers; kills it when one takes too long.
 
@@ -75,14 +88,12 @@ class WorkerProcess(asyncio.Protocol):
         return f"<WorkerProcess {self._process.pid}, {len(self._in_flight)} calls in flight>"
 
     @classmethod
-    async def start(
-        cls, module: str, function: str, settings: EnvironmentSettings, on_progress: Callable[[], None]
-    ) -> Self:
+    async def start(cls, code: WorkerCode, settings: EnvironmentSettings, on_progress: Callable[[], None]) -> Self:
         """Raises EnvironmentStartError unless the function can be called within settings.start_timeout_s."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as unless_spawned:
             unless_spawned.callback(ours.close)
-            process = await _spawn(theirs, module, function, settings)
+            process = await _spawn(theirs, code, settings)
             unless_spawned.pop_all()
         worker = cls(process, settings, on_progress)
         error: str | None = None
@@ -96,10 +107,10 @@ class WorkerProcess(asyncio.Protocol):
         if error == _NO_HELLO:
             error += f" ({worker.cause_of_death})"
         if error:
-            raise EnvironmentStartError(
-                f"environment python:{module}:{function} cannot be used: {error} "
-                f"(modules are looked up from {os.getcwd()} and PYTHONPATH)"
-            )
+            places = f"modules are looked up from {os.getcwd()} and PYTHONPATH"
+            if code.arguments:
+                places = f"paths are looked up from {os.getcwd()}"
+            raise EnvironmentStartError(f"environment {code} cannot be used: {error} ({places})")
         return worker
 
     async def _greeting(self) -> str:
@@ -236,13 +247,13 @@ class WorkerProcess(asyncio.Protocol):
         self.kill()
 
 
-async def _spawn(link: socket.socket, module: str, function: str, settings: EnvironmentSettings) -> Process:
+async def _spawn(link: socket.socket, code: WorkerCode, settings: EnvironmentSettings) -> Process:
     python_path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _PACKAGE_ROOT]))
     # Sees no accelerator: the engine owns its memory. One thread of arithmetic unless the user asks for more.
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""}
     worker = "rollout_server.environments.worker"
     limits = [str(settings.step_timeout_s), str(settings.max_reply_bytes)]
-    arguments = [str(link.fileno()), str(os.getpid()), *limits, module, function]
+    arguments = [str(link.fileno()), str(os.getpid()), *limits, code.module, code.name, *code.arguments]
     return await asyncio.create_subprocess_exec(
         *[sys.executable, "-m", worker, *arguments],
         stdin=DEVNULL,

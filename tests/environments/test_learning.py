@@ -1,17 +1,16 @@
 """A small policy learns a reasoning-gym task from a real OpenEnv server, and nothing from a random reward."""
 
 import asyncio
-import os
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 from common.lifecycle import ChildProcess
-from tests.environments.__main__ import HERE, SWITCH
-from tests.environments.test_openenv_servers import a_free_port, running
+from tests.environments.__main__ import HERE
+from tests.environments.servers import a_free_port, running
 
-pytestmark = pytest.mark.skipif(SWITCH not in os.environ, reason="needs servers that `make test-environments` installs")
+pytestmark = pytest.mark.environments
 
 TIMEOUT_S = 900
 CONFIG = """

@@ -1,12 +1,9 @@
 """openenv+ws against the real library in both versions, in processes of its own."""
 
 import asyncio
-import os
 import re
-import signal
-import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +11,28 @@ import pytest
 
 from common.environments import EnvironmentSettings
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import Environment, EnvironmentFailure, Said, StepResult, parse_row
-from rollout_server.environments.http_server import HttpFailure, HttpServer
-from tests.environments.__main__ import HERE, ROOT, SWITCH, python_of
+from rollout_server.environments.environment import (
+    Environment,
+    EnvironmentFailure,
+    Episode,
+    Said,
+    StepResult,
+    parse_row,
+)
+from tests.environments.__main__ import HERE, ROOT
+from tests.environments.servers import a_free_port, running
 
-pytestmark = [
-    pytest.mark.skipif(SWITCH not in os.environ, reason="needs servers that `make test-environments` installs"),
-    pytest.mark.parametrize("version", ["openenv-0.10", "openenv-core-0.3"]),
-]
+VERSIONS = ["openenv-0.10", "openenv-core-0.3"]
+in_either = pytest.mark.parametrize("version", VERSIONS)
+also_in_make_test = pytest.mark.parametrize(
+    "version", [pytest.param(VERSIONS[0], marks=pytest.mark.environments), VERSIONS[1]]
+)
 
 ROW = parse_row(b'{"prompt": "Q: ", "reset": {"level": 2}}')
 PUZZLES = ROOT / "docs" / "openenv_server.py"
 OBEDIENT = HERE / "obedient_server.py"
 TOOLS = HERE / "tool_server.py"
-START_S = 90.0
-
-
-def a_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@asynccontextmanager
-async def running(version: str, script: Path, *flags: str, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The server, once it answers."""
-    process = await asyncio.create_subprocess_exec(
-        str(python_of(version)), str(script), "--port", str(port), *flags, start_new_session=True
-    )
-    try:
-        async with (
-            asyncio.timeout(START_S),
-            HttpServer(f"http://127.0.0.1:{port}/schema", max_reply_bytes=1 << 20) as http,
-        ):
-            while True:
-                assert process.returncode is None
-                try:
-                    await http.get(timeout_s=5)
-                    break
-                except HttpFailure:
-                    await asyncio.sleep(0.1)
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+GAME = HERE / "textarena_server.py"
 
 
 @asynccontextmanager
@@ -85,6 +59,7 @@ async def failure_of(environment: Environment, *texts: str) -> EnvironmentFailur
     return caught.value
 
 
+@also_in_make_test
 async def test_the_server_of_the_documentation_serves_reasoning_gym(version):
     async with playing(version, PUZZLES, "--tries", "2", "--sessions", "8") as environment:
         questions = []
@@ -104,12 +79,15 @@ async def test_the_server_of_the_documentation_serves_reasoning_gym(version):
         assert {len(steps) for steps in results} == {2}
 
 
+@in_either
+@pytest.mark.environments
 async def test_sixteen_episodes_wait_their_turn_for_a_server_with_one_session(version):
     async with playing(version, OBEDIENT, "--sessions", "1") as environment:
         results = await asyncio.gather(*(play(environment, "a", f"reward {number}") for number in range(16)))
     assert [steps[-1].reward for steps in results] == list(range(16))
 
 
+@also_in_make_test
 async def test_what_real_servers_do_with_odd_environments_is_told_apart(version):
     async with playing(version, OBEDIENT, step_timeout_s=2.0, max_reply_bytes=3 << 20) as environment:
         async with environment.episode(ROW, seed=3) as episode:
@@ -127,6 +105,8 @@ async def test_what_real_servers_do_with_odd_environments_is_told_apart(version)
         assert [step.reward for step in await play(environment, "reward 1")] == [1.0]
 
 
+@in_either
+@pytest.mark.environments
 async def test_a_server_that_is_killed_fails_episodes_and_runs_them_again_once_it_is_back(version):
     port = a_free_port()
     url = f"openenv+ws://127.0.0.1:{port}"
@@ -146,6 +126,7 @@ async def test_a_server_that_is_killed_fails_episodes_and_runs_them_again_once_i
                     await asyncio.sleep(0.2)
 
 
+@also_in_make_test
 async def test_tools_of_a_real_server_are_listed_and_called(version):
     async with playing(version, TOOLS) as environment, environment.episode(ROW, seed=0) as episode:
         first = str(await episode.reset())
@@ -155,3 +136,28 @@ async def test_tools_of_a_real_server_are_listed_and_called(version):
         assert (result.done, result.observation) == (False, "5")
         unknown = await episode.step(Said(text='{"name": "multiply", "arguments": {}}'))
         assert "multiply" in str(unknown.observation) or "not" in str(unknown.observation)
+
+
+async def halved(episode: Episode) -> tuple[float, int]:
+    """The reward of guessing a number as the hints say, and how many turns it took."""
+    assert "Guess The Number" in str(await episode.reset())
+    low, high, turns = 1, 20, 0
+    while True:
+        guess, turns = (low + high) // 2, turns + 1
+        result = await episode.step(Said(text=f"I say [{guess}]."))
+        if result.done:
+            return result.reward, turns
+        assert "Guess The Number" not in str(result.observation)  # what was read is not read again
+        low, high = (guess + 1, high) if "higher" in str(result.observation) else (low, guess - 1)
+
+
+@in_either
+@pytest.mark.environments
+async def test_a_game_of_textarena_is_played_to_its_end(version):
+    async with playing(version, GAME) as environment:
+        async with environment.episode(ROW, seed=5) as episode:
+            reward, turns = await halved(episode)
+        assert (reward, turns <= 5) == (1.0, True)
+        again, lost = await play(environment, "eleven", "eleven")
+    assert "invalid move" in str(again.observation)  # the policy's fault is the game's to judge
+    assert (lost.done, lost.reward) == (True, 0.0)

@@ -13,16 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from common.lifecycle import UserError
 from learner.deepspeed_engine import open_deepspeed_engine
+from learner.engine_settings import EngineSettings
 from learner.ppo_engine import PpoEngine
 from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
 from learner.training import StepResult, TrainSettings
 from tests.builders_learner import (
+    BREAKS,
     a_batch,
     a_group,
     a_trajectory,
     largest_difference,
     random_groups,
+    refuse_a_batch,
     some_train_settings,
     train,
     weights_of,
@@ -143,6 +146,18 @@ def checkpoint_after_two_steps(model, tmp_path_factory) -> tuple[Path, PpoEngine
     return directory, engine, train(engine, steps=2)
 
 
+def test_a_critic_that_warms_up_on_deepspeed_equals_one_on_plain_torch(model):
+    settings = gae_settings(model, critic_warmup_steps=1, engine=EngineSettings(packing=False))  # as the other has it
+    engine, expected = open_deepspeed_engine(settings), open_torch_engine(settings)
+    start = weights_of(engine)
+    results, expected_results = train(engine, steps=1), train(expected, steps=1)
+    assert largest_difference(weights_of(engine), start) == 0.0
+    results, expected_results = results + train(engine, steps=1), expected_results + train(expected, steps=1)
+    moved = largest_difference(weights_of(engine), start)
+    assert largest_difference(weights_of(engine), weights_of(expected)) < 2e-3 * moved
+    assert_close_metrics(results, expected_results)
+
+
 def test_a_critic_on_deepspeed_equals_one_on_plain_torch(checkpoint_after_two_steps, model):
     _, engine, results = checkpoint_after_two_steps
     twin = open_torch_engine(gae_settings(model))
@@ -208,6 +223,21 @@ def test_a_gradient_that_is_not_finite_is_refused_and_no_weight_moves(broken_ste
     refusal, before, after = broken_step
     assert refusal.startswith("the gradient of ")
     assert largest_difference(after, before) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (1, "bfloat16"), (2, "bfloat16")]
+)
+def test_after_refused_batches_training_goes_on_as_if_they_had_never_been_there(stage, dtype, model):
+    settings = gae_settings(model, zero_stage=stage, dtype=dtype)
+    engine, undisturbed = open_deepspeed_engine(settings), open_deepspeed_engine(settings)
+    train(engine, steps=1)
+    for breaks in BREAKS:
+        refuse_a_batch(engine, breaks)
+    train(engine, steps=2)
+    train(undisturbed, steps=3)
+    assert largest_difference(weights_of(engine), weights_of(undisturbed)) == 0.0
+    assert largest_difference(critic_weights(engine), critic_weights(undisturbed)) == 0.0
 
 
 @pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_N"])

@@ -18,7 +18,7 @@ from learner.reference import ReferencePolicy
 from learner.reward_settings import KlSettings
 from learner.torch_engine import open_torch_engine
 from learner.training import MicroBatch, TrainSettings
-from tests.builders_learner import a_batch, largest_difference, random_groups, some_train_settings, train, weights_of
+from tests.builders_learner import a_batch, largest_difference, random_groups, some_train_settings, train
 from tests.models import save_tiny_model
 
 LORA = LoraSettings(rank=4, alpha=8.0)
@@ -46,6 +46,10 @@ def base_of(engine: PpoEngine) -> dict[str, torch.Tensor]:
     return {name: each.detach().clone() for name, each in parameters if not each.requires_grad}
 
 
+def adapters_of(engine: PpoEngine) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in engine._network.adapters.parameters()}
+
+
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -59,14 +63,14 @@ def test_before_the_first_step_the_policy_is_the_model_it_began_as(model):
 
 def test_adapters_move_and_nothing_else_does(model):
     engine = open_torch_engine(lora_settings(model))
-    adapters, base = weights_of(engine), base_of(engine)
+    adapters, base = adapters_of(engine), base_of(engine)
     train(engine, steps=2)
     assert largest_difference(base_of(engine), base) == 0.0
-    assert all(bool((tensor != adapters[name]).any()) for name, tensor in weights_of(engine).items())
+    assert all(bool((tensor != adapters[name]).any()) for name, tensor in adapters_of(engine).items())
 
 
-def test_every_linear_layer_but_the_output_has_a_pair_of_published_tensors(trained):
-    tensors = dict(trained.snapshot_tensors())
+def test_every_linear_layer_but_the_output_has_a_pair_of_tensors(trained):
+    tensors = dict(trained._network.adapters.parameters())
     assert len(tensors) == 2 * 2 * 7  # A and B, layers, projections
     assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"].shape == (4, 64)
     assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].shape == (128, 4)
@@ -75,7 +79,7 @@ def test_every_linear_layer_but_the_output_has_a_pair_of_published_tensors(train
 def test_chosen_layers_alone_have_adapters(model):
     lora = LoraSettings(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj"))
     policy = load_policy(model, dtype="float32", temperature=1.0, lora=lora)
-    layers = {name.split(".")[-3] for name, _ in policy.published_parameters()}
+    layers = {name.split(".")[-3] for name, _ in policy.adapters.parameters()}
     assert layers == {"q_proj", "v_proj"}
 
 
@@ -87,8 +91,11 @@ def test_merged_weights_are_the_formula_written_as_loops(tied, tmp_path):
     engine.export_huggingface(tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     torch.testing.assert_close(logits_of(exported), logits_of(engine._network.model), rtol=0, atol=1e-5)
+    published = dict(engine.snapshot_tensors())
+    assert published.keys() == dict(exported.named_parameters()).keys()
+    assert all(torch.equal(published[name], each) for name, each in exported.named_parameters())
     name = "model.layers.0.self_attn.k_proj"
-    [a_RI, b_OR] = (dict(engine.snapshot_tensors())[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
+    [a_RI, b_OR] = (adapters_of(engine)[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
     start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).get_parameter(f"{name}.weight").detach()
     merged = exported.get_parameter(f"{name}.weight").detach()
     for row, column in [(0, 0), (3, 7), (31, 63)]:
@@ -133,11 +140,11 @@ def twin(model) -> PpoEngine:
     return engine
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_deepspeed_adapters_become_what_they_become_on_plain_torch(stage, model, twin):
     engine = open_deepspeed_engine(lora_settings(model, learning_rate=1e-3, zero_stage=stage))
     train(engine, steps=3)
-    assert largest_difference(weights_of(engine), weights_of(twin)) < 2e-5
+    assert largest_difference(adapters_of(engine), adapters_of(twin)) < 2e-5
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 1), ("bfloat16", 2)])
@@ -151,7 +158,7 @@ def test_a_resumed_engine_continues_bit_identically(dtype, stage, model, tmp_pat
     resumed = open_deepspeed_engine(replace(settings, seed=99))
     resumed.load(tmp_path)
     assert train(resumed, steps=2) == expected
-    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
+    assert largest_difference(adapters_of(resumed), adapters_of(engine)) == 0.0
     assert largest_difference(base_of(resumed), base_of(engine)) == 0.0
     model_bytes = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < model_bytes
@@ -176,6 +183,13 @@ def test_dropout_acts_where_a_gradient_is_computed_and_nowhere_else(model):
     loud = [engine._policy.forward(*inputs)[0].detach() for _ in range(2)]
     assert torch.equal(*quiet)
     assert not torch.equal(*loud)
+
+
+def test_adapters_in_what_is_not_a_linear_layer_are_refused(tmp_path):
+    model = str(save_tiny_model(tmp_path / "untied", tied=False))
+    lora = LoraSettings(rank=4, alpha=8.0, target_modules=("q_proj", "embed_tokens"))
+    with pytest.raises(UserError, match=r"lora_target_modules q_proj, embed_tokens: .*embed_tokens is not a linear"):
+        load_policy(model, dtype="float32", temperature=1.0, lora=lora)
 
 
 def test_layers_that_the_model_does_not_have_are_named(model):

@@ -86,7 +86,7 @@ def test_rewards_and_kl_reach_the_training_settings():
         ({"advantage_setting": {"gamma": 0.9}}, "grpo has no setting gamma; it takes: normalize_std, epsilon"),
         (
             {"advantage": "gae", "advantage_setting": {"gae_lambda": 2.0}},
-            "gae_lambda of gae must be from 0 to 1, got 2.0",
+            "gae_lambda of gae must be >= 0 and <= 1, got 2.0",
         ),
     ],
 )

@@ -13,12 +13,14 @@ from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.torch_engine import open_torch_engine
 from tests.builders_learner import (
+    BREAKS,
     a_batch,
     a_group,
     a_trajectory,
     gradients_of_one_step,
     largest_difference,
     random_groups,
+    refuse_a_batch,
     some_train_settings,
     train,
     weights_of,
@@ -55,7 +57,7 @@ def test_the_size_of_micro_batches_does_not_change_the_update(model, algorithm):
     for tokens, num_micro_batches in [(1, 12), (40, 4), (10_000, 1)]:
         batch = a_batch(groups, micro_batch_tokens=tokens)
         assert len(batch.micro_batches) >= num_micro_batches
-        after.append(gradients_of_one_step(an_engine(model), batch))
+        after.append(gradients_of_one_step(an_engine(model, **algorithm), batch))
     assert largest_difference(after[0], after[2]) < 1e-6
     assert largest_difference(after[1], after[2]) < 1e-6
     assert max(float(gradient.abs().max()) for gradient in after[2].values()) > 1e-3
@@ -136,18 +138,57 @@ def test_a_loss_that_is_not_finite_is_refused_and_no_weight_moves(model, algorit
     assert largest_difference(all_weights(engine), before) == 0.0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e15])  # finite, but beyond sense
 @pytest.mark.parametrize("algorithm", [{}, GAE], ids=["policy", "critic"])
 def test_a_gradient_that_is_not_finite_is_refused_by_name_and_no_weight_moves(model, algorithm, bad):
     engine = an_engine(model, **algorithm)
+    train(engine, steps=1)  # a fresh critic's head is 0, and so is what it passes back
     before = all_weights(engine)
     network = engine._networks()[-1].module
     norm = next(module for name, module in network.named_modules() if name.endswith("layers.1.mlp.down_proj"))
     norm.register_full_backward_hook(lambda _module, inputs, _outputs: tuple(each * bad for each in inputs))
-    result = engine.step(a_batch(random_groups(0), micro_batch_tokens=40))
-    assert re.fullmatch(r"the gradient of .*embed_tokens.weight and \d+ more tensors is not finite", result.refusal)
-    assert engine.version == 0
+    result = engine.step(a_batch(random_groups(1), version=1, micro_batch_tokens=40))
+    assert re.fullmatch(r"the gradient of .*embed_tokens.weight and \d+ more tensors is not finite.*", result.refusal)
+    assert engine.version == 1
     assert largest_difference(all_weights(engine), before) == 0.0
+
+
+@pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])
+@pytest.mark.parametrize("breaks", BREAKS)
+def test_after_a_refused_batch_training_goes_on_as_if_it_had_never_been_there(model, algorithm, breaks):
+    engine, undisturbed = an_engine(model, **algorithm), an_engine(model, **algorithm)
+    train(engine, steps=1)
+    refuse_a_batch(engine, breaks)
+    train(engine, steps=2)
+    train(undisturbed, steps=3)
+    assert largest_difference(all_weights(engine), all_weights(undisturbed)) == 0.0
+
+
+def test_what_was_wrong_with_several_networks_is_not_held_against_the_next_batch(model):
+    engine = an_engine(model, **GAE)
+    train(engine, steps=1)
+    spoilt = [
+        next(module for name, module in network.module.named_modules() if name.endswith("layers.1.mlp"))
+        for network in engine._networks()
+    ]
+    handles = [
+        module.register_full_backward_hook(lambda _module, inputs, _outputs: tuple(each * math.nan for each in inputs))
+        for module in spoilt
+    ]
+    assert engine.step(a_batch(random_groups(1), version=1)).refusal is not None
+    for handle in handles:
+        handle.remove()
+    assert engine.step(a_batch(random_groups(1), version=1)).refusal is None
+
+
+def test_a_skipped_step_has_a_version_and_the_parameters_of_the_one_before(model):
+    engine = an_engine(model, on_nonfinite="skip")
+    train(engine, steps=1)
+    before = all_weights(engine)
+    result = engine.step(with_nan(a_batch(random_groups(1), version=1), "rewards_N"))
+    assert (engine.version, result.metrics["refused"], result.metrics["trained_tokens"]) == (2, 1.0, 0.0)
+    assert largest_difference(all_weights(engine), before) == 0.0
+    assert train(engine, steps=1)[0].metrics["refused"] == 0.0
 
 
 def test_a_model_whose_weights_broke_is_not_trained_further(model):
@@ -183,6 +224,25 @@ def test_the_value_targets_are_learned(model):
     batch = a_batch(random_groups(0), micro_batch_tokens=40)
     losses = [engine.step(batch).metrics["value_loss"] for _ in range(8)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_while_the_critic_warms_up_it_learns_alone_and_then_both_do(model):
+    engine, critic_alone = an_engine(model, **GAE, critic_warmup_steps=2), an_engine(model, **GAE, learning_rate=0.0)
+    start = weights_of(engine)
+    results = train(engine, steps=2)
+    train(critic_alone, steps=2)
+    assert largest_difference(weights_of(engine), start) == 0.0
+    assert [result.metrics["learning_rate"] for result in results] == [0.0, 0.0]
+    learned = {name: each for name, each in all_weights(engine).items() if name.startswith("1")}
+    expected = {name: each for name, each in all_weights(critic_alone).items() if name.startswith("1")}
+    assert largest_difference(learned, expected) == 0.0
+    assert train(engine, steps=1)[0].metrics["grad_norm"] > 0
+    assert largest_difference(weights_of(engine), start) > 0.0
+
+
+def test_without_a_critic_there_is_nothing_to_warm_up(model):
+    with pytest.raises(ValueError, match="critic_warmup_steps 3: advantage grpo has no critic"):
+        some_train_settings(model, critic_warmup_steps=3)
 
 
 @pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])

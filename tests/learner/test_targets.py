@@ -39,6 +39,7 @@ def the_episodes() -> list[Episode]:
                 values=[value_at(n, t) for t in places],
                 after=value_at(n, places[-1] + 1),
                 terminated=trajectory.finish_reason.value == "terminated",
+                places=places,
             )
         )
     return episodes
@@ -93,6 +94,29 @@ def test_returns_to_go_are_those_of_the_formula_over_sampled_tokens_alone(size):
     targets = targets_of(batch, "reinforce_plus_plus", gamma=0.9)
     expected = oracles.reinforce_plus_plus(the_episodes(), gamma=0.9)
     assert_close(by_trajectory(batch, [target.advantages_BT for target in targets]), expected)
+
+
+@pytest.mark.parametrize("size", [1, 40, 10_000])
+def test_where_a_setting_says_so_time_runs_over_the_environments_tokens_too(size):
+    batch, episodes = a_batch(GROUPS, micro_batch_tokens=size), the_episodes()
+    assert any(episode.places[-1] - episode.places[0] > len(episode.places) - 1 for episode in episodes)
+    timed = [oracles.returns_in_time(episode.rewards(), episode.places, 0.9) for episode in episodes]
+    got = targets_of(batch, "reinforce", gamma=0.9, count_environment=1)
+    assert_close(by_trajectory(batch, [target.advantages_BT for target in got]), timed)
+    advantages, returns = oracles.gae_in_time(episodes, gamma=0.9, gae_lambda=0.8)
+    got = targets_of(batch, "gae", gamma=0.9, gae_lambda=0.8, count_environment=1)
+    assert_close(by_trajectory(batch, [target.advantages_BT for target in got]), oracles.whitened(advantages))
+    assert_close(by_trajectory(batch, [target.returns_BT for target in got]), returns)
+
+
+def test_on_policy_v_trace_runs_over_the_environments_tokens_likewise():
+    batch = a_batch(GROUPS)
+    [micro] = batch.micro_batches
+    opinions = replace(opinions_on(batch), logprobs_BT=[micro.behavior_logprobs_BT])
+    settings = {"gamma": 0.9, "gae_lambda": 0.8, "count_environment": 1}
+    targets, _ = build_targets(batch, opinions, build_advantages("vtrace", settings))
+    _, returns = oracles.gae_in_time(the_episodes(), gamma=0.9, gae_lambda=0.8)
+    assert_close(by_trajectory(batch, [target.returns_BT for target in targets]), returns)
 
 
 def assert_close(rows: list[list[float]], expected: list[list[float]]) -> None:

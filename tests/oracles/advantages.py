@@ -20,6 +20,7 @@ class Episode:
     values: Row = ()  # of the state before each of them
     after: float = 0.0  # value of the state after the last of them
     terminated: bool = True
+    places: Sequence[int] = ()  # of the trained tokens in the whole text, where time passes over the others too
 
     @property
     def total(self) -> float:
@@ -74,6 +75,32 @@ def rloo(episodes: Sequence[Episode]) -> list[list[float]]:
 def returns(rewards: Row, gamma: float) -> list[float]:
     """G_t, the sum over l of gamma^l r_{t+l}."""
     return [sum(gamma ** (j - t) * rewards[j] for j in range(t, len(rewards))) for t in range(len(rewards))]
+
+
+def returns_in_time(rewards: Row, places: Sequence[int], gamma: float, gae_lambda: float = 1.0) -> list[float]:
+    """As returns(), where gamma is for every token that lies between, and lambda for every trained one."""
+    return [
+        sum(gamma ** (places[j] - places[t]) * gae_lambda ** (j - t) * rewards[j] for j in range(t, len(rewards)))
+        for t in range(len(rewards))
+    ]
+
+
+def gae_in_time(
+    episodes: Sequence[Episode], *, gamma: float, gae_lambda: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """As gae(), with time running over all tokens: the next state is as many tokens away as there are between."""
+    advantages, targets = [], []
+    for episode in episodes:
+        rewards, last = episode.rewards(), len(episode.costs) - 1
+        deltas = []
+        for t, value in enumerate(episode.values):
+            following = episode.values[t + 1] if t < last else (0.0 if episode.terminated else episode.after)
+            steps = episode.places[t + 1] - episode.places[t] if t < last else 1
+            deltas.append(rewards[t] + gamma**steps * following - value)
+        row = returns_in_time(deltas, episode.places, gamma, gae_lambda)
+        advantages.append(row)
+        targets.append([advantage + value for advantage, value in zip(row, episode.values, strict=True)])
+    return advantages, targets
 
 
 def whitened(rows: Sequence[Row]) -> list[list[float]]:

@@ -100,7 +100,7 @@ async def an_http_server(handler: Handler, *, port: int = 0) -> AsyncIterator[Ht
 
 # --- a reward model that does what the completion says ---------------------------------------------------------------
 
-_REWARDS = {
+REWARDS = {
     "nan": "NaN",
     "infinity": "Infinity",
     "none": "null",
@@ -125,5 +125,5 @@ async def obeys(request: Request) -> bytes:
             raise Dies
         if action == "status":
             return reply("told to", status=int(argument))
-        rewards.append(_REWARDS.get(action, argument))
+        rewards.append(REWARDS.get(action, argument))
     return reply(f'{{"rewards": [{", ".join(rewards)}], "scores": [], "extra_logs": {{}}}}')

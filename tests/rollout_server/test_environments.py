@@ -12,6 +12,7 @@ from common.environments import EnvironmentSettings
 from rollout_server.environments import environment_at
 from rollout_server.environments.environment import Environment, EnvironmentFailure, Said, parse_row
 from tests.rollout_server.http_twin import an_http_server, obeys
+from tests.rollout_server.nemo_gym_twin import a_nemo_gym_server
 from tests.rollout_server.openenv_twin import an_openenv_server
 
 PYTHON_KINDS = {
@@ -37,9 +38,17 @@ async def behind_openenv() -> AsyncIterator[str]:
         yield server.url
 
 
+@asynccontextmanager
+async def behind_nemo_gym(style: str) -> AsyncIterator[str]:
+    async with a_nemo_gym_server(style=style) as server:
+        yield server.url
+
+
 KINDS = {name: partial(at_python, url) for name, url in PYTHON_KINDS.items()} | {
     "reward model": behind_http,
     "OpenEnv": behind_openenv,
+    "NeMo Gym with verify": partial(behind_nemo_gym, "verify"),
+    "NeMo Gym with step": partial(behind_nemo_gym, "step"),
 }
 
 ROW = parse_row(b'{"prompt": "do"}')
@@ -52,7 +61,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS.values(), ids=KINDS.keys())
 async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environment]:
-    settings = EnvironmentSettings(step_timeout_s=TIMEOUT_S, max_concurrent=24)
+    settings = EnvironmentSettings(step_timeout_s=TIMEOUT_S, max_concurrent=8)
     async with request.param() as url, environment_at(url, settings) as environment:
         yield environment
 

@@ -125,6 +125,18 @@ async def failure_of(runner: EpisodeRunner, lease: Lease) -> LeaseFailure:
     return caught.value
 
 
+@pytest.mark.parametrize(("eos_logit", "max_turns"), [(50.0, 1), (-50.0, 9)])  # no turn left; cut in the middle of one
+async def test_an_episode_that_cannot_go_on_is_rewarded_for_ending_there(tmp_path, eos_logit, max_turns):
+    async def end() -> float:
+        return 0.5
+
+    settings = EnvironmentSettings(max_turns=max_turns)
+    environment = ScriptedEnvironment(StepResult(reward=0.25, done=False, end=end), settings=settings)
+    group = await a_runner(await an_engine(tmp_path, eos_logit=eos_logit), environment).run(a_lease(group_size=1))
+    [trajectory] = group.trajectories
+    assert (trajectory.reward, trajectory.finish_reason) == (0.75, FinishReason.TRUNCATED)
+
+
 async def test_a_lease_becomes_a_group_of_prompt_and_sampled_ids_with_their_evidence(tmp_path):
     environment = ScriptedEnvironment(StepResult(reward=0.5, done=True))
     group = await a_runner(await an_engine(tmp_path, version=3), environment).run(a_lease())

@@ -20,7 +20,7 @@ from rollout_server.environments.environment import (
     parse_row,
 )
 from rollout_server.environments.worker_pool import WorkerPool
-from rollout_server.environments.worker_process import WorkerProcess
+from rollout_server.environments.worker_process import WorkerCode, WorkerProcess
 
 REWARDS = "tests.rollout_server.reward_functions"
 ROW_JSON = b'{"prompt": "do", "bonus": 100}'
@@ -164,7 +164,7 @@ async def test_each_call_sent_ahead_of_time_has_the_whole_time_limit_for_itself(
 
 
 async def test_nothing_is_sent_to_a_worker_that_was_killed():
-    worker = await WorkerProcess.start(REWARDS, "obeys", EnvironmentSettings(workers=2), lambda: None)
+    worker = await WorkerProcess.start(WorkerCode(REWARDS, "obeys"), EnvironmentSettings(workers=2), lambda: None)
     assert worker.has_room_beside(0)
     worker.kill()
     assert not worker.has_room_beside(0)

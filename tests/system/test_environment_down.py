@@ -1,28 +1,12 @@
 """An environment server goes away and comes back in the middle of a run: real coordinator, rollout server, sockets."""
 
-import asyncio
-import json
-from collections import Counter
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from common.codec import unpack_groups
 from common.environments import Environments
-from common.messages import Batch, CloseRun, RunOpened, SnapshotPublished, StepCompleted, TakeBatch
-from learner.coordinator.mix import Mix
-from learner.coordinator.serving import serve as serve_coordinator
-from learner.coordinator.settings import CoordinatorSettings
-from learner.coordinator.tasks import open_tasks
-from rollout_server.environments import environment_at
-from tests.builders_coordinator import an_open_run, some_service_settings, some_settings
-from tests.builders_coordinator_service import Party
-from tests.builders_coordinator_service import a_learner as a_learner_of
-from tests.rollout_server.builders_server import V
-from tests.rollout_server.builders_server import a_learner as some_snapshots
-from tests.rollout_server.builders_server import serve as serve_rollouts
 from tests.rollout_server.openenv_twin import OpenEnvTwin
+from tests.system.environment_run import PATIENCE_S, a_run
 
 SUMS, GAMES = 0, 1
 
@@ -31,29 +15,7 @@ def always_right(text: str, schema: object) -> dict[str, str]:
     return {"text": "reward 1"}
 
 
-class Run:
-    """The learner's side: takes batches, and counts the groups of each environment."""
-
-    def __init__(self, learner: Party, snapshots: object, mix: Mix) -> None:
-        self.trained = Counter[int]()
-        self.version = 0
-        self._learner = learner
-        self._snapshots = snapshots
-        self._mix = mix
-
-    async def step(self) -> None:
-        await self._learner.say(TakeBatch(version=self.version))
-        batch, payload = await self._learner.hear(Batch)
-        groups = unpack_groups(batch.groups, payload)
-        self.trained.update(self._mix.environment_of(group.task_id) for group in groups)
-        self.version += 1
-        lease_ids = tuple(group.lease_id for group in groups)
-        await self._learner.say(StepCompleted(version=self.version, lease_ids=lease_ids))
-        self._snapshots.published = self.version
-        await self._learner.say(SnapshotPublished(version=self.version))
-
-
-def specs_for(games: OpenEnvTwin) -> Environments:
+def environments_with(games: OpenEnvTwin) -> Environments:
     return Environments.from_toml(
         {
             "sums": {"url": "python:tests.rollout_server.reward_functions:num_characters"},
@@ -62,51 +24,13 @@ def specs_for(games: OpenEnvTwin) -> Environments:
     )
 
 
-def rules_for(environments: Environments) -> CoordinatorSettings:
-    return some_settings(
-        groups_per_step=4,
-        max_staleness=2,
-        max_group_bytes=1 << 16,
-        queue_bytes=1 << 30,
-        environments=tuple(spec.name for spec in environments.specs),
-        environment_weights=tuple(spec.weight for spec in environments.specs),
-    )
-
-
 async def test_an_environment_that_goes_down_pauses_its_own_tasks_alone_and_comes_back_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("tests.rollout_server.builders_server.PATIENCE_S", 90.0)
+    monkeypatch.setattr("tests.rollout_server.builders_server.PATIENCE_S", PATIENCE_S)
     games = OpenEnvTwin()
     await games.start()
-    environments = specs_for(games)
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "12+3="}) + "\n")
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(asyncio.timeout(90))
-        snapshots = await stack.enter_async_context(some_snapshots())
-        settings = some_service_settings(
-            run_id=snapshots.run_id,
-            learner_socket=f"ipc://{tmp_path}/learner",
-            prompts=str(tmp_path / "rows.jsonl"),
-            journal=f"{tmp_path}/journal.sqlite",
-            environments=environments.specs,
-            rules=rules_for(environments),
-        )
-        tasks = open_tasks(settings.prompts, seed=0, specs=environments.specs)
-        processes = await stack.enter_async_context(asyncio.TaskGroup())
-        coordinator = processes.create_task(serve_coordinator(settings, tasks))
-        learner = await stack.enter_async_context(a_learner_of(settings))
-        run_message = an_open_run(
-            model_fingerprint="m", tokenizer_fingerprint="t", max_model_len=64, vocab_size=V,
-            weights_address=snapshots.welcome().weights_address,
-        )  # fmt: skip
-        opened = await learner.ask(run_message, RunOpened)
-        await learner.say(SnapshotPublished(version=0))
-        entered = {
-            spec.name: await stack.enter_async_context(environment_at(spec.url, spec)) for spec in environments.specs
-        }
-        server = processes.create_task(serve_rollouts(opened.listen_address, tmp_path, entered))
-        run = Run(learner, snapshots, Mix(settings.rules.environment_weights))
+    async with a_run(environments_with(games), tmp_path) as run:
         for _ in range(5):
             await run.step()
         assert min(run.trained[SUMS], run.trained[GAMES]) >= 5
@@ -123,7 +47,4 @@ async def test_an_environment_that_goes_down_pauses_its_own_tasks_alone_and_come
         run.trained.clear()
         while run.trained[GAMES] < 20:
             await run.step()
-        await learner.say(CloseRun(reason="the test is over"))
-        assert await coordinator == 0
-        await server
     await games.stop()

@@ -225,5 +225,5 @@ def test_an_unknown_advantage_or_setting_is_answered_with_the_known_ones():
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 @pytest.mark.parametrize("setting", ["gamma", "gae_lambda"])
 def test_a_discount_that_is_none_is_refused(setting, value):
-    with pytest.raises(ValueError, match=f"{setting} of gae must be from 0 to 1, got {value}"):
+    with pytest.raises(ValueError, match=f"{setting} of gae must be >= 0 and <= 1, got {value}"):
         build_advantages("gae", {setting: value})

@@ -88,7 +88,7 @@ def test_what_the_policy_would_not_do_any_more_says_nothing_of_what_came_before(
 
 @pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
 def test_a_discount_beyond_1_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} of vtrace must be from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=f"{name} of vtrace must be >= 0 and <= 1, got 1.5"):
         build_advantages("vtrace", {name: 1.5})
 
 
