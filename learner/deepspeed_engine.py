@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,17 +110,17 @@ def prepare_process() -> None:
     """Let DeepSpeed start without a launcher, a compiler, MPI or a fixed port."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     import deepspeed
 
     # Used only for inference; it would be compiled for most of a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not torch.distributed.is_initialized():
+        # There is nobody to meet at a port, which somebody else might take between its choice and its use.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
 
