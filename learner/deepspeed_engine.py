@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.lifecycle import UserError
 from learner.deepspeed_config import deepspeed_config
-from learner.launch import Place, free_port
+from learner.launch import Place
 from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
 from learner.packing import can_pack
 from learner.ppo_engine import PpoEngine
@@ -183,15 +183,19 @@ def open_ranks(place: Place | None, *, timeout_s: float) -> tuple[Ranks, Ranks]:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    place = place or Place(rank=0, num_ranks=1, local_rank=0, address="127.0.0.1", port=free_port())
-    os.environ.update(place.environment())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(place.environment() if place is not None else alone)
     import deepspeed
 
     # Used only for inference; it would be compiled for most of a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    if place is None and not torch.distributed.is_initialized():
+        # There is nobody to meet at a port, which somebody else might take between its choice and its use.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
-    if place.num_ranks == 1:
+    if place is None or place.num_ranks == 1:
         return Alone(), Alone()
     return GlooRanks(timeout_s=timeout_s), GlooRanks(timeout_s=timeout_s)

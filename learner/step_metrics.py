@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from common.metrics import Measurement
 from common.trajectory import Group
-from learner.algorithms import CORRECTIONS
+from learner.algorithms import CORRECTIONS, WEIGHINGS
 from learner.refusals import Refusals
 from learner.training import StepResult
 
@@ -62,10 +62,12 @@ STEP_METRICS: Mapping[str, str] = {
     "value_error_squared": "mean squared error of the critic before the step",
     "value_clip_fraction": "share of the tokens whose value moved too far in the step",
     "explained_variance": "share of the returns' variance that the critic knew; negative: worse than a constant",
-    **{f"{name}_masked": f"share of the tokens that {name} left out" for name in CORRECTIONS},
+    **{
+        f"{name}_masked": f"share of the tokens that {name} left out" for name in sorted(CORRECTIONS.keys() - WEIGHINGS)
+    },
     **{
         f"{name}_truncated": f"share of the tokens whose weight {name} truncated"
-        for name in ("truncate_sequences", "truncate_tokens")
+        for name in sorted(WEIGHINGS - {"unweighted"})
     },
 }
 

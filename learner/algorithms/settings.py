@@ -43,6 +43,17 @@ def settings_of(function: Callable[..., Any]) -> dict[str, float]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+def declared_settings(function: Callable[..., Any]) -> dict[str, Setting]:
+    """Of those settings of a function that say what they mean."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Setting)
+    }
+
+
 def build(
     kind: str, table: Mapping[str, Callable[..., Any]], name: str, settings: Mapping[str, float]
 ) -> Callable[..., Any]:
@@ -52,7 +63,7 @@ def build(
     """
     if name not in table:
         raise ValueError(f"unknown {kind} {name}; known: {', '.join(sorted(table))}")
-    known, declared = settings_of(table[name]), _declared(table[name])
+    known, declared = settings_of(table[name]), declared_settings(table[name])
     for setting, value in settings.items():
         if setting not in known:
             raise ValueError(f"{name} has no setting {setting}; it takes: {', '.join(known) or 'none'}")
@@ -79,21 +90,11 @@ def describe(title: str, table: Mapping[str, Callable[..., Any]]) -> str:
     lines = [title]
     for name in sorted(table):
         lines.append(f"  {name:<28}  {_first_line(table[name])}")
-        declared = _declared(table[name])
+        declared = declared_settings(table[name])
         for setting, default in settings_of(table[name]).items():
             meaning = declared[setting].help if setting in declared else ""
             lines.append(f"    {f'{setting}={default:g}':<28}{meaning}".rstrip())
     return "\n".join(lines)
-
-
-def _declared(function: Callable[..., Any]) -> dict[str, Setting]:
-    hints = typing.get_type_hints(function, include_extras=True)
-    return {
-        name: extra
-        for name, hint in hints.items()
-        for extra in getattr(hint, "__metadata__", ())
-        if isinstance(extra, Setting)
-    }
 
 
 def _first_line(function: Callable[..., Any]) -> str:
