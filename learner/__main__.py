@@ -245,6 +245,15 @@ def canaries_of(config: LearnerConfig, publisher: Publisher, facts: ModelFacts) 
     )
 
 
+def refusals_of(learner: Learner) -> Refusals:
+    return Refusals(
+        RefusedBatches(learner.run.refused),
+        learner.events,
+        on_nonfinite=learner.config.on_nonfinite,
+        max_skipped_steps=learner.config.max_skipped_steps,
+    )
+
+
 async def train(learner: Learner, facts: ModelFacts) -> None:
     """The loop, with everything that watches it."""
     config, events = learner.config, learner.events
@@ -267,12 +276,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             events=events,
         )
         checkpoints = await stack.enter_async_context(writing_checkpoints(writer))
-        refusals = Refusals(
-            RefusedBatches(learner.run.refused),
-            events,
-            on_nonfinite=config.on_nonfinite,
-            max_skipped_steps=config.max_skipped_steps,
-        )
+        refusals = refusals_of(learner)
         meter = StepMeter(refusals)
         loop = LearnerLoop(
             settings=learner.settings,
