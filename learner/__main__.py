@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,14 +26,18 @@ from learner import joining
 from learner.algorithms import describe_all
 from learner.canary import CanaryMaker, default_canary_every
 from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter, writing_checkpoints
 from learner.config import LearnerConfig
 from learner.coordinator.client import CoordinatorClient
+from learner.launch import launched_place, without_local_rank
 from learner.loop import LearnerLoop
 from learner.measurements import measure
 from learner.observers import StepLog
 from learner.plan import coordinator_settings, model_of, train_settings
 from learner.progress import Progress, ProgressDisplay
-from learner.publisher import Publisher, open_publisher
+from learner.publisher import Publisher, lay_out, open_publisher
+from learner.rank_orders import LeadingEngine, lead
+from learner.rank_processes import run_follower, supervise_ranks
 from learner.refusals import Refusals
 from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
@@ -44,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 KNOWN_TABLES = ("learner", "rollout_server")
 REFRESH_S = 1.0
+KEEP_WAITING_S = 5.0  # a rank that died is noticed so soon, or in the step that it leaves undone
 
 EXAMPLES = """\
 examples:
@@ -52,6 +58,8 @@ examples:
   learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
   learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
   learner --correction icepop:high=2 --correction veto    masks in place of truncated importance weights
+  learner --ranks 8 --zero-stage 2 --dtype bfloat16  8 processes on this machine; started anew when one dies
+  torchrun --nproc-per-node 8 -m learner --config run.toml    the same by another launcher; or deepspeed, or srun
   learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
 
 A run directory that holds a checkpoint is resumed from it.
@@ -59,8 +67,15 @@ A run directory that holds a checkpoint is resumed from it.
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    config = parse_learner(sys.argv[1:] if argv is None else argv)
+    words = without_local_rank(sys.argv[1:] if argv is None else argv)
+    config = parse_learner(words)
+    place = launched_place(os.environ)
+    if place is not None and place.rank > 0:
+        configure_logging(f"learner {place.rank}")
+        leave(run_follower(config, place))
     configure_logging("learner")
+    if place is None and config.ranks > 1:
+        leave(run_until_stopped(lambda: supervise_ranks(words, config)))
     leave(run_until_stopped(lambda: learn(config)))
 
 
@@ -118,9 +133,11 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         settings = train_settings(config, await training.run(model_of, config, run))
         keys = prepare_keys(config, run)
         engine = await training.run(open_engine, settings, checkpoint)
+        if isinstance(engine, LeadingEngine):
+            stack.push_async_callback(training.run, engine.close)
         publisher = await stack.enter_async_context(
             open_publisher(
-                engine.snapshot_tensors(),
+                await training.run(lambda: lay_out(engine.snapshot_tensors())),
                 run_id=run.lineage_id,
                 listen=joining.weights_address(config),
                 keys=keys,
@@ -134,6 +151,7 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         stack.callback(supervising.cancel)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         background = [
+            *([tasks.create_task(keep_ranks_waiting(engine, training))] if isinstance(engine, LeadingEngine) else []),
             tasks.create_task(publisher.watch()),
             tasks.create_task(announce_versions(publisher, coordinator, events)),
         ]
@@ -146,13 +164,12 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
 
 
 def open_default_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
-    from learner.deepspeed_engine import open_deepspeed_engine  # takes seconds to import, and --help needs none of it
+    """DeepSpeed's, on all ranks that were started with this one."""
+    from learner.deepspeed_engine import open_ranks, open_resumed_engine  # seconds, and --help needs none of it
 
-    engine = open_deepspeed_engine(settings)
-    if checkpoint is not None:
-        engine.load(checkpoint.directory)
-        logger.info("resuming at version %d from %s", engine.version, checkpoint.directory)
-    return engine
+    ranks, writing = open_ranks(launched_place(os.environ), timeout_s=settings.engine.rank_timeout_s)
+    directory = checkpoint.directory if checkpoint is not None else None
+    return lead(settings, directory, open_resumed_engine, ranks, writing)
 
 
 def prepare_keys(config: LearnerConfig, run: RunDirectory) -> ServerKeys | None:
@@ -228,6 +245,15 @@ def canaries_of(config: LearnerConfig, publisher: Publisher, facts: ModelFacts) 
     )
 
 
+def refusals_of(learner: Learner) -> Refusals:
+    return Refusals(
+        RefusedBatches(learner.run.refused),
+        learner.events,
+        on_nonfinite=learner.config.on_nonfinite,
+        max_skipped_steps=learner.config.max_skipped_steps,
+    )
+
+
 async def train(learner: Learner, facts: ModelFacts) -> None:
     """The loop, with everything that watches it."""
     config, events = learner.config, learner.events
@@ -241,12 +267,16 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
     )
     async with AsyncExitStack() as stack:
         trackers = stack.enter_context(open_trackers(config, learner.run))
-        refusals = Refusals(
-            RefusedBatches(learner.run.refused),
-            events,
-            on_nonfinite=config.on_nonfinite,
-            max_skipped_steps=config.max_skipped_steps,
+        writer = CheckpointWriter(
+            model=learner.settings.model,
+            engine=learner.engine,
+            training=learner.training,
+            coordinator=learner.coordinator,
+            checkpoints=learner.checkpoints,
+            events=events,
         )
+        checkpoints = await stack.enter_async_context(writing_checkpoints(writer))
+        refusals = refusals_of(learner)
         meter = StepMeter(refusals)
         loop = LearnerLoop(
             settings=learner.settings,
@@ -256,7 +286,7 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             coordinator=learner.coordinator,
             publisher=learner.publisher,
             canaries=canaries_of(config, learner.publisher, facts),
-            checkpoints=learner.checkpoints,
+            checkpoints=checkpoints,
             refusals=refusals,
             events=events,
             observers=[StepLog(events, trackers), progress, meter],
@@ -272,6 +302,13 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             await loop.run()
         finally:
             refreshing.cancel()
+
+
+async def keep_ranks_waiting(engine: LeadingEngine, training: DedicatedThread) -> None:
+    """While there is nothing to do they hear from rank 0 all the same; raises RankLostError when one is gone."""
+    while True:
+        await asyncio.sleep(KEEP_WAITING_S)
+        await training.run(engine.keep_waiting)
 
 
 async def refresh(display: ProgressDisplay) -> None:

@@ -1,4 +1,4 @@
-"""Batching: groups of trajectories -> padded micro-batches under a token budget."""
+"""Batching: groups of trajectories -> micro-batches under a token budget, as many for each rank, of like size."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,33 @@ import torch
 
 from common.staleness import NOT_SAMPLED, token_staleness
 from common.trajectory import FinishReason, Group, Trajectory
-from learner.training import MicroBatch, TrainBatch
+from learner.training import ALONE_AND_PADDED, BatchLayout, MicroBatch, TrainBatch
 
 
-def build_batch(groups: Sequence[Group], *, version: int, max_staleness: int, micro_batch_tokens: int) -> TrainBatch:
+def build_batch(
+    groups: Sequence[Group],
+    *,
+    version: int,
+    max_staleness: int,
+    micro_batch_tokens: int,
+    layout: BatchLayout = ALONE_AND_PADDED,
+) -> TrainBatch:
     """The batch for the step that updates `version`.
+
+    Its micro-batches are those of rank 0, 1, ... in turn, as many for each: ranks go through them in lockstep, so those
+    of one turn are balanced. Where there are too few trajectories a rank gets one without any token to train.
 
     Here the bound on staleness is enforced for every token, whatever happened before: one that is older than
     max_staleness optimizer steps stays as context and gets no gradient.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     group_index = [index for index, group in enumerate(groups) for _ in group.trajectories]
-    # By length, so that little is padded; ties by place, so that the cut depends on nothing else.
-    order = sorted(range(len(trajectories)), key=lambda index: (len(trajectories[index]), index))
+    cut = cut_into_micro_batches(list(map(len, trajectories)), micro_batch_tokens, layout)
     micro_batches = [
         _pad([trajectories[index] for index in indexes], indexes, version=version, max_staleness=max_staleness)
-        for indexes in _cut(order, trajectories, micro_batch_tokens)
+        if indexes
+        else _nothing_to_train()
+        for indexes in cut
     ]
     loss_tokens_N = torch.zeros(len(trajectories), dtype=torch.int64)
     for micro_batch in micro_batches:
@@ -45,15 +56,52 @@ def _is_over_stale(trajectory: Trajectory, version: int, max_staleness: int) -> 
     return trajectory.loss_mask & (token_staleness(trajectory.token_versions, current=version) > max_staleness)
 
 
-def _cut(order: Sequence[int], trajectories: Sequence[Trajectory], micro_batch_tokens: int) -> list[list[int]]:
-    """Consecutive runs of `order` whose padded size fits the budget; one that is too long goes alone."""
-    runs: list[list[int]] = []
-    for index in order:  # lengths only grow, so this one is the longest so far
-        if runs and (len(runs[-1]) + 1) * len(trajectories[index]) <= micro_batch_tokens:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
+def cut_into_micro_batches(lengths: Sequence[int], micro_batch_tokens: int, layout: BatchLayout) -> list[list[int]]:
+    """Places of trajectories, one list per micro-batch; those of the ranks in turn, the shortest first.
+
+    A turn holds trajectories of similar length, so that little is padded, each given to the rank with the fewest tokens
+    so far. A trajectory beyond the budget goes alone.
+    """
+    turns: list[list[_Bin]] = []
+    # Ties by place, so that the cut depends on nothing else.
+    for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each), reverse=True):
+        if turns:
+            bins = sorted(turns[-1], key=lambda each: each.num_tokens)
+            if any(each.takes(index, lengths[index], micro_batch_tokens) for each in bins):
+                continue
+        turns.append([_Bin(layout) for _ in range(layout.num_ranks)])
+        turns[-1][0].takes(index, lengths[index], micro_batch_tokens)
+    return [each.indexes[::-1] for turn in reversed(turns) for each in turn]
+
+
+class _Bin:
+    """A micro-batch that is being filled, the longest trajectory first."""
+
+    def __init__(self, layout: BatchLayout) -> None:
+        self._layout = layout
+        self._longest = 0
+        self._rows: list[int] = []  # tokens in each
+        self.indexes: list[int] = []
+        self.num_tokens = 0
+
+    def takes(self, index: int, length: int, micro_batch_tokens: int) -> bool:
+        """Whether the trajectory fits, and is in it from now on."""
+        self._longest = self._longest or length
+        row = self._row_for(length)
+        num_rows = max(len(self._rows), row + 1)
+        computed = self.num_tokens + length if self._layout.in_one_row else num_rows * self._longest
+        if self.indexes and computed > micro_batch_tokens:
+            return False
+        self._rows += [0] * (num_rows - len(self._rows))
+        self._rows[row] += length
+        self.indexes.append(index)
+        self.num_tokens += length
+        return True
+
+    def _row_for(self, length: int) -> int:
+        """As lay_out_rows() will find it; without packing, a row for each."""
+        fits = (row for row, used in enumerate(self._rows) if used + length <= self._longest)
+        return next(fits, len(self._rows)) if self._layout.packs else len(self._rows)
 
 
 def _pad(trajectories: Sequence[Trajectory], indexes: Sequence[int], *, version: int, max_staleness: int) -> MicroBatch:
@@ -76,4 +124,17 @@ def _pad(trajectories: Sequence[Trajectory], indexes: Sequence[int], *, version:
         behavior_logprobs_BT=stack("behavior_logprobs", 0.0, torch.float32),
         staleness_BT=staleness_BT,
         trajectory_index_B=torch.tensor(indexes, dtype=torch.int64),
+    )
+
+
+def _nothing_to_train() -> MicroBatch:
+    """One trajectory of two tokens, neither of which counts: for a rank that has to do as the others do."""
+    shape = (1, 2)
+    return MicroBatch(
+        token_ids_BT=torch.zeros(shape, dtype=torch.int64),
+        attention_mask_BT=torch.ones(shape, dtype=torch.bool),
+        loss_mask_BT=torch.zeros(shape, dtype=torch.bool),
+        behavior_logprobs_BT=torch.zeros(shape, dtype=torch.float32),
+        staleness_BT=torch.zeros(shape, dtype=torch.int32),
+        trajectory_index_B=torch.zeros(1, dtype=torch.int64),
     )

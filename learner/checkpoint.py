@@ -53,15 +53,27 @@ class CheckpointStore:
             raise UserError(f"the checkpoint {directory} has format {state.format}, this version reads {FORMAT}")
         return Checkpoint(directory, state)
 
+    def current_version(self) -> int | None:
+        """Of the checkpoint that CURRENT names."""
+        name = self._current_name()
+        return _version_of(Path(name)) if name is not None else None
+
+    def holds(self, version: int) -> bool:
+        """Whether CURRENT names it."""
+        return self._current_name() == self.path_of(version).name
+
+    def path_of(self, version: int) -> Path:
+        return self._directory / f"step-{version:06d}"
+
     def save(self, *, version: int, model: str, frontier: bytes, write_engine: Callable[[Path], None]) -> Path:
         """Write a checkpoint; `write_engine` puts the engine's files into the directory it is given.
 
         The version that CURRENT names already is not written again.
         """
-        name = f"step-{version:06d}"
-        if self._current_name() == name:
-            return self._directory / name
-        final, temporary = self._directory / name, self._directory / f"{name}.tmp"
+        final = self.path_of(version)
+        if self.holds(version):
+            return final
+        temporary = final.with_name(f"{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_engine(temporary)
@@ -72,7 +84,7 @@ class CheckpointStore:
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(self._directory)
-        self._point_to(name)
+        self._point_to(final.name)
         self._delete_old(version)
         return final
 

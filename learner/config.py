@@ -9,13 +9,14 @@ from common.config import option
 from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
+from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.lora_settings import LoraSettings, lora_settings
 from learner.loss_settings import OnNonfinite, Proximal, check_critic_warmup, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
-    "max_skipped_steps", "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints",
+    "max_skipped_steps", "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints", "ranks",
 )  # fmt: skip
 
 
@@ -165,11 +166,35 @@ class LearnerConfig:
     max_skipped_steps: int = option(3, help="so many steps skipped in a row stop the run all the same")
 
     # The training engine
-    zero_stage: Literal[0, 1, 2] = option(1, help="DeepSpeed ZeRO stage")
+    zero_stage: ZeroStage = option(
+        1, help="DeepSpeed ZeRO stage: what ranks share out; 1 the optimizer, 2 gradients too, 3 parameters too"
+    )
+    offload: Offload = option(
+        "none",
+        help="to host memory: optimizer (from stage 1 up), or all (parameters too, stage 3); its Adam is "
+        "compiled at the first start",
+    )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", help="parameters and activations; bfloat16 from stage 1 up"
     )
-    micro_batch_tokens: int = option(16384, help="padded tokens per forward pass; less needs less memory")
+    micro_batch_tokens: int = option(
+        16384, help="tokens per forward pass of a rank, padding included; less needs less memory"
+    )
+    packing: bool = option(
+        True, help="several trajectories in a row, next to no padding; models that cannot are padded all the same"
+    )
+    activation_checkpointing: bool = option(
+        False, help="compute activations anew in the backward pass: a third slower, far less memory"
+    )
+    deepspeed_config: Path | None = option(
+        None, help="a JSON file of DeepSpeed's, merged with what the settings here say; a conflict is refused"
+    )
+    ranks: int = option(
+        1,
+        help="processes to train with on this machine, one per accelerator; elsewhere torchrun, deepspeed or srun say",
+    )
+    max_restarts: int = option(3, help="how often in a row --ranks starts ranks anew that get no step further")
+    rank_timeout_s: float = option(600.0, help="a rank whose node vanished is given up after so long")
 
     # Where
     run_dir: Path = option(Path("runs/default"), help="checkpoints, logs, keys and metrics; an existing run is resumed")
@@ -225,10 +250,11 @@ class LearnerConfig:
         check_proximal(self.proximal, self.loss)
         check_strengths(self.entropy_coefficient, self.value_clip)
         self._check_adapters()
+        self.engine_settings.check_stage(self.zero_stage)
         self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
-                "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
+                "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
             )
         self._check_canary()
         self._check_lengths()
@@ -293,6 +319,17 @@ class LearnerConfig:
             clip=self.reward_clip,
             drop_equal_groups=self.drop_equal_groups,
             drop_truncated=self.drop_truncated,
+        )
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        return EngineSettings(
+            offload=self.offload,
+            activation_checkpointing=self.activation_checkpointing,
+            packing=self.packing,
+            rank_timeout_s=self.rank_timeout_s,
+            deepspeed=read_deepspeed_file(self.deepspeed_config),
+            deepspeed_file=str(self.deepspeed_config or ""),
         )
 
     @property

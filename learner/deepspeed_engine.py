@@ -2,8 +2,9 @@
 
 import logging
 import os
-import socket
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from common.lifecycle import UserError
-from learner.networks import load_critic, load_policy
+from learner.deepspeed_config import deepspeed_config
+from learner.launch import Place
+from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
+from learner.packing import can_pack
 from learner.ppo_engine import PpoEngine
+from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
+from learner.sharded_state import SavedState, ShardedState
 from learner.training import TrainSettings
 from learner.zero_gradients import discard_gradient
+from learner.zero_state import ZeroState
 
-TAG = "state"
+logger = logging.getLogger(__name__)
+
+GATHERED_BYTES = 256 << 20
+"""At ZeRO stage 3, of parameters that are whole on a device at once while a snapshot is copied."""
 
 
 class DeepSpeedNetwork:
@@ -28,10 +38,15 @@ class DeepSpeedNetwork:
 
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._stage = settings.zero_stage
-        self._trains_part = len(parameters) < len(list(module.parameters()))  # what is frozen is not checkpointed
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=_config(settings))
+        self._engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=parameters, config=deepspeed_config(settings)
+        )
         self._module = module
+        self._state = ZeroState(self._engine, module, stage=self._stage)
+        if self._stage == 3 and isinstance(module, PolicyNetwork):
+            # It is read outside its own forward: from here on it is gathered with the policy's.
+            deepspeed.zero.register_external_parameter(module, module.model.get_output_embeddings().weight)
 
     @property
     def module(self) -> nn.Module:
@@ -57,6 +72,7 @@ class DeepSpeedNetwork:
             group["lr"] = learning_rate
         norm = self._own_grad_norm() if self._stage == 0 else 0.0
         self._engine.step()
+        self._state.num_steps += 1
         return norm or float(self._engine.get_global_grad_norm() or 0.0)
 
     def discard_gradient(self) -> None:
@@ -67,26 +83,55 @@ class DeepSpeedNetwork:
         gradients = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
 
-    def save(self, directory: Path) -> None:
-        # DeepSpeed's own `latest` file can name a checkpoint that is not whole; ours is named by CheckpointStore.
-        self._engine.save_checkpoint(
-            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=self._trains_part
-        )
+    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """See Trainable."""
+        if self._stage < 3:
+            yield from ((name, parameter.data) for name, parameter in parameters)
+            return
+        import deepspeed
+
+        for bucket in _buckets(parameters):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                yield from ((name, parameter.data) for name, parameter in bucket)
+
+    def copy_state(self) -> ShardedState:
+        return self._state.now().copy()
 
     def load(self, directory: Path) -> None:
-        """Raises UserError when there is no such checkpoint, or it was written with other settings."""
-        if not (directory / TAG).is_dir():
-            raise UserError(f"{directory} holds no checkpoint; was the run begun with another advantage?")
-        is_partitioned = any((directory / TAG).glob("*zero_pp_rank_*"))
-        if is_partitioned != (self._stage > 0):
-            began = "1 or 2" if is_partitioned else "0"
-            raise UserError(f"{directory} was written at zero_stage {began} and cannot be read at {self._stage}")
-        self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self._trains_part)
+        self._state.load(SavedState(directory))
 
 
-def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
-    """Load the policy, and the critic if there is one, onto DeepSpeed; raises UserError for a missing model."""
-    prepare_process()
+def _buckets(parameters: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """Consecutive parameters of at most GATHERED_BYTES together; a larger one alone."""
+    bucket: list[tuple[str, Any]] = []
+    num_bytes = 0
+    for name, parameter in parameters:
+        size = parameter.ds_numel * parameter.element_size()
+        if bucket and num_bytes + size > GATHERED_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append((name, parameter))
+        num_bytes += size
+    if bucket:
+        yield bucket
+
+
+def open_resumed_engine(settings: TrainSettings, checkpoint: Path | None, ranks: Ranks) -> PpoEngine:
+    """At the checkpoint, if there is one; see open_deepspeed_engine()."""
+    engine = open_deepspeed_engine(settings, ranks)
+    if checkpoint is not None:
+        engine.load(checkpoint)
+        logger.info("resuming at version %d from %s", engine.version, checkpoint)
+    return engine
+
+
+def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -> PpoEngine:
+    """Load the policy, and the critic if there is one, onto DeepSpeed; raises UserError for a missing model.
+
+    ranks: as open_ranks() gave them, and then all of them call this; None: the only one.
+    """
+    if ranks is None:
+        ranks, _ = open_ranks(None, timeout_s=settings.engine.rank_timeout_s)
     torch.manual_seed(settings.seed)
     policy = load_policy(
         settings.model,
@@ -96,53 +141,61 @@ def open_deepspeed_engine(settings: TrainSettings) -> PpoEngine:
         lora=settings.lora,
     )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
+    for body in [policy.model, *([critic.body] if critic is not None else [])]:
+        if settings.engine.activation_checkpointing:
+            compute_activations_twice(body)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch
         trained_policy = DeepSpeedNetwork(policy, settings)
-        return PpoEngine(
-            settings,
-            trained_policy,
-            DeepSpeedNetwork(critic, settings) if critic is not None else None,
-            open_reference(settings, trained_policy.device, policy),
-        )
+        trained_critic = DeepSpeedNetwork(critic, settings) if critic is not None else None
+    reference = open_reference(settings, trained_policy.device, policy)
+    if settings.engine.packing:
+        pack_where_possible(policy, critic, trained_policy.device)
+    return PpoEngine(settings, trained_policy, trained_critic, reference, ranks)
 
 
-def prepare_process() -> None:
-    """Let DeepSpeed start without a launcher, a compiler, MPI or a fixed port."""
+def compute_activations_twice(body: Any) -> None:
+    """In the backward pass again, layer by layer, in place of keeping them; raises UserError where a model cannot."""
+    if not body.supports_gradient_checkpointing:
+        raise UserError(f"activation_checkpointing: {type(body).__name__} does not support it")
+    body.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in body.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # only then it does; of what is in it, dropout stays off
+
+
+def pack_where_possible(policy: PolicyNetwork, critic: CriticNetwork | None, device: torch.device) -> None:
+    """A model that would mix up what lies in one row is given padded trajectories."""
+    bodies: list[tuple[PolicyNetwork | CriticNetwork, Any]] = [(policy, policy.model.base_model)]
+    if critic is not None:
+        bodies.append((critic, critic.body))
+    for network, body in bodies:
+        network.packs = can_pack(body, body.config.vocab_size, device)
+        if not network.packs:
+            logger.warning("%s mixes up trajectories in one row: they are padded instead", type(body).__name__)
+
+
+def open_ranks(place: Place | None, *, timeout_s: float) -> tuple[Ranks, Ranks]:
+    """Let DeepSpeed start, with or without a launcher, and without a compiler, MPI or a fixed port.
+
+    place: of this process among the ranks; None for the only one. Returns, when all ranks are there, two lines
+    between them: one for the thread that trains, and one for the thread that writes checkpoints.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(place.environment() if place is not None else alone)
     import deepspeed
 
     # Used only for inference; it would be compiled for most of a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    if place is None and not torch.distributed.is_initialized():
+        # There is nobody to meet at a port, which somebody else might take between its choice and its use.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-
-
-def _config(settings: TrainSettings) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # both unused: batches are cut by tokens, boundaries set by hand
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": settings.learning_rate,
-                "betas": list(settings.adam_betas),
-                "weight_decay": settings.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own would have to be compiled first
-            },
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 60,
-        "wall_clock_breakdown": False,
-    }
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    if place is None or place.num_ranks == 1:
+        return Alone(), Alone()
+    return GlooRanks(timeout_s=timeout_s), GlooRanks(timeout_s=timeout_s)

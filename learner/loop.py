@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from common.canary import Canary
@@ -13,7 +12,7 @@ from common.lifecycle import DedicatedThread
 from common.trajectory import Group
 from learner.batching import build_batch
 from learner.canary import CanaryMaker
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter
 from learner.coordinator.client import CoordinatorClient
 from learner.publisher import Publisher
 from learner.refusals import Refusals
@@ -41,7 +40,7 @@ class LearnerLoop:
         coordinator: CoordinatorClient,
         publisher: Publisher,
         canaries: CanaryMaker,
-        checkpoints: CheckpointStore,
+        checkpoints: CheckpointWriter,
         refusals: Refusals,
         events: EventLog,
         observers: Sequence[StepObserver],
@@ -64,15 +63,16 @@ class LearnerLoop:
         async with asyncio.TaskGroup() as tasks:
             late = tasks.create_task(self._publish_late())
             await self._publish()
-            await self._save()  # whatever happens next, there is something to resume from
+            await finish(self._save_whole())  # whatever happens next, there is something to resume from
             try:
                 while self._engine.version < self._settings.total_steps:
                     await self._train_once()
             finally:
-                await self._save()
+                await finish(self._save_whole())
             late.cancel()
 
     async def _train_once(self) -> None:
+        self._checkpoints.check()
         version = self._engine.version
         with self._events.interval("wait_batch", version=version):
             groups = await self._coordinator.take_batch(version)
@@ -98,7 +98,11 @@ class LearnerLoop:
         if stop is not None:
             raise stop
         if version % self._checkpoint_every_steps == 0:
-            await self._save()
+            await self._checkpoints.begin()
+
+    async def _save_whole(self) -> None:
+        await self._checkpoints.begin()
+        await self._checkpoints.done()
 
     def _step(self, groups: tuple[Group, ...]) -> StepResult:
         batch = build_batch(
@@ -106,6 +110,7 @@ class LearnerLoop:
             version=self._engine.version,
             max_staleness=self._settings.max_staleness,
             micro_batch_tokens=self._settings.micro_batch_tokens,
+            layout=self._engine.layout,
         )
         return self._engine.step(batch)
 
@@ -134,24 +139,6 @@ class LearnerLoop:
             await self._publisher.slot_free()
             if self._unpublished.is_set():
                 await self._publish()
-
-    async def _save(self) -> None:
-        await finish(self._save_now())
-
-    async def _save_now(self) -> None:
-        with self._events.interval("save", version=self._engine.version):
-            frontier = await self._coordinator.take_frontier()
-            path = await self._training.run(self._write_checkpoint, frontier)
-        await self._coordinator.checkpoint_saved(self._engine.version, frontier)
-        self._events.emit("checkpoint", path=str(path), version=self._engine.version)
-
-    def _write_checkpoint(self, frontier: bytes) -> Path:
-        return self._checkpoints.save(
-            version=self._engine.version,
-            model=self._settings.model,
-            frontier=frontier,
-            write_engine=self._engine.save,
-        )
 
 
 async def finish(work: Coroutine[Any, Any, None]) -> None:

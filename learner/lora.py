@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.lifecycle import UserError
 from learner.lora_settings import ALL_LINEAR, LoraSettings
+from learner.networks import Gather
 
 _NAME = "default"
 _PREFIX = "base_model.model."  # of every name in a PEFT directory
@@ -40,6 +41,12 @@ class Adapters:
             inject_adapter_in_model(self._config, model, _NAME)
         except ValueError as error:
             raise UserError(f"lora_target_modules {', '.join(settings.target_modules)}: {error}") from error
+        for name, layer in self._layers().items():
+            if not isinstance(layer, Linear):
+                raise UserError(
+                    f"lora_target_modules {', '.join(settings.target_modules)}: {name} is not a linear layer, and "
+                    "adapters go into these alone"
+                )
         dtype = next(model.parameters()).dtype
         for parameter in self._parameters().values():
             parameter.data = parameter.data.to(dtype)  # of the model they stand in
@@ -55,9 +62,9 @@ class Adapters:
     def settings(self) -> LoraSettings:
         return self._settings
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """A [rank, inputs] and B [outputs, rank] of each layer, by their names in a PEFT directory."""
-        return [(_PREFIX + name.replace(f".{_NAME}.", "."), each.data) for name, each in self._parameters().items()]
+        return [(_peft_name(name), each) for name, each in self._parameters().items()]
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -65,31 +72,38 @@ class Adapters:
         with rescale_adapter_scale(self._model, 0.0):
             yield
 
-    def save(self, directory: Path) -> None:
-        """Write a PEFT directory: what PeftModel.from_pretrained and vLLM load beside the base model."""
-        self._config.save_pretrained(str(directory))
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors()}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a PEFT directory: what PeftModel.from_pretrained and vLLM load beside the base model.
 
-    def merged(self) -> dict[str, Tensor]:
-        """The model's parameters by Hugging Face name, each with its adapter added, in host memory."""
-        layers, adapters = self._layers(), self._parameters()
-        merged: dict[str, Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            if name in adapters:
-                continue
-            layer_name, base, rest = name.partition(".base_layer.")
-            value = parameter.data
-            if base and rest == "weight":
-                value = value + layers[layer_name].get_delta_weight(_NAME).detach().to(value.dtype)
-            merged[f"{layer_name}.{rest}" if base else name] = value.cpu().contiguous()
-        return merged
+        tensors: those of parameters(), whole, in host memory.
+        """
+        self._config.save_pretrained(str(directory))
+        own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(own, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def merged(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters by Hugging Face name, each with its adapter added, one after the other."""
+        adapters = {name: tensor.clone() for name, tensor in gather(list(self._parameters().items()))}
+        layers = self._layers()
+        base = [(name, each) for name, each in self._model.named_parameters() if name not in adapters]
+        for name, tensor in gather(base):
+            layer_name, is_base, rest = name.partition(".base_layer.")
+            value = tensor
+            if is_base and rest == "weight":
+                up, down = (adapters[f"{layer_name}.lora_{part}.{_NAME}.weight"].float() for part in "BA")
+                change = layers[layer_name].scaling[_NAME] * (up @ down)
+                value = tensor + (change.T if layers[layer_name].fan_in_fan_out else change).to(tensor.dtype)
+            yield f"{layer_name}.{rest}" if is_base else name, value.contiguous()
 
     def _layers(self) -> dict[str, Any]:
         return {name: module for name, module in self._model.named_modules() if isinstance(module, LoraLayer)}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: each for name, each in self._model.named_parameters() if each.requires_grad}
+
+
+def _peft_name(name: str) -> str:
+    return _PREFIX + name.replace(f".{_NAME}.", ".")
 
 
 class GradientDropout(nn.Module):

@@ -1,6 +1,6 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
 from learner.lora_settings import LoraSettings
+from learner.packing import HiddenStates, body_inputs, run_body
+from learner.token_logprobs import from_logits, token_logprobs
 
 if TYPE_CHECKING:
     from learner.lora import Adapters
@@ -22,6 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Architectures that change the logits after the output layer: for them the model's own forward is needed.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+Gather = Callable[[Sequence[tuple[str, nn.Parameter]]], Iterator[tuple[str, Tensor]]]
+"""Named parameters, whole, one after the other: see Trainable.gathered()."""
 
 
 class PolicyNetwork(nn.Module):
@@ -35,13 +41,11 @@ class PolicyNetwork(nn.Module):
         trains_entropy: bool = False,
         adapters: "Adapters | None" = None,
     ) -> None:
-        """trains_entropy: the entropy carries grad, which costs memory for one more copy of the logits.
-
-        adapters: those in the model, where they alone are trained.
-        """
+        """trains_entropy: the entropy carries grad. adapters: those in the model, where they alone are trained."""
         super().__init__()
         self.model: Any = model
         self.adapters = adapters
+        self.packs = False  # see learner/packing.py
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
@@ -58,40 +62,54 @@ class PolicyNetwork(nn.Module):
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
         predicted_BT = loss_mask_BT[:, 1:]
-        logits_NV = self._logits(token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
-        targets_N1 = token_ids_BT[:, 1:][predicted_BT].unsqueeze(1)
-        all_logprobs_NV = logits_NV.log_softmax(dim=-1)
-        logprobs_N = all_logprobs_NV.gather(1, targets_N1).squeeze(1)
-        with torch.set_grad_enabled(self._trains_entropy and torch.is_grad_enabled()):
-            entropy_N = -(all_logprobs_NV.exp() * all_logprobs_NV).sum(dim=-1)
+        targets_N = token_ids_BT[:, 1:][predicted_BT]
+        head = self.model.get_output_embeddings()
+        if self._changes_logits or type(head) is not nn.Linear:
+            logits_NV = self._logits(head, token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
+            values = from_logits(logits_NV, targets_N, trains_entropy=self._trains_entropy)
+        else:
+            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
+            values = token_logprobs(
+                hidden.before(predicted_BT),
+                head.weight,
+                head.bias,
+                targets_N,
+                temperature=self._temperature,
+                trains_entropy=self._trains_entropy,
+            )
+        logprobs_N, entropy_N = values
         return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
 
-    def _logits(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
-        """[N, V]: only where a token is predicted, so that the logits of the whole batch never exist at once."""
-        inputs = {"input_ids": token_ids_BT, "attention_mask": attention_mask_BT.long(), "use_cache": False}
-        if self._changes_logits:
-            logits: Tensor = self.model(**inputs).logits[:, :-1][predicted_BT]
-            return logits
-        hidden_BTH = self.model.base_model(**inputs).last_hidden_state
-        head_NV: Tensor = self.model.get_output_embeddings()(hidden_BTH[:, :-1][predicted_BT])
-        return head_NV
+    def _logits(self, head: nn.Module, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
+        """[N, V], all at once: from a head that does more than a product with a matrix."""
+        if not self._changes_logits:
+            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
+            logits_NV: Tensor = head(hidden.before(predicted_BT))
+            return logits_NV
+        inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
+        return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
 
-    def published_tensors(self) -> list[tuple[str, Tensor]]:
-        """What a snapshot consists of: all parameters by Hugging Face name, each with its adapter added.
+    def published_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """What a snapshot consists of: parameters by Hugging Face name, tied ones once, each with its adapter added.
 
         Servers need to know nothing of adapters; what these leave as it was takes no place in a delta.
         """
         if self.adapters is not None:
-            return list(self.adapters.merged().items())
-        return [(name, parameter.data) for name, parameter in self.model.named_parameters()]
+            return self.adapters.merged(gather)
+        return gather(list(self.model.named_parameters()))
 
-    def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`."""
-        if self.adapters is None:
-            self.model.save_pretrained(directory)
-            return
-        self.model.save_pretrained(directory, state_dict=self.adapters.merged())
-        self.adapters.save(directory / "adapter")
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """By their names in a PEFT directory; none without adapters."""
+        return self.adapters.parameters() if self.adapters is not None else []
+
+    def export(self, directory: Path, tensors: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
+        """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`.
+
+        tensors: those of published_tensors(), adapters: those of adapter_parameters(), whole, in host memory.
+        """
+        self.model.save_pretrained(directory, state_dict=tensors)
+        if self.adapters is not None:
+            self.adapters.save(directory / "adapter", adapters)
 
     @staticmethod
     def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -104,17 +122,16 @@ class CriticNetwork(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body: Any = body
+        self.packs = False  # see learner/packing.py
         self.head = nn.Linear(self.body.config.hidden_size, 1, bias=True, dtype=next(body.parameters()).dtype)
         nn.init.zeros_(self.head.weight)  # every state is worth nothing yet, rather than something random
         nn.init.zeros_(self.head.bias)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        hidden_BTH = self.body(
-            input_ids=token_ids_BT, attention_mask=attention_mask_BT.long(), use_cache=False
-        ).last_hidden_state
-        values_BT = self.head(hidden_BTH[:, :-1]).squeeze(-1).float()
-        return torch.nn.functional.pad(values_BT, (1, 0))
+        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs)
+        values_P = self.head(hidden.flat_PH).squeeze(-1).float()
+        return torch.nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
 
 
 def load_policy(

@@ -13,6 +13,7 @@ from learner.algorithms.losses import entropy_losses
 from learner.algorithms.metrics import Metric, Sum
 from learner.algorithms.proximal import interpolated_logprobs
 from learner.algorithms.samples import BatchRatios, Samples, bounded_log_ratio
+from learner.ranks import Ranks, concatenated
 from learner.targets import Targets, log_ratios
 from learner.training import MicroBatch, TrainBatch, TrainSettings
 
@@ -91,9 +92,13 @@ class PolicyObjective:
         return logprobs_BT.detach()
 
 
-def batch_ratios(batch: TrainBatch, logprobs_BT: Sequence[Tensor], targets: Sequence[Targets]) -> BatchRatios:
+def batch_ratios(
+    batch: TrainBatch, logprobs_BT: Sequence[Tensor], targets: Sequence[Targets], ranks: Ranks
+) -> BatchRatios:
     """Of all tokens that are trained on; logprobs_BT: of the policy before the step, one tensor per micro-batch."""
     masks = [micro.loss_mask_BT for micro in batch.micro_batches]
     ratios = [ratio_BT[mask_BT] for ratio_BT, mask_BT in zip(log_ratios(batch, logprobs_BT), masks, strict=True)]
     advantages = [target.advantages_BT[mask_BT] for target, mask_BT in zip(targets, masks, strict=True)]
-    return BatchRatios(log_ratios_M=torch.cat(ratios), advantages_M=torch.cat(advantages))
+    return BatchRatios(
+        log_ratios_M=concatenated(ranks, torch.cat(ratios)), advantages_M=concatenated(ranks, torch.cat(advantages))
+    )

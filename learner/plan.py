@@ -45,6 +45,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         lora=config.lora_settings,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
+        engine=config.engine_settings,
         learning_rate=config.learning_rate,
         critic_learning_rate=config.critic_learning_rate,
         critic_warmup_steps=config.critic_warmup_steps,

@@ -1,7 +1,7 @@
 """PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,13 +21,19 @@ from learner.algorithms.samples import BatchRatios
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
 from learner.lora_settings import check_adapters_note, write_adapters_note
+from learner.metric_codec import merged_over
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.objective import PolicyObjective, batch_ratios
 from learner.opinions import Opinions, ask_networks
+from learner.packing import FLASH
+from learner.ranks import Alone, Ranks, concatenated
 from learner.reference import Reference
 from learner.reward_shaping import RewardShaper
+from learner.sharded_state import ShardedState
 from learner.targets import Targets, build_targets
-from learner.training import MicroBatch, StepResult, TrainBatch, TrainSettings
+from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings, WriteState
+
+NETWORK_NAMES = ("policy", "critic")  # directories of a checkpoint
 
 
 class Trainable(Protocol):
@@ -52,9 +58,17 @@ class Trainable(Protocol):
         """Forget what backward() added since the last step."""
         ...
 
-    def save(self, directory: Path) -> None: ...
+    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Named parameters, whole, one after the other; each is to be copied before the next is asked for."""
+        ...
 
-    def load(self, directory: Path) -> None: ...
+    def copy_state(self) -> ShardedState:
+        """A copy of the parameters and of the optimizer's state, as far as this rank holds them."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue from what all ranks wrote there; raises UserError when it does not fit."""
+        ...
 
 
 class PpoEngine:
@@ -66,6 +80,7 @@ class PpoEngine:
         policy: Trainable,
         critic: Trainable | None,
         reference: Reference | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         assert isinstance(policy.module, PolicyNetwork)
         assert critic is None or isinstance(critic.module, CriticNetwork)
@@ -73,6 +88,7 @@ class PpoEngine:
         self._policy = policy
         self._critic = critic
         self._reference = reference
+        self._ranks = ranks or Alone()
         self._shaper = RewardShaper(settings.rewards)
         self._kl = KlControl(settings.kl)
         self._network = policy.module
@@ -89,6 +105,11 @@ class PpoEngine:
         return self._version
 
     @property
+    def layout(self) -> BatchLayout:
+        one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
+        return BatchLayout(num_ranks=self._ranks.size, packs=self._network.packs, in_one_row=one_row)
+
+    @property
     def _trains_policy(self) -> bool:
         """A critic that knows nothing yet is trained alone at first: advantages are noise until it does."""
         return self._version >= self._settings.critic_warmup_steps
@@ -97,7 +118,10 @@ class PpoEngine:
         return [self._policy] if self._critic is None else [self._policy, self._critic]
 
     def step(self, batch: TrainBatch) -> StepResult:
-        """See TrainEngine."""
+        """See TrainEngine.
+
+        Of several ranks each gives its part of the batch, see batch_codec.part_of(), and all return the same.
+        """
         result = self._try_step(batch)
         if result.refusal is None:
             return replace(result, metrics={**result.metrics, "refused": 0.0})
@@ -110,24 +134,25 @@ class PpoEngine:
 
     def _try_step(self, batch: TrainBatch) -> StepResult:
         """What is refused leaves a half-summed gradient behind."""
-        metrics = _batch_metrics(batch)
+        metrics = self._batch_metrics(batch)
         if batch.num_loss_tokens == 0:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
         batch, shaping_metrics = self._shaper.shape(batch)
         opinions = self._ask_networks(batch)
-        targets, target_metrics = build_targets(batch, opinions, self._advantages)
+        targets, target_metrics = build_targets(batch, opinions, self._advantages, self._ranks)
         metrics |= shaping_metrics | target_metrics
         counts, ratios = self._objective.counts(batch), self._batch_ratios(batch, opinions, targets)
         parts: dict[str, Metric] = {}
         last = len(batch.micro_batches) - 1
         for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
-            partial = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
+            partial, infinite = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
+            if infinite:
+                refusal = f"the loss of micro-batch {index * self._ranks.size + infinite[0]} is not finite"
+                return StepResult(metrics=metrics, refusal=refusal)
             parts = merge([parts, partial])
-            if not _is_finite(partial):
-                return StepResult(metrics=metrics, refusal=f"the loss of micro-batch {index} is not finite")
-        for watch in self._watches:
-            if (complaint := watch.take_complaint()) is not None:
-                return StepResult(metrics=metrics, refusal=complaint)
+        if (complaint := self._complaint()) is not None:
+            return StepResult(metrics=metrics, refusal=complaint)
+        parts = merged_over(self._ranks, parts)
         metrics |= self._observe_kl(parts, batch)
         metrics |= report(parts)
         metrics |= self._update()
@@ -147,11 +172,18 @@ class PpoEngine:
         if not self._objective.needs_batch_ratios:
             return None
         assert opinions.logprobs_BT is not None
-        return batch_ratios(batch, opinions.logprobs_BT, targets)
+        return batch_ratios(batch, opinions.logprobs_BT, targets, self._ranks)
+
+    def _complaint(self) -> str | None:
+        """What was not finite in any rank's gradient."""
+        own = [watch.take_complaint() or "" for watch in self._watches]
+        said = self._ranks.gather(next(filter(None, own), "").encode())
+        return next((complaint.decode() for complaint in said if complaint), None)
 
     def _accumulate(
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, ratios: BatchRatios | None, *, is_last: bool
-    ) -> dict[str, Metric]:
+    ) -> tuple[dict[str, Metric], tuple[int, ...]]:
+        """(metrics, ranks whose loss is not finite): with one, no rank's is propagated, since all do so together."""
         with torch.set_grad_enabled(self._trains_policy):
             logprobs_BT, entropy_BT = self._policy.forward(
                 micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT
@@ -161,11 +193,14 @@ class PpoEngine:
         if cost is not None:
             loss = loss + cost
         metrics |= {**distances, "loss": Sum(float(loss.detach()))}
-        if self._trains_policy and _is_finite(metrics):
+        if infinite := self._ranks.saying(not _is_finite(metrics)):
+            return metrics, infinite
+        if self._trains_policy:
             self._policy.backward(loss, is_last=is_last)
-        if self._critic is not None:
-            metrics |= self._accumulate_critic(micro, target, counts, is_last=is_last)
-        return metrics
+        if self._critic is None:
+            return metrics, ()
+        of_critic, infinite = self._accumulate_critic(micro, target, counts, is_last=is_last)
+        return metrics | of_critic, infinite
 
     def _distance_to_reference(
         self, logprobs_BT: Tensor, micro: MicroBatch, target: Targets, counts: BatchCounts
@@ -195,7 +230,7 @@ class PpoEngine:
 
     def _accumulate_critic(
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, *, is_last: bool
-    ) -> dict[str, Metric]:
+    ) -> tuple[dict[str, Metric], tuple[int, ...]]:
         assert self._critic is not None
         assert target.old_values_BT is not None
         assert target.returns_BT is not None
@@ -211,9 +246,19 @@ class PpoEngine:
         )
         loss = aggregate(token_losses.losses_BT, token_mean(loss_mask_BT, counts))
         metrics = {**token_losses.metrics, "value_loss": Sum(float(loss.detach()))}
-        if _is_finite(metrics):
+        infinite = self._ranks.saying(not _is_finite(metrics))
+        if not infinite:
             self._critic.backward(loss, is_last=is_last)
-        return metrics
+        return metrics, infinite
+
+    def _batch_metrics(self, batch: TrainBatch) -> dict[str, float]:
+        staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
+        staleness_M = concatenated(self._ranks, staleness_M)
+        return {
+            **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
+            "trained_tokens": float(batch.num_loss_tokens),
+            "over_stale_tokens": float(batch.num_over_stale_tokens),
+        }
 
     def _update(self) -> dict[str, float]:
         scale = learning_rate_scale(self._version, self._settings)
@@ -226,8 +271,8 @@ class PpoEngine:
         self._version += 1
         return metrics
 
-    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
-        return self._network.published_tensors()
+    def snapshot_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._network.published_tensors(self._policy.gathered)
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
         token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
@@ -239,29 +284,46 @@ class PpoEngine:
             logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
         return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
-    def save(self, directory: Path) -> None:
-        self._policy.save(directory / "policy")
-        write_adapters_note(directory, self._settings.lora)
-        if self._critic is not None:
-            self._critic.save(directory / "critic")
+    def copy_state(self) -> WriteState:
+        networks = dict(zip(NETWORK_NAMES, [network.copy_state() for network in self._networks()], strict=False))
         state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
         state |= self._shaper.state() | self._kl.state()
-        save_file(state, directory / "engine.safetensors")
+        rank, lora = self._ranks.rank, self._settings.lora
+
+        def write(directory: Path) -> None:
+            for name, network in networks.items():
+                network.write(directory / name)
+            save_file(state, _engine_file(directory, rank))
+            if rank == 0:
+                write_adapters_note(directory, lora)
+
+        return write
 
     def load(self, directory: Path) -> None:
         check_adapters_note(directory, self._settings.lora)
-        self._policy.load(directory / "policy")
-        if self._critic is not None:
-            self._critic.load(directory / "critic")
-        state = load_file(directory / "engine.safetensors")
+        for name, network in zip(NETWORK_NAMES, self._networks(), strict=False):
+            network.load(directory / name)
+        own = _engine_file(directory, self._ranks.rank)
+        state = load_file(own if own.exists() else _engine_file(directory, 0))  # it may have been fewer ranks
         self._version = int(state["version"])
         torch.set_rng_state(state["rng"])
         self._shaper.restore(state)
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        self._network.export(directory)
-        AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
+        tensors = _in_host_memory(self.snapshot_tensors())
+        adapters = _in_host_memory(self._policy.gathered(self._network.adapter_parameters()))
+        if self._ranks.rank == 0:
+            self._network.export(directory, tensors, adapters)
+            AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
+
+
+def _in_host_memory(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
+
+
+def _engine_file(directory: Path, rank: int) -> Path:
+    return directory / f"engine-{rank:05d}.safetensors"
 
 
 def learning_rate_scale(version: int, settings: TrainSettings) -> float:
@@ -280,12 +342,3 @@ def _is_finite(metrics: Mapping[str, Metric]) -> bool:
     """Whether the losses among them may be trained on."""
     losses = [metrics[name].value for name in ("loss", "value_loss") if name in metrics]
     return all(loss is not None and math.isfinite(loss) for loss in losses)
-
-
-def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
-    staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
-    return {
-        **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
-        "trained_tokens": float(batch.num_loss_tokens),
-        "over_stale_tokens": float(batch.num_over_stale_tokens),
-    }

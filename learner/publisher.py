@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -41,14 +41,15 @@ LOOK_AGAIN_S = 0.05  # for a lock that another process lets go of
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def lay_out(tensors: Sequence[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
+def lay_out(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
     """Places of the tensors in a snapshot, without gaps; wide items first, so that every one is aligned."""
     specs: list[TensorSpec] = []
     offset = 0
-    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} is {tensor.dtype}; snapshots hold {', '.join(sorted(ITEM_BYTES))}")
-        spec = TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPE_NAMES[tensor.dtype], offset=offset)
+    kinds = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]  # they may go one after the other
+    for name, dtype, shape in sorted(kinds, key=lambda kind: -kind[1].itemsize):
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {dtype}; snapshots hold {', '.join(sorted(ITEM_BYTES))}")
+        spec = TensorSpec(name=name, shape=shape, dtype=DTYPE_NAMES[dtype], offset=offset)
         specs.append(spec)
         offset += spec.num_bytes
     return tuple(specs)
@@ -87,12 +88,15 @@ class Slots:
         """It is written."""
         unlock(self.descriptors[slot])
 
-    def write(self, slot: int, layout: Sequence[TensorSpec], tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Copy the tensors to their places: the one copy that publishing costs the training process."""
-        by_name = dict(tensors)
+    def write(self, slot: int, layout: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the tensors to their places: the one copy that publishing costs the training process.
+
+        Each is copied before the next is asked for. Raises KeyError for one that has no place.
+        """
+        specs = {spec.name: spec for spec in layout}
         memory = torch.frombuffer(self._mappings[slot], dtype=torch.uint8)
-        for spec in layout:
-            tensor = by_name[spec.name].detach()
+        for name, each in tensors:
+            spec, tensor = specs[name], each.detach()
             place = memory[spec.offset : spec.offset + spec.num_bytes].view(tensor.dtype).view(tensor.shape)
             place.copy_(tensor)
 
@@ -147,7 +151,7 @@ class Publisher:
                 return slot
         return None
 
-    def write(self, slot: int, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def write(self, slot: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the parameters into the slot. To be called between two steps, on the training thread."""
         self._slots.write(slot, self._layout, tensors)
 
@@ -204,7 +208,7 @@ class Publisher:
 
 @asynccontextmanager
 async def open_publisher(
-    tensors: Sequence[tuple[str, Tensor]],
+    layout: tuple[TensorSpec, ...],
     *,
     run_id: str,
     listen: str,
@@ -212,11 +216,10 @@ async def open_publisher(
     private_directory: Path,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> AsyncIterator[Publisher]:
-    """Starts the snapshot server for tensors of these names and shapes; ends it on exit.
+    """Starts the snapshot server for tensors as lay_out() placed them; ends it on exit.
 
     private_directory: a short path only this user can enter; holds the socket between the two processes.
     """
-    layout = lay_out(tensors)
     slots = Slots(sum(spec.num_bytes for spec in layout))
     try:
         async with open_router(f"ipc://{private_directory}/snapshots", max_frame_bytes=1 << 16) as router:

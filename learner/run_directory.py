@@ -33,7 +33,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return checkpoints_in(self.path)
 
     @property
     def refused(self) -> Path:
@@ -54,6 +54,10 @@ class RunDirectory:
 
     def remember_address(self, address: str) -> None:
         (self.path / "address").write_text(address + "\n")
+
+
+def checkpoints_in(run_directory: Path) -> Path:
+    return run_directory / "checkpoints"
 
 
 @contextmanager

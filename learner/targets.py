@@ -11,6 +11,7 @@ from learner.algorithms.health import advantage_health, critic_health
 from learner.algorithms.metrics import report
 from learner.algorithms.vtrace import OffPolicyEpisodes
 from learner.opinions import Opinions
+from learner.ranks import Alone, Ranks
 from learner.token_table import TokenTable
 from learner.training import TrainBatch
 
@@ -26,11 +27,14 @@ class Targets:
 
 
 def build_targets(
-    batch: TrainBatch, opinions: Opinions, estimate: Callable[[Episodes], Estimate]
+    batch: TrainBatch, opinions: Opinions, estimate: Callable[[Episodes], Estimate], ranks: Ranks | None = None
 ) -> tuple[list[Targets], dict[str, float]]:
-    """(targets of each micro-batch, metrics): the same, but for rounding, however the batch is cut."""
+    """(targets of each micro-batch, metrics): the same, but for rounding, however the batch is cut.
+
+    Of several ranks each gives its part of the batch, and learns what its micro-batches are trained towards.
+    """
     table = TokenTable(batch.micro_batches, batch.loss_tokens_N)
-    episodes = _episodes(batch, opinions, table)
+    episodes = _episodes(batch, opinions, table, ranks or Alone())
     estimated = estimate(episodes)
     advantages = table.scatter(estimated.advantages_NK)
     returns = table.scatter(estimated.returns_NK) if estimated.returns_NK is not None else None
@@ -48,7 +52,7 @@ def build_targets(
     return targets, _metrics(episodes, estimated)
 
 
-def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable) -> Episodes:
+def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable, ranks: Ranks) -> Episodes:
     costs = opinions.token_rewards_BT
     values = opinions.values_BS
     own = opinions.logprobs_BT
@@ -56,20 +60,22 @@ def _episodes(batch: TrainBatch, opinions: Opinions, table: TokenTable) -> Episo
         rewards_N=batch.rewards_N,
         group_index_N=batch.group_index_N,
         mask_NK=table.mask_NK,
-        token_rewards_NK=table.gather(costs) if costs is not None else torch.zeros(table.mask_NK.shape),
-        values_NK=table.gather([each_BS[:, :-1] for each_BS in values]) if values is not None else None,
+        token_rewards_NK=ranks.sum(table.gather(costs)) if costs is not None else torch.zeros(table.mask_NK.shape),
+        values_NK=ranks.sum(table.gather([each_BS[:, :-1] for each_BS in values])) if values is not None else None,
         bootstrap_N=(
-            torch.where(batch.terminated_N, 0.0, table.gather_after_last(values)) if values is not None else None
+            torch.where(batch.terminated_N, 0.0, ranks.sum(table.gather_after_last(values)))
+            if values is not None
+            else None
         ),
-        gaps_NK=_gaps(batch, table),
-        log_ratios_NK=table.gather(log_ratios(batch, own)) if own is not None else None,
+        gaps_NK=_gaps(batch, table, ranks),
+        log_ratios_NK=ranks.sum(table.gather(log_ratios(batch, own))) if own is not None else None,
     )
 
 
-def _gaps(batch: TrainBatch, table: TokenTable) -> Tensor:
+def _gaps(batch: TrainBatch, table: TokenTable, ranks: Ranks) -> Tensor:
     """[N, K]: tokens between a trained one and the next; 0 after the last."""
     shapes = [micro.loss_mask_BT.shape for micro in batch.micro_batches]
-    places_NK = table.gather([torch.arange(length).expand(rows, length) for rows, length in shapes])
+    places_NK = ranks.sum(table.gather([torch.arange(length).expand(rows, length) for rows, length in shapes]))
     has_next_NK = torch.nn.functional.pad(table.mask_NK[:, 1:], (0, 1))
     return torch.where(has_next_NK, places_NK.roll(-1, dims=1) - places_NK - 1, 0.0)
 

@@ -1,27 +1,33 @@
 """TorchNetwork: a network trained by plain torch: the twin of the DeepSpeed one, and its oracle."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from learner.networks import load_critic, load_policy
 from learner.ppo_engine import PpoEngine
 from learner.reference import open_reference
+from learner.sharded_state import SavedState, ShardedState
 from learner.training import TrainSettings
+from learner.zero_state import ZeroState
 
 
 class TorchNetwork:
-    """AdamW on one process, float32."""
+    """AdamW on one process, float32. What it keeps it writes as ZeRO's stage 0 does."""
+
+    global_rank = 0
+    world_size = 1
 
     def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
         self._module = module
         self._max_grad_norm = settings.max_grad_norm
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self._trained.values(), lr=0.0, betas=settings.adam_betas, weight_decay=settings.weight_decay
         )
+        self._state = ZeroState(self, module, stage=0)
 
     @property
     def module(self) -> nn.Module:
@@ -37,25 +43,24 @@ class TorchNetwork:
 
     def step(self, learning_rate: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._trained.values(), self._max_grad_norm)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._state.num_steps += 1
         return float(norm)
 
     def discard_gradient(self) -> None:
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True)
-        save_file({name: each.data for name, each in self._trained.items()}, directory / "parameters.safetensors")
-        torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
+    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, parameter.data) for name, parameter in parameters)
+
+    def copy_state(self) -> ShardedState:
+        return self._state.now().copy()
 
     def load(self, directory: Path) -> None:
-        saved = load_file(directory / "parameters.safetensors")
-        for name, parameter in self._trained.items():
-            parameter.data.copy_(saved[name])
-        self._optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
+        self._state.load(SavedState(directory))
 
 
 def open_torch_engine(settings: TrainSettings) -> PpoEngine:

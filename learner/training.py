@@ -1,6 +1,6 @@
 """TrainEngine: what the learner's loop needs of an engine, and the values that cross that line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from learner.engine_settings import EngineSettings, ZeroStage
 from learner.lora_settings import LoraSettings
 from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_critic_warmup, check_proximal
 from learner.reward_settings import KlSettings, RewardSettings
@@ -21,7 +22,8 @@ class TrainSettings:
     critic_model: str | None = None  # None: no critic
     lora: LoraSettings | None = None  # None: the whole policy is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: ZeroStage = 1
+    engine: EngineSettings = field(default_factory=EngineSettings)
     learning_rate: float = 1e-6
     critic_learning_rate: float = 1e-5
     critic_warmup_steps: int = 0  # first steps of the run in which the policy stays as it is
@@ -32,7 +34,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     on_nonfinite: OnNonfinite = "stop"
-    micro_batch_tokens: int = 16384  # padded tokens per forward pass
+    micro_batch_tokens: int = 16384  # per forward pass, padding included
     temperature: float = 1.0
     max_staleness: int = 0
     loss: str = "decoupled_ppo"
@@ -58,10 +60,23 @@ class TrainSettings:
         check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
+        self.engine.check_stage(self.zero_stage)
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
-                "dtype bfloat16 needs zero_stage 1 or 2; at stage 0 DeepSpeed's Adam counts a step too many"
+                "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLayout:
+    """How a batch has to be cut for an engine."""
+
+    num_ranks: int = 1
+    packs: bool = False  # see learner/packing.py
+    in_one_row: bool = False  # likewise
+
+
+ALONE_AND_PADDED = BatchLayout()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +113,20 @@ class StepResult:
     refusal: str | None = None
 
 
+WriteState = Callable[[Path], None]
+
+
 class TrainEngine(Protocol):
     """Holds the parameters. Blocking; all calls from one thread."""
 
     @property
     def version(self) -> int:
         """The policy version: number of completed optimizer steps."""
+        ...
+
+    @property
+    def layout(self) -> BatchLayout:
+        """How build_batch() is to cut batches for step()."""
         ...
 
     def step(self, batch: TrainBatch) -> StepResult:
@@ -114,7 +137,7 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def snapshot_tensors(self) -> list[tuple[str, Tensor]]:
+    def snapshot_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
         Adapters are added to the parameters they stand beside.
@@ -128,12 +151,15 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def save(self, directory: Path) -> None:
-        """Everything a bit-identical resume needs of the engine: parameters, optimizer, schedule, RNG, version."""
+    def copy_state(self) -> WriteState:
+        """All that a bit-identical resume needs: parameters, optimizer, schedule, RNG, version. Costs a copy of it.
+
+        Returns what writes the copy into a directory, on any thread, while training goes on.
+        """
         ...
 
     def load(self, directory: Path) -> None:
-        """Continue from what save() wrote."""
+        """Continue from what copy_state() wrote; raises UserError when it does not fit."""
         ...
 
     def export_huggingface(self, directory: Path) -> None:

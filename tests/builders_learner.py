@@ -11,7 +11,7 @@ from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.batching import build_batch
 from learner.ppo_engine import PpoEngine
-from learner.training import StepResult, TrainBatch, TrainEngine, TrainSettings
+from learner.training import ALONE_AND_PADDED, BatchLayout, StepResult, TrainBatch, TrainEngine, TrainSettings
 from tests.models import VOCAB_SIZE
 
 MAX_STALENESS = 2
@@ -69,8 +69,20 @@ def _random_trajectory(rng: np.random.Generator, version: int) -> Trajectory:
     )
 
 
-def a_batch(groups: Sequence[Group], *, version: int = 0, micro_batch_tokens: int = 1000) -> TrainBatch:
-    return build_batch(groups, version=version, max_staleness=MAX_STALENESS, micro_batch_tokens=micro_batch_tokens)
+def a_batch(
+    groups: Sequence[Group],
+    *,
+    version: int = 0,
+    micro_batch_tokens: int = 1000,
+    layout: BatchLayout = ALONE_AND_PADDED,
+) -> TrainBatch:
+    return build_batch(
+        groups,
+        version=version,
+        max_staleness=MAX_STALENESS,
+        micro_batch_tokens=micro_batch_tokens,
+        layout=layout,
+    )
 
 
 def some_train_settings(model: str, **overrides: Any) -> TrainSettings:
@@ -111,7 +123,7 @@ def gradients_of_one_step(engine: PpoEngine, batch: TrainBatch) -> dict[str, tor
             for name, parameter in module.named_parameters():
                 gradients[f"{index} {name}"] = parameter.grad.clone()
 
-        network._optimizer.register_step_pre_hook(catch)
+        network.optimizer.register_step_pre_hook(catch)
     assert engine.step(batch).refusal is None
     return gradients
 
@@ -122,7 +134,7 @@ def weights_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+    return max(float((one[name].detach().float() - other[name].detach().float()).abs().max()) for name in one)
 
 
 def with_nan(batch: TrainBatch, name: str) -> TrainBatch:

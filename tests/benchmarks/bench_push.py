@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from common.snapshot import CHUNK_BYTES
-from learner.publisher import Publisher, open_publisher
+from learner.publisher import Publisher, lay_out, open_publisher
 from tests.benchmarks.push_receiver import RUN_ID
 from tests.weights.fleet import Weights
 
@@ -110,7 +110,11 @@ async def a_learner(megabytes: int) -> AsyncIterator[Learner]:
     weights = Weights(shapes={f"layer{i}.weight": (1 << 19,) for i in range(megabytes)})
     with tempfile.TemporaryDirectory() as private:
         opened = open_publisher(
-            weights.tensors, run_id=RUN_ID, listen="tcp://127.0.0.1:0", keys=None, private_directory=Path(private)
+            lay_out(weights.tensors),
+            run_id=RUN_ID,
+            listen="tcp://127.0.0.1:0",
+            keys=None,
+            private_directory=Path(private),
         )
         async with opened as publisher:
             learner = Learner(publisher, weights)

@@ -56,7 +56,7 @@ def test_a_count_below_one_is_refused(name, value):
         ({"reward_clip": -1.0}, "reward_clip must be finite and > 0, got -1.0"),
         ({"drop_equal_groups": True, "advantage": "gae"}, "drop_equal_groups: with advantage gae a group of equal"),
         ({"group_size": 5000}, "group_size must be at most 4096, got 5000"),
-        ({"dtype": "bfloat16", "zero_stage": 0}, "dtype bfloat16 needs zero_stage 1 or 2"),
+        ({"dtype": "bfloat16", "zero_stage": 0}, "dtype bfloat16 needs zero_stage 1, 2 or 3"),
         ({"queue_groups": 15}, "queue_groups 15 can never hold a batch of groups_per_step 16"),
         ({"queue_groups": 0}, "queue_groups 0 can never hold a batch of groups_per_step 16"),
         ({"queue_bytes": 1000}, "queue_bytes 1000 can never hold a batch: 16 groups of up to"),
@@ -73,7 +73,7 @@ def test_an_impossible_value_is_refused_with_a_sentence(settings, sentence):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--zero-stage", "3"], "--zero-stage must be one of 0, 1, 2; got 3"),
+        (["--zero-stage", "4"], "--zero-stage must be one of 0, 1, 2, 3; got 4"),
         (["--dtype", "float16"], "--dtype must be one of float32, bfloat16; got 'float16'"),
         (["--lr-schedule", "step"], "--lr-schedule must be one of constant, linear, cosine; got 'step'"),
         (["--total-steps", "1.5"], "--total-steps must be a whole number, got '1.5'"),

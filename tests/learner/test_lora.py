@@ -47,7 +47,7 @@ def base_of(engine: PpoEngine) -> dict[str, torch.Tensor]:
 
 
 def adapters_of(engine: PpoEngine) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in engine._network.adapters.tensors()}
+    return {name: each.detach().clone() for name, each in engine._network.adapters.parameters()}
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_adapters_move_and_nothing_else_does(model):
 
 
 def test_every_linear_layer_but_the_output_has_a_pair_of_tensors(trained):
-    tensors = dict(trained._network.adapters.tensors())
+    tensors = dict(trained._network.adapters.parameters())
     assert len(tensors) == 2 * 2 * 7  # A and B, layers, projections
     assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"].shape == (4, 64)
     assert tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].shape == (128, 4)
@@ -79,7 +79,7 @@ def test_every_linear_layer_but_the_output_has_a_pair_of_tensors(trained):
 def test_chosen_layers_alone_have_adapters(model):
     lora = LoraSettings(rank=2, alpha=4.0, target_modules=("q_proj", "v_proj"))
     policy = load_policy(model, dtype="float32", temperature=1.0, lora=lora)
-    layers = {name.split(".")[-3] for name, _ in policy.adapters.tensors()}
+    layers = {name.split(".")[-3] for name, _ in policy.adapters.parameters()}
     assert layers == {"q_proj", "v_proj"}
 
 
@@ -95,9 +95,7 @@ def test_merged_weights_are_the_formula_written_as_loops(tied, tmp_path):
     assert published.keys() == dict(exported.named_parameters()).keys()
     assert all(torch.equal(published[name], each) for name, each in exported.named_parameters())
     name = "model.layers.0.self_attn.k_proj"
-    [a_RI, b_OR] = (
-        dict(engine._network.adapters.tensors())[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB"
-    )
+    [a_RI, b_OR] = (adapters_of(engine)[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
     start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).get_parameter(f"{name}.weight").detach()
     merged = exported.get_parameter(f"{name}.weight").detach()
     for row, column in [(0, 0), (3, 7), (31, 63)]:
@@ -142,7 +140,7 @@ def twin(model) -> PpoEngine:
     return engine
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_deepspeed_adapters_become_what_they_become_on_plain_torch(stage, model, twin):
     engine = open_deepspeed_engine(lora_settings(model, learning_rate=1e-3, zero_stage=stage))
     train(engine, steps=3)
@@ -155,7 +153,7 @@ def test_a_resumed_engine_continues_bit_identically(dtype, stage, model, tmp_pat
     settings = lora_settings(model, dtype=dtype, zero_stage=stage, lora=lora)
     engine = open_deepspeed_engine(settings)
     train(engine, steps=2)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     expected = train(engine, steps=2)
     resumed = open_deepspeed_engine(replace(settings, seed=99))
     resumed.load(tmp_path)
@@ -167,7 +165,7 @@ def test_a_resumed_engine_continues_bit_identically(dtype, stage, model, tmp_pat
 
 
 def test_other_adapters_than_those_of_the_checkpoint_are_refused(model, twin, tmp_path):
-    twin.save(tmp_path)
+    twin.copy_state()(tmp_path)
     other = open_torch_engine(lora_settings(model, lora=LoraSettings(rank=4, alpha=8.0, target_modules=("q_proj",))))
     with pytest.raises(UserError, match="adapters of rank 4, alpha 8, all-linear, dropout 0, and the settings say "):
         other.load(tmp_path)
@@ -185,6 +183,13 @@ def test_dropout_acts_where_a_gradient_is_computed_and_nowhere_else(model):
     loud = [engine._policy.forward(*inputs)[0].detach() for _ in range(2)]
     assert torch.equal(*quiet)
     assert not torch.equal(*loud)
+
+
+def test_adapters_in_what_is_not_a_linear_layer_are_refused(tmp_path):
+    model = str(save_tiny_model(tmp_path / "untied", tied=False))
+    lora = LoraSettings(rank=4, alpha=8.0, target_modules=("q_proj", "embed_tokens"))
+    with pytest.raises(UserError, match=r"lora_target_modules q_proj, embed_tokens: .*embed_tokens is not a linear"):
+        load_policy(model, dtype="float32", temperature=1.0, lora=lora)
 
 
 def test_layers_that_the_model_does_not_have_are_named(model):

@@ -147,7 +147,7 @@ def test_a_resumed_engine_continues_bit_identically(model, other_model, kind, ad
     settings = {"kl": near(other_model, **RESUMED[kind]), "rewards": RUNNING, "advantage": advantage}
     engine = an_engine(model, **settings)
     train(engine, steps=2)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     expected = train(engine, steps=2)
     resumed = an_engine(model, seed=99, **settings)
     resumed.load(tmp_path)
@@ -158,7 +158,7 @@ def test_a_resumed_engine_continues_bit_identically(model, other_model, kind, ad
 def test_a_resumed_run_is_still_held_near_the_model_it_began_with(model, tmp_path):
     engine = an_engine(model, kl=near(model))
     train(engine, steps=2)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     resumed = an_engine(model, kl=near(model))
     resumed.load(tmp_path)
     [result] = train(resumed, steps=1)
@@ -169,7 +169,7 @@ def test_a_resumed_run_is_still_held_near_the_model_it_began_with(model, tmp_pat
 def test_a_run_that_begins_to_adapt_begins_at_the_coefficient_it_is_given(model, tmp_path):
     engine = an_engine(model)
     train(engine, steps=1)
-    engine.save(tmp_path)
+    engine.copy_state()(tmp_path)
     resumed = an_engine(model, kl=near(model, 0.3, target=5.0), rewards=RUNNING)
     resumed.load(tmp_path)
     assert train(resumed, steps=1)[0].metrics["kl_coefficient"] == 0.3

@@ -66,7 +66,11 @@ async def a_publisher(run_id: str = "run.1") -> AsyncIterator[Publishing]:
         async with (
             asyncio.timeout(PATIENCE_S),
             open_publisher(
-                parameters(0), run_id=run_id, listen="tcp://127.0.0.1:0", keys=None, private_directory=Path(private)
+                lay_out(parameters(0)),
+                run_id=run_id,
+                listen="tcp://127.0.0.1:0",
+                keys=None,
+                private_directory=Path(private),
             ) as publisher,
             asyncio.TaskGroup() as tasks,
         ):

@@ -50,7 +50,7 @@ async def run_once(directory: Path, *, rng: random.Random, kills: int, servers: 
         fleet.kill_all()
     records = read_records(directory)
     name = (directory / "run/checkpoints/CURRENT").read_text().strip()
-    weights = (directory / "run/checkpoints" / name / "policy/parameters.safetensors").read_bytes()
+    weights = (directory / "run/checkpoints" / name / "policy/rank-00000.safetensors").read_bytes()
     trained = [taken[-1]["tasks"] for _, taken in sorted(records.steps.items())]
     return Run(weights=hashlib.sha256(weights).hexdigest(), tasks=trained, points=points)
 

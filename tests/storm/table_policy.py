@@ -31,9 +31,9 @@ class TableModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return nn.Identity()
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), directory / "table.pt")
+        torch.save(state_dict, directory / "table.pt")
 
 
 def save_table_model(directory: Path) -> None:

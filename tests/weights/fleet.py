@@ -16,7 +16,7 @@ from common.events import EventLog
 from common.messages import SnapshotReady
 from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
-from learner.publisher import Publisher, open_publisher
+from learner.publisher import Publisher, lay_out, open_publisher
 from rollout_server.inference import InferenceEngine, LocalSnapshot, WeightUpdate
 from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
 from rollout_server.table_engine import TableEngine
@@ -219,7 +219,7 @@ async def a_fleet(
         async with (
             asyncio.timeout(patience_s),
             open_publisher(
-                weights.tensors,
+                lay_out(weights.tensors),
                 run_id=run_id,
                 listen="tcp://127.0.0.1:0",
                 keys=None,

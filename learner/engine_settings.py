@@ -1,0 +1,43 @@
+"""EngineSettings: how the training engine uses the machine. None of it changes what is learned, but for rounding."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+Offload = Literal["none", "optimizer", "all"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    offload: Offload = "none"  # to host memory: the optimizer's state, or the parameters too
+    activation_checkpointing: bool = False
+    packing: bool = True  # where the model allows it, see learner/packing.py
+    rank_timeout_s: float = 600.0
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own configuration
+    deepspeed_file: str = ""  # where it was read
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rank_timeout_s < float("inf"):
+            raise ValueError(f"rank_timeout_s must be finite and > 0, got {self.rank_timeout_s}")
+
+    def check_stage(self, stage: ZeroStage) -> None:
+        """Raises ValueError for what DeepSpeed cannot do at this stage."""
+        if self.offload == "optimizer" and stage == 0:
+            raise ValueError("offload optimizer needs zero_stage 1, 2 or 3, got 0")
+        if self.offload == "all" and stage != 3:
+            raise ValueError(f"offload all moves parameters too, which needs zero_stage 3, got {stage}")
+
+
+def read_deepspeed_file(path: Path | None) -> Mapping[str, Any]:
+    """Raises ValueError when the file is not a JSON object."""
+    if path is None:
+        return {}
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"--deepspeed-config {path} cannot be read: {error}") from error
+    return content

@@ -1,0 +1,105 @@
+"""Packed rows: what is said of a trajectory does not depend on what lies beside it."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2Model
+
+from learner.batching import cut_into_micro_batches
+from learner.networks import CriticNetwork, PolicyNetwork
+from learner.packing import body_inputs, can_pack, lay_out_rows
+from learner.training import BatchLayout
+from tests.builders_learner import a_batch, random_groups
+from tests.models import VOCAB_SIZE, a_tiny_model
+
+CPU = torch.device("cpu")
+MICRO = a_batch(random_groups(0, num_groups=4)).micro_batches[0]
+INPUTS = (MICRO.token_ids_BT, MICRO.attention_mask_BT, MICRO.loss_mask_BT)
+
+
+def test_trajectories_fill_rows_as_long_as_the_longest_and_overlap_nowhere():
+    lengths = [3, 9, 4, 5, 2, 1, 8]
+    places = lay_out_rows(lengths)
+    assert places.row_length == 9
+    taken = set()
+    for row, start, length in zip(places.rows, places.starts, lengths, strict=True):
+        assert start + length <= places.row_length
+        cells = {(row, start + offset) for offset in range(length)}
+        assert not taken & cells
+        taken |= cells
+    assert places.num_rows == 4
+    assert lay_out_rows(lengths, in_one_row=True).num_tokens == sum(lengths)
+
+
+def test_packed_log_probabilities_entropies_and_gradients_are_those_of_padded_trajectories():
+    outcomes = []
+    for packs in (False, True):
+        network = PolicyNetwork(a_tiny_model(0, tied=True), temperature=0.7, trains_entropy=True)
+        network.packs = packs
+        logprobs_BT, entropy_BT = network(*INPUTS)
+        (logprobs_BT.sum() + entropy_BT.square().sum()).backward()
+        gradients = [parameter.grad / parameter.grad.abs().max() for parameter in network.parameters()]
+        outcomes.append([logprobs_BT.detach(), entropy_BT.detach(), *gradients])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_packed_values_are_those_of_padded_trajectories_also_after_the_last_token():
+    critic = CriticNetwork(a_tiny_model(0, tied=True).model)
+    torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+    ids_BS, mask_BS = (torch.nn.functional.pad(each, (0, 1)) for each in INPUTS[:2])
+    padded_BS = critic(ids_BS, mask_BS)
+    critic.packs = True
+    asked_BS = torch.nn.functional.pad(MICRO.attention_mask_BT, (1, 0), value=True)
+    torch.testing.assert_close(critic(ids_BS, mask_BS)[asked_BS], padded_BS[asked_BS], rtol=1e-4, atol=1e-4)
+
+
+def test_packing_computes_less():
+    inputs, _ = body_inputs(a_tiny_model(0, tied=True), *INPUTS[:2], packs=True)
+    assert inputs["input_ids"].numel() < 0.85 * MICRO.token_ids_BT.numel()
+    assert "attention_mask" not in inputs  # with one, transformers would read a row as one text
+    assert inputs["use_cache"] is False
+
+
+def test_a_model_that_keeps_trajectories_apart_may_be_packed():
+    assert can_pack(a_tiny_model(0, tied=True).base_model, VOCAB_SIZE, CPU)
+
+
+class MixesUp(Qwen2Model):
+    """Looks at no positions: each token of a row sees all before it."""
+
+    def forward(self, *, position_ids=None, **inputs):
+        return super().forward(**inputs)
+
+
+def test_a_model_that_would_mix_them_up_is_found_out():
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    assert not can_pack(MixesUp(config).eval(), VOCAB_SIZE, CPU)
+
+
+LENGTHS = [((index * 37) % 41) + 1 for index in range(60)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("budget", [1, 50, 200, 100_000])
+@pytest.mark.parametrize("packs", [False, True])
+def test_every_trajectory_is_in_one_micro_batch_and_ranks_have_as_many(num_ranks, budget, packs):
+    cut = cut_into_micro_batches(LENGTHS, budget, BatchLayout(num_ranks=num_ranks, packs=packs))
+    assert sorted(index for indexes in cut for index in indexes) == list(range(60))
+    assert len(cut) % num_ranks == 0
+    for indexes in cut:
+        lengths = [LENGTHS[index] for index in indexes]
+        if len(indexes) > 1:
+            assert (lay_out_rows(lengths).num_tokens if packs else len(lengths) * max(lengths)) <= budget
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_ranks_of_a_turn_have_about_as_many_tokens(num_ranks):
+    cut = cut_into_micro_batches(LENGTHS * 10, 400, BatchLayout(num_ranks=num_ranks, packs=True))
+    tokens = [sum((LENGTHS * 10)[index] for index in indexes) for indexes in cut]
+    whole_turns = [tokens[start : start + num_ranks] for start in range(num_ranks, len(tokens), num_ranks)]
+    assert len(whole_turns) > 3
+    assert all(max(turn) <= 1.15 * min(turn) for turn in whole_turns)  # the first, of what was left over, may not be
