@@ -186,6 +186,9 @@ class LearnerConfig:
     activation_checkpointing: bool = option(
         False, help="compute activations anew in the backward pass: a third slower, far less memory"
     )
+    check_memory: bool = option(
+        True, help="refuse to start when parameters, gradients and the optimizer's state cannot fit into memory"
+    )
     deepspeed_config: Path | None = option(
         None, help="a JSON file of DeepSpeed's, merged with what the settings here say; a conflict is refused"
     )
@@ -328,6 +331,7 @@ class LearnerConfig:
             activation_checkpointing=self.activation_checkpointing,
             packing=self.packing,
             rank_timeout_s=self.rank_timeout_s,
+            check_memory=self.check_memory,
             deepspeed=read_deepspeed_file(self.deepspeed_config),
             deepspeed_file=str(self.deepspeed_config or ""),
         )

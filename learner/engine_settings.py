@@ -17,6 +17,7 @@ class EngineSettings:
     activation_checkpointing: bool = False
     packing: bool = True  # where the model allows it, see learner/packing.py
     rank_timeout_s: float = 600.0
+    check_memory: bool = True  # refuse what cannot fit
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own configuration
     deepspeed_file: str = ""  # where it was read
 

@@ -30,6 +30,10 @@ Gather = Callable[[Sequence[tuple[str, nn.Parameter]]], Iterator[tuple[str, Tens
 """Named parameters, whole, one after the other: see Trainable.gathered()."""
 
 
+def changes_logits(config: Any) -> bool:
+    return any(getattr(config, name, None) for name in _LOGIT_CHANGES)
+
+
 class PolicyNetwork(nn.Module):
     """A causal language model, asked only for the log-probabilities of the tokens that are trained on."""
 
@@ -48,7 +52,7 @@ class PolicyNetwork(nn.Module):
         self.packs = False  # see learner/packing.py
         self._temperature = temperature
         self._trains_entropy = trains_entropy
-        self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+        self._changes_logits = changes_logits(self.model.config)
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
