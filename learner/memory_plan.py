@@ -121,6 +121,9 @@ def _trained_items(name: str, shape: ModelShape, settings: TrainSettings, num_ra
         )
         yield Item(what=f"{name}: float32 masters", place=optimizer_at, num_bytes=shape.trained * 4 / optimizer_share)
     yield Item(what=f"{name}: Adam's moments", place=optimizer_at, num_bytes=shape.trained * 8 / optimizer_share)
+    if stage >= 1 and offloads == "none":  # two tensors as large as the share, while torch's Adam works
+        updating = shape.trained * 8 / optimizer_share
+        yield Item(what=f"{name}: in the optimizer's step", place="device", num_bytes=updating, passes=True)
     if stage >= 1 and num_ranks > 1:
         bucket = min(shape.trained, _BUCKET_ELEMENTS) * width
         yield Item(what=f"{name}: gradients on their way", place="device", num_bytes=bucket, is_estimate=True)

@@ -136,23 +136,24 @@ def test_the_memory_that_is_free_is_known():
     assert 1e7 < free_memory().host < 1e15
 
 
-@pytest.mark.parametrize("stage", ["1", "3"])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", ["1", pytest.param("3", marks=pytest.mark.slow)])
 def test_a_prediction_is_near_what_a_rank_really_takes(stage: str, tmp_path: Path):
-    """Resident memory that a rank of 24M parameters in float32 gains from before it is opened to after a step."""
-    shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}
-    model = str(save_model(tmp_path, a_model(0, tied=True, num_attention_heads=6, num_key_value_heads=3, **shape)))
+    """Resident memory that a rank of 8M parameters in float32 gains, at its peak, by being opened and making a step."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192}
+    model = str(save_model(tmp_path, a_model(0, tied=True, num_attention_heads=4, num_key_value_heads=2, **shape)))
     plan = check_memory(some_train_settings(model, zero_stage=int(stage)), None, free=Memory(host=1e12))
     predicted = sum(item.num_bytes for item in plan.items if item.what.startswith("policy") and not item.is_estimate)
     command = [sys.executable, "-m", "tests.learner.test_memory", model, stage]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 0, ended.stderr
     gained, program = map(int, ended.stdout.split()[-2:])
     assert predicted / FACTOR < gained < predicted * FACTOR, (predicted, gained)
     assert PROGRAM_BYTES / FACTOR < program < PROGRAM_BYTES * FACTOR, program
 
 
-def resident_bytes() -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")]
+def resident_bytes(which: str = "VmRSS") -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{which}:")]
     return int(line.split()[1]) * 1024
 
 
@@ -165,7 +166,7 @@ def main(model: str, stage: str) -> None:
     program = resident_bytes()
     engine = open_deepspeed_engine(some_train_settings(model, zero_stage=int(stage)), ranks)
     assert engine.step(a_batch(random_groups(0))).refusal is None
-    sys.stdout.write(f"{resident_bytes() - program} {program}\n")
+    sys.stdout.write(f"{resident_bytes('VmHWM') - program} {program}\n")
 
 
 if __name__ == "__main__":
