@@ -113,7 +113,7 @@ def test_attention_is_computed_as_the_setting_says_and_by_sdpa_where_no_flash_at
         for attention in ("auto", "sdpa", "eager")
     ]
     assert implementations == ["sdpa", "sdpa", "eager"]
-    with pytest.raises(UserError, match="cannot load the model .*[Ff]lash"):
+    with pytest.raises(UserError, match=r"cannot load the model .*[Ff]lash"):
         load_policy(model, dtype="bfloat16", temperature=1.0, attention="flash_attention_2")
 
 
