@@ -15,7 +15,6 @@ Place = Literal["device", "host"]
 GB = 1e9
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 NUM_SNAPSHOTS = 3.5  # of the policy, in memory that is shared with servers on this host, with deltas: learner/publisher
-PROGRAM_BYTES = 400 << 20  # of host memory: Python, torch and DeepSpeed themselves, measured
 _CHUNKS = 3  # float32 logits of one chunk, their probabilities and their gradient
 _BUCKET_ELEMENTS = 50_000_000  # see learner/deepspeed_config.py
 _ROUNDED_WIDTHS = 12  # activations of a layer as wide as the hidden state that the backward pass reads, about
@@ -90,7 +89,6 @@ def plan_memory(
     items += _reference_items(models, settings)
     items += _passing_items(models, settings)
     items += [
-        Item(what="the program", place="host", num_bytes=PROGRAM_BYTES),
         Item(
             what="snapshots for rollout servers",
             place="host",
@@ -112,6 +110,11 @@ def _trained_items(name: str, shape: ModelShape, settings: TrainSettings, num_ra
     gradients_share = num_ranks if stage >= 2 else 1
     optimizer_share = num_ranks if stage >= 1 else 1
     yield Item(what=f"{name}: parameters", place=parameters_at, num_bytes=shape.parameters * width / parameters_share)
+    if stage == 3:  # only then is it shared out
+        whole = shape.parameters * width
+        yield Item(
+            what=f"{name}: whole, while it is loaded", place="host", num_bytes=whole, is_estimate=True, passes=True
+        )
     yield Item(what=f"{name}: gradients", place="device", num_bytes=shape.trained * width / gradients_share)
     if stage >= 1:  # the share that this rank updates, in the optimizer's precision
         yield Item(
