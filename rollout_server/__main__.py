@@ -24,7 +24,8 @@ from rollout_server.config import RolloutServerConfig
 from rollout_server.environments import environment_at
 from rollout_server.environments.environment import AgentEnvironment, Environment
 from rollout_server.episodes import EpisodeRunner
-from rollout_server.gateway.gateway import Gateway, GatewaySettings
+from rollout_server.gateway.gateway import Gateway
+from rollout_server.gateway.opening import gateway_settings
 from rollout_server.inference import InferenceEngine
 from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.server import RolloutServer, RunFinishedError, join
@@ -85,7 +86,10 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
         environments = environments_of(welcome, config)
-        gateway = await open_gateway(config, stack) if any(map(is_for_agents, environments.values())) else None
+        gateway = None
+        if (settings := gateway_settings(config, environments.values())) is not None:
+            gateway = await stack.enter_async_context(Gateway(settings))
+            logger.info("agents reach the policy at %s/v1", gateway.address)
         for environment in environments.values():
             await stack.enter_async_context(environment)
         logger.info("starting the engine for %s", model)
@@ -129,17 +133,6 @@ def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) 
     if ready.tokenizer_fingerprint != welcome.tokenizer_fingerprint:
         raise UserError(f"{model} has another tokenizer or chat template than the learner's {welcome.model}")
     return tokenizer, ready
-
-
-def is_for_agents(environment: Environment | AgentEnvironment) -> bool:
-    return isinstance(environment, AgentEnvironment)
-
-
-async def open_gateway(config: RolloutServerConfig, stack: AsyncExitStack) -> Gateway:
-    settings = GatewaySettings(listen=config.gateway_listen, url=config.gateway_url)
-    gateway = await stack.enter_async_context(Gateway(settings))
-    logger.info("agents reach the policy at %s/v1", gateway.address)
-    return gateway
 
 
 def environments_of(

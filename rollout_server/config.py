@@ -43,6 +43,9 @@ class RolloutServerConfig:
     gateway_url: str | None = option(
         None, help="http(s)://HOST:PORT by which agents reach it, if that is not the address it listens at"
     )
+    gateway_key: Path | None = option(
+        None, help="file with the key that agents show to be given a task; agent:pull needs one beyond loopback"
+    )
 
     weights_from: TransportName = option(
         "nearest",

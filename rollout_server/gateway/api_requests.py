@@ -103,6 +103,13 @@ class CompletionRequest(Request, frozen=True, kw_only=True):
         return self.max_tokens or 16  # as OpenAI has it
 
 
+class StartRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /rl/start_session."""
+
+    wait_s: Annotated[float, Meta(ge=0.0, le=60.0)] = 20.0  # for a task, if there is none now
+    queue: Annotated[str, Meta(max_length=128)] = ""  # of an environment agent:pull/QUEUE
+
+
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
@@ -126,6 +133,11 @@ def read_completion(body: bytes) -> CompletionRequest:
     if request.echo:
         raise ApiError(400, "invalid_request", "echo is not supported")
     return request
+
+
+def read_start(body: bytes) -> StartRequest:
+    """Raises ApiError."""
+    return _decode(body or b"{}", StartRequest)
 
 
 def read_object(body: bytes) -> dict[str, Any]:
