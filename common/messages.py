@@ -144,7 +144,7 @@ class Evaluated(Message, frozen=True, tag="Evaluated"):
 
 
 class EvaluationFailed(Message, frozen=True, tag="EvaluationFailed"):
-    """An evaluation task could not be done; kind "version_gone": not with its version, because a newer one is loaded."""
+    """An evaluation task could not be done; kind "version_gone": a newer version than its own is loaded."""
 
     evaluation_id: Id
     kind: Name

@@ -8,8 +8,8 @@ Every token of an evaluation is sampled by one version, and generation never sto
   than its lease allows: a lease never begins before its min_version is loaded, held or not. A hold ends with the
   evaluation, or some seconds after a newer version was there (Welcome.evaluation_hold_s), whatever is unfinished.
 * When no server holds the version any more before all tasks are done, everything done is dropped, and the evaluation
-  begins anew with the next version that is held: a bounded number of times, and for a bounded time. Tasks of two versions
-  are never mixed, and an evaluation of some of the tasks, which would be of the short ones, is not reported as one.
+  begins anew with the next version that is held: a bounded number of times, and for a bounded time. Tasks of two
+  versions are never mixed; an evaluation of some tasks only, which would be of the short ones, says that it is one.
 
 Evaluation leases are no training leases: they have no deadline, no place in the queue, no bytes and no journal, and do
 not count in pacing, depth or capacity when training leases are granted. They have low priority: they get only the room
@@ -53,6 +53,10 @@ class _Evaluation:
         self.version, self.waiting_since = version, now
         self.begun += 1
         self.pending = deque(range(num_tasks))
+
+    def drop(self) -> None:
+        """What is done is of a version that is gone."""
+        self.version = NO_VERSION
         self.results, self.given_up = {}, {}
         self.failures.clear()
 
@@ -135,26 +139,33 @@ class Evaluations:
             return []
         if now - evaluation.asked_at >= self._rules.timeout_s:
             return self._end(f"it was not done within {self._rules.timeout_s:g} s")
+        if len(evaluation.results) + len(evaluation.given_up) == self._rules.num_tasks:
+            return self._end("")
         decisions: list[Decision] = []
-        if evaluation.version != NO_VERSION:
-            if len(evaluation.results) + len(evaluation.given_up) == self._rules.num_tasks:
-                return self._end("")
-            if not evaluation.running and not self._holders(evaluation.version, now):
-                if evaluation.begun >= self._rules.max_begun:
-                    return self._end(f"servers had newer versions before it was done, {evaluation.begun} times")
-                evaluation.version = NO_VERSION
-                decisions.append(self._hold())
-        if evaluation.version == NO_VERSION:
-            version = self._first_held(evaluation.asked_version, published_version, now)
-            if version is None:
-                return decisions
-            evaluation.begin(version, self._rules.num_tasks, now)
+        if evaluation.version != NO_VERSION and not evaluation.running and not self._holders(evaluation.version, now):
+            if evaluation.begun >= self._rules.max_begun:
+                return self._end(f"servers had newer versions before it was done, {evaluation.begun} times")
+            evaluation.drop()
             decisions.append(self._hold())
+        if evaluation.version == NO_VERSION:
+            decisions += self._begin(evaluation, published_version, now)
         return [*decisions, *self._grant(evaluation, published_version, now)]
+
+    def _begin(self, evaluation: _Evaluation, published_version: int, now: float) -> list[Decision]:
+        """With what the first server holds, if one does."""
+        assert self._rules is not None
+        held = [
+            member.holding for member in self._members.values()
+            if evaluation.asked_version <= member.holding <= published_version and self._is_usable(member, now)
+        ]  # fmt: skip
+        if not held:
+            return []
+        evaluation.begin(min(held), self._rules.num_tasks, now)
+        return [self._hold()]
 
     def _grant(self, evaluation: _Evaluation, published_version: int, now: float) -> list[Decision]:
         assert self._rules is not None
-        if not evaluation.pending:
+        if not evaluation.pending or evaluation.version == NO_VERSION:
             evaluation.waiting_since = now
             return []
         is_urgent = published_version > evaluation.version or now - evaluation.waiting_since >= self._rules.patience_s
@@ -195,17 +206,8 @@ class Evaluations:
 
     def _holders(self, version: int, now: float) -> list[Member]:
         """Servers that can work with this version now."""
-        return [
-            member for member in self._members.values() if member.holding == version and self._is_usable(member, now)
-        ]
-
-    def _first_held(self, first: int, last: int, now: float) -> int | None:
-        """What the first server holds of these versions; None when none does."""
-        held = [
-            member.holding for member in self._members.values()
-            if first <= member.holding <= last and self._is_usable(member, now)
-        ]  # fmt: skip
-        return min(held, default=None)
+        members = self._members.values()
+        return [member for member in members if member.holding == version and self._is_usable(member, now)]
 
     def _is_usable(self, member: Member, now: float) -> bool:
         return not member.out_of_service and now - member.heard_at <= self._settings.notice_timeout_s
