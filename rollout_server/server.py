@@ -18,8 +18,9 @@ from common.snapshot import NO_VERSION
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
-from rollout_server.episodes import EpisodeRunner, LeaseFailure
+from rollout_server.episodes import EpisodeRunner
 from rollout_server.held_leases import HeldLeases
+from rollout_server.lease_failure import LeaseFailure
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)

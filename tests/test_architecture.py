@@ -22,6 +22,8 @@ DOORS = {
     "peft": {"learner/lora.py"},
     "httpx": {"rollout_server/environments/http_server.py"},
     "websockets": {"rollout_server/environments/openenv_session.py"},
+    "starlette": {"rollout_server/gateway/routes.py"},
+    "uvicorn": {"rollout_server/gateway/listening.py"},
 }
 WAITED_FOR_TO_ITS_END = {  # a shielded task that its own function awaits, also when cancelled: never an orphan
     "learner/loop.py": "finish",

@@ -276,7 +276,7 @@ async def test_nothing_is_generated_before_the_first_snapshot_and_close_ends_wha
     await hold(disposable)
     running = [asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s), "r")) for s in range(8)]
     await until_calls(disposable, 8)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
@@ -301,7 +301,7 @@ async def test_a_stalled_engine_fails_its_health_check_and_a_killed_one_fails_wh
     with pytest.raises(EngineError, match=r"did not answer within 0.2 s"):
         await disposable.engine.check_health(timeout_s=0.2)
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         outcomes = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
     for call in (
@@ -330,7 +330,7 @@ async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEn
         )
     ]
     await until_calls(disposable, 3)  # the other two wait for the update
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
@@ -390,7 +390,7 @@ def child_pids() -> set[int]:
 
 
 async def until_dead(pid: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while is_alive(pid):
             await asyncio.sleep(0.01)
 
