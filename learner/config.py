@@ -156,6 +156,7 @@ class LearnerConfig:
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float = option(0.9, help="decay of Adam's first moment")
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
+    adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
     weight_decay: float = option(0.0, help="decoupled weight decay")
     max_grad_norm: float = option(1.0, help="gradients are clipped to this norm")
     on_nonfinite: OnNonfinite = option(
@@ -264,7 +265,7 @@ class LearnerConfig:
         for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name in ("max_grad_norm", "server_timeout_s"):
+        for name in ("max_grad_norm", "server_timeout_s", "adam_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):

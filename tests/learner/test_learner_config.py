@@ -42,6 +42,7 @@ def test_a_count_below_one_is_refused(name, value):
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
         ({"server_timeout_s": 0.0}, "server_timeout_s must be finite and > 0, got 0.0"),
         ({"adam_beta1": 1.0}, "adam_beta1 must be at least 0 and less than 1, got 1.0"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon must be finite and > 0, got 0.0"),
         ({"adam_beta2": math.nan}, "adam_beta2 must be at least 0 and less than 1, got nan"),
         ({"max_model_len": 0}, "max_model_len must be at least 2, got 0"),
         ({"max_model_len": 256}, "max_new_tokens 256 leaves no room for a prompt within max_model_len 256"),
