@@ -102,6 +102,8 @@ class Learner:
     events: EventLog
     publisher: Publisher
     coordinator: CoordinatorClient
+    trackers: Sequence[Tracker]
+    evaluations: Evaluations | None
     tasks: asyncio.TaskGroup
 
 
@@ -146,6 +148,8 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
             )
         )
         coordinator = CoordinatorClient(coordinator_settings(config, settings, run, keys), run.private)
+        trackers = stack.enter_context(open_trackers(config, run))
+        evaluations = evaluations_of(config, coordinator, events, trackers, version=engine.version)
         # A group of its own around the others: what is saved at the end needs the coordinator, whatever ended the rest.
         outer = await stack.enter_async_context(asyncio.TaskGroup())
         supervising = outer.create_task(coordinator.supervise())
@@ -154,10 +158,12 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         background = [
             *([tasks.create_task(keep_ranks_waiting(engine, training))] if isinstance(engine, LeadingEngine) else []),
             tasks.create_task(publisher.watch()),
+            tasks.create_task(announce_versions(publisher, coordinator, events, evaluations)),
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
-            events=events, publisher=publisher, coordinator=coordinator, tasks=tasks,
+            events=events, publisher=publisher, coordinator=coordinator, trackers=trackers, evaluations=evaluations,
+            tasks=tasks,
         )  # fmt: skip
         for task in background:
             task.cancel()
@@ -229,26 +235,29 @@ def model_facts(model: str) -> ModelFacts:
     )
 
 
-async def announce_versions(learner: Learner, evaluations: Evaluations | None) -> None:
-    async for ready in learner.publisher.ready_versions():
-        learner.events.emit("published", **msgspec.structs.asdict(ready))
+async def announce_versions(
+    publisher: Publisher, coordinator: CoordinatorClient, events: EventLog, evaluations: Evaluations | None
+) -> None:
+    async for ready in publisher.ready_versions():
+        events.emit("published", **msgspec.structs.asdict(ready))
         if evaluations is not None:
             await evaluations.published(ready.version)
-        await learner.coordinator.published(ready.version)
+        await coordinator.published(ready.version)
 
 
-def evaluations_of(learner: Learner, trackers: Sequence[Tracker]) -> Evaluations | None:
-    settings = learner.config.evaluation_settings
+def evaluations_of(
+    config: LearnerConfig,
+    coordinator: CoordinatorClient,
+    events: EventLog,
+    trackers: Sequence[Tracker],
+    *,
+    version: int,
+) -> Evaluations | None:
+    """None when nothing is evaluated; version: where this start of the learner begins."""
+    settings = config.evaluation_settings
     if settings is None:
         return None
-    return Evaluations(
-        settings,
-        learner.coordinator,
-        learner.events,
-        trackers,
-        first_version=learner.engine.version,
-        last_version=learner.config.total_steps,
-    )
+    return Evaluations(settings, coordinator, events, trackers, first_version=version, last_version=config.total_steps)
 
 
 def canaries_of(config: LearnerConfig, publisher: Publisher, facts: ModelFacts) -> CanaryMaker:
@@ -272,11 +281,9 @@ def refusals_of(learner: Learner) -> Refusals:
 
 async def train(learner: Learner, facts: ModelFacts) -> None:
     """The loop, with everything that watches it."""
-    config, events = learner.config, learner.events
+    config, events, evaluations = learner.config, learner.events, learner.evaluations
     async with AsyncExitStack() as stack:
-        trackers = stack.enter_context(open_trackers(config, learner.run))
-        evaluations = evaluations_of(learner, trackers)
-        progress = progress_of(learner, evaluations)
+        progress = progress_of(learner)
         checkpoints = await stack.enter_async_context(writing_checkpoints(checkpoint_writer_of(learner)))
         refusals = refusals_of(learner)
         meter = StepMeter(refusals)
@@ -291,17 +298,13 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             checkpoints=checkpoints,
             refusals=refusals,
             events=events,
-            observers=[StepLog(events, trackers), progress, meter],
+            observers=[StepLog(events, learner.trackers), progress, meter],
             at_the_end=evaluations.finish if evaluations is not None else None,
         )
         if config.metrics_listen is not None:
-            stack.enter_context(
-                start_metrics_server(config.metrics_listen, lambda: measurements(learner, meter, evaluations))
-            )
+            stack.enter_context(start_metrics_server(config.metrics_listen, lambda: measurements(learner, meter)))
         display = stack.enter_context(ProgressDisplay(progress, Console()))
-        beside = [refresh(display), announce_versions(learner, evaluations)]
-        if evaluations is not None:
-            beside.append(evaluations.run())
+        beside = [refresh(display), *([evaluations.run()] if evaluations is not None else [])]
         running = [learner.tasks.create_task(work) for work in beside]
         try:
             await loop.run()
@@ -310,14 +313,15 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
                 task.cancel()
 
 
-def measurements(learner: Learner, meter: StepMeter, evaluations: Evaluations | None) -> Iterator[Measurement]:
+def measurements(learner: Learner, meter: StepMeter) -> Iterator[Measurement]:
     yield from measure(learner.engine, learner.publisher, learner.coordinator)
     yield from meter.measure()
-    if evaluations is not None:
-        yield from evaluations.measure()
+    if learner.evaluations is not None:
+        yield from learner.evaluations.measure()
 
 
-def progress_of(learner: Learner, evaluations: Evaluations | None) -> Progress:
+def progress_of(learner: Learner) -> Progress:
+    evaluations = learner.evaluations
     return Progress(
         total_steps=learner.config.total_steps,
         queue_groups=learner.config.queue_capacity,
