@@ -1,5 +1,6 @@
 """The rollout-server command: join a learner, start an engine, sample until the run is finished."""
 
+import asyncio
 import logging
 import os
 import secrets
@@ -32,6 +33,7 @@ from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
+from rollout_server.vllm_tools import VllmTools
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
             await stack.enter_async_context(environment)
         logger.info("starting the engine for %s", model)
         opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
+        if gateway is not None and open_engine is None:
+            gateway.tools = await asyncio.to_thread(VllmTools, config.tool_parser, tokenizer)
         engine = MeteredEngine(opened, events)
         receiver = WeightReceiver(engine, events, transport=TRANSPORTS[config.weights_from])
         stack.callback(receiver.close)

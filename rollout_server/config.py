@@ -46,6 +46,9 @@ class RolloutServerConfig:
     gateway_key: Path | None = option(
         None, help="file with the key that agents show to be given a task; agent:pull needs one beyond loopback"
     )
+    tool_parser: str = option(
+        "hermes", help="how the model writes tool calls: the name of one of vLLM's parsers (hermes, qwen3_xml, ...)"
+    )
 
     weights_from: TransportName = option(
         "nearest",

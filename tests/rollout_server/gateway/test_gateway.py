@@ -323,6 +323,7 @@ async def test_the_session_may_be_named_by_the_path_alone():
         ("/chat/completions", {"messages": [{"role": "judge", "content": "x"}]}, 400, "invalid_request"),
         ("/chat/completions", {"messages": [user([{"type": "image_url"}])]}, 400, "invalid_request"),
         ("/chat/completions", {"messages": [user("x")], "tools": [{"type": "web"}]}, 400, "invalid_request"),
+        ("/chat/completions", {"messages": [user("x")], "tools": [{"type": "function"}]}, 400, "invalid_request"),
         ("/chat/completions", {"messages": [user("x")], "n": 1000}, 400, "invalid_request"),
         ("/chat/completions", {"messages": [user("x")], "max_tokens": 0}, 400, "invalid_request"),
         ("/chat/completions", {"messages": [user("x")], "tool_choice": "required"}, 400, "unsupported_parameter"),
