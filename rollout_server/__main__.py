@@ -1,5 +1,6 @@
 """The rollout-server command: join a learner, start an engine, sample until the run is finished."""
 
+import asyncio
 import logging
 import os
 import secrets
@@ -24,13 +25,15 @@ from rollout_server.config import RolloutServerConfig
 from rollout_server.environments import environment_at
 from rollout_server.environments.environment import AgentEnvironment, Environment
 from rollout_server.episodes import EpisodeRunner
-from rollout_server.gateway.gateway import Gateway, GatewaySettings
+from rollout_server.gateway.gateway import Gateway
+from rollout_server.gateway.opening import gateway_settings
 from rollout_server.inference import InferenceEngine
 from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
+from rollout_server.vllm_tools import VllmTools
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -85,11 +88,16 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
         environments = environments_of(welcome, config)
-        gateway = await open_gateway(config, stack) if any(map(is_for_agents, environments.values())) else None
+        gateway = None
+        if (settings := gateway_settings(config, environments.values())) is not None:
+            gateway = await stack.enter_async_context(Gateway(settings))
+            logger.info("agents reach the policy at %s/v1", gateway.address)
         for environment in environments.values():
             await stack.enter_async_context(environment)
         logger.info("starting the engine for %s", model)
         opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
+        if gateway is not None and open_engine is None:
+            gateway.tools = await asyncio.to_thread(VllmTools, config.tool_parser, tokenizer)
         engine = MeteredEngine(opened, events)
         receiver = WeightReceiver(engine, events, transport=TRANSPORTS[config.weights_from])
         stack.callback(receiver.close)
@@ -129,17 +137,6 @@ def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) 
     if ready.tokenizer_fingerprint != welcome.tokenizer_fingerprint:
         raise UserError(f"{model} has another tokenizer or chat template than the learner's {welcome.model}")
     return tokenizer, ready
-
-
-def is_for_agents(environment: Environment | AgentEnvironment) -> bool:
-    return isinstance(environment, AgentEnvironment)
-
-
-async def open_gateway(config: RolloutServerConfig, stack: AsyncExitStack) -> Gateway:
-    settings = GatewaySettings(listen=config.gateway_listen, url=config.gateway_url)
-    gateway = await stack.enter_async_context(Gateway(settings))
-    logger.info("agents reach the policy at %s/v1", gateway.address)
-    return gateway
 
 
 def environments_of(

@@ -43,6 +43,12 @@ class RolloutServerConfig:
     gateway_url: str | None = option(
         None, help="http(s)://HOST:PORT by which agents reach it, if that is not the address it listens at"
     )
+    gateway_key: Path | None = option(
+        None, help="file with the key that agents show to be given a task; agent:pull needs one beyond loopback"
+    )
+    tool_parser: str = option(
+        "hermes", help="how the model writes tool calls: the name of one of vLLM's parsers (hermes, qwen3_xml, ...)"
+    )
 
     weights_from: TransportName = option(
         "nearest",

@@ -17,7 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 MAX_FUNCTION_LINES = 50
 DOORS = {
     "zmq": {f"common/wire/{name}.py" for name in ("lifeline", "opening", "options", "sockets", "watch")},
-    "vllm": {"rollout_server/vllm_engine.py", "rollout_server/vllm_start.py", "rollout_server/vllm_worker.py"},
+    "vllm": {f"rollout_server/vllm_{name}.py" for name in ("engine", "start", "tools", "worker")},
     "deepspeed": {"learner/deepspeed_engine.py"},
     "peft": {"learner/lora.py"},
     "httpx": {"rollout_server/environments/http_server.py"},

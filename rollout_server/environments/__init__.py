@@ -18,6 +18,9 @@ ENVIRONMENTS = {
     "openenv+wss": "openenv:OpenEnv",
     "nemo-gym+http": "nemo_gym:NemoGym",
     "nemo-gym+https": "nemo_gym:NemoGym",
+    "agent+http": "agent_http:AgentHttp",
+    "agent+https": "agent_http:AgentHttp",
+    "agent": "agent_pull:AgentPull",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 

@@ -44,6 +44,29 @@ class Message(msgspec.Struct, frozen=True):
         return self.content or ""
 
 
+class ToolFunction(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A function that the policy may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """As templates know it."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        if self.function.parameters is not None:
+            function["parameters"] = self.function.parameters
+        return {"type": "function", "function": function}
+
+
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
@@ -76,7 +99,7 @@ class ChatRequest(Request, frozen=True, kw_only=True):
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1 << 14)]
     max_completion_tokens: Count | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
@@ -88,7 +111,7 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     @property
     def usable_tools(self) -> list[dict[str, Any]]:
         """None of them if the agent wants none."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        return [] if self.tool_choice == "none" else [tool.shown for tool in self.tools or []]
 
 
 class CompletionRequest(Request, frozen=True, kw_only=True):
@@ -103,6 +126,13 @@ class CompletionRequest(Request, frozen=True, kw_only=True):
         return self.max_tokens or 16  # as OpenAI has it
 
 
+class StartRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /rl/start_session."""
+
+    wait_s: Annotated[float, Meta(ge=0.0, le=60.0)] = 20.0  # for a task, if there is none now
+    queue: Annotated[str, Meta(max_length=128)] = ""  # of an environment agent:pull/QUEUE
+
+
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
@@ -113,8 +143,6 @@ def read_chat(body: bytes) -> ChatRequest:
         raise _not_the_policy("tool_choice", 'only "auto" and "none" leave the choice to the policy')
     if request.response_format and request.response_format.get("type") != "text":
         raise _not_the_policy("response_format", "say in the prompt how to answer")
-    if any(not isinstance(tool.get("function"), dict) for tool in request.tools or []):
-        raise ApiError(400, "invalid_request", 'every tool must look like {"type": "function", "function": {...}}')
     return request
 
 
@@ -126,6 +154,11 @@ def read_completion(body: bytes) -> CompletionRequest:
     if request.echo:
         raise ApiError(400, "invalid_request", "echo is not supported")
     return request
+
+
+def read_start(body: bytes) -> StartRequest:
+    """Raises ApiError."""
+    return _decode(body or b"{}", StartRequest)
 
 
 def read_object(body: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Self
 
 from rollout_server.gateway.api_error import ApiError
 from rollout_server.gateway.listening import Listening
+from rollout_server.gateway.offers import Offers
 from rollout_server.gateway.session import Policy, Session, ended_error
 from rollout_server.gateway.tools import HermesTools, ToolParser
 
@@ -22,15 +23,17 @@ class GatewaySettings:
     listen: str = "127.0.0.1:0"  # HOST:PORT; port 0 is any free one
     url: str | None = None  # how agents reach it, if not at that address: http://HOST:PORT
     model: str = "policy"  # the name that it gives the policy
+    agent_key: str | None = None  # what an agent must show to be given a task; None: nothing
 
 
 class Gateway:
     """An async context manager, in the process of the engine."""
 
     def __init__(self, settings: GatewaySettings, tools: ToolParser | None = None) -> None:
-        """Raises ValueError for an address that cannot be one."""
+        """Raises UserError for an address that cannot be one."""
         self.settings = settings
         self.tools = tools or HermesTools()
+        self.offers = Offers()
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._listening = Listening(self, settings.listen)
@@ -58,7 +61,9 @@ class Gateway:
 
         Raises LeaseFailure, with what runs inside cut off, when a call finds that the lease cannot be fulfilled.
         """
-        session = Session(policy, self.tools, address=self.address, model=self.settings.model, max_calls=max_calls)
+        session = Session(
+            policy, self.tools, self.offers, address=self.address, model=self.settings.model, max_calls=max_calls
+        )
         self._sessions[session.api_key] = session
         try:
             async with session.watched():

@@ -31,10 +31,10 @@ class Listening:
     """An async context manager; raises UserError when the address cannot be had."""
 
     def __init__(self, gateway: "Gateway", listen: str) -> None:
-        """Raises ValueError for what is not HOST:PORT."""
+        """Raises UserError for what is not HOST:PORT."""
         host, separator, port = listen.rpartition(":")
         if not separator or not host or not port.isdecimal() or int(port) >= 1 << 16:
-            raise ValueError(f"the gateway listens at HOST:PORT, got {listen!r}; port 0 is any free one")
+            raise UserError(f"--gateway-listen must be HOST:PORT, got {listen!r}; port 0 is any free one")
         self._host = host.strip("[]")
         self._port = int(port)
         config = uvicorn.Config(

@@ -1,6 +1,7 @@
 """Routes: what agents may ask of the gateway, each under the key of a session, as a header or in the path."""
 
 import asyncio
+import hmac
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from rollout_server.environments.environment import EnvironmentFailure
 from rollout_server.gateway.answers import answer_chat, answer_completion
 from rollout_server.gateway.api_error import ApiError
 from rollout_server.gateway.api_replies import chat_events, chat_reply, completion_events, completion_reply
-from rollout_server.gateway.api_requests import read_chat, read_completion, read_object
+from rollout_server.gateway.api_requests import StartRequest, read_chat, read_completion, read_object, read_start
 
 if TYPE_CHECKING:
     from rollout_server.gateway.gateway import Gateway
@@ -40,6 +41,8 @@ def application(gateway: "Gateway") -> Starlette:
             Route(prefix + path, _Post(gateway, handler).handle, methods=["POST"]) for path, handler in posts.items()
         ]
         routes.append(Route(f"{prefix}/v1/models", _Models(gateway).handle, methods=["GET"]))
+    for version in ("", "/v1"):
+        routes.append(Route(f"{version}/rl/start_session", _Start(gateway).handle, methods=["POST"]))
     routes.append(Route("/health", _health, methods=["GET"]))
     return Starlette(routes=routes)
 
@@ -118,6 +121,27 @@ class _Models:
         return JSONResponse({"object": "list", "data": [card]})
 
 
+class _Start:
+    """An agent asks for a task; it may wait for one, and is given none once it has hung up."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+
+    async def handle(self, request: Request) -> Response:
+        try:
+            check_agent_key(request, self._gateway.settings.agent_key)
+            asked = read_start(await body_of(request))
+        except ApiError as error:
+            return error_reply(error)
+        return await until_hung_up(request, self._answer(asked))
+
+    async def _answer(self, asked: StartRequest) -> Response:
+        invitation = await self._gateway.offers.take(asked.queue, timeout_s=asked.wait_s)
+        if invitation is None:
+            return error_reply(ApiError(429, "no_task", f"there was no task within {asked.wait_s:g} s: ask again"))
+        return JSONResponse(invitation)
+
+
 class _Post:
     """A request with a body, for a session. It is given up when the agent hangs up: nobody would read the answer."""
 
@@ -157,6 +181,12 @@ async def _hang_up(request: Request, until: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     until.reschedule(asyncio.get_running_loop().time())
+
+
+def check_agent_key(request: Request, expected: str | None) -> None:
+    """Raises ApiError."""
+    if expected is not None and not hmac.compare_digest(key_of(request).encode(), expected.encode()):
+        raise ApiError(401, "invalid_api_key", "asking for a task takes the key of the file --gateway-key names")
 
 
 def key_of(request: Request) -> str:

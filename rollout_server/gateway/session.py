@@ -3,17 +3,19 @@
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from common.trajectory import FinishReason, Trajectory
-from rollout_server.environments.environment import EnvironmentFailure, Outcome, check_reward
+from rollout_server.environments.environment import EnvironmentFailure, Outcome, Row, check_reward
 from rollout_server.environments.scopes import Scopes
 from rollout_server.gateway.api_error import ApiError
 from rollout_server.gateway.chats import Chats, too_long_error
+from rollout_server.gateway.offers import Offers
 from rollout_server.gateway.recorder import Recorder
 from rollout_server.gateway.tools import ToolParser
 from rollout_server.inference import Completion
@@ -42,7 +44,9 @@ class Session:
     An environment hands `base_url` and `api_key` to an agent, or `url` alone, and waits for it.
     """
 
-    def __init__(self, policy: Policy, parser: ToolParser, *, address: str, model: str, max_calls: int) -> None:
+    def __init__(
+        self, policy: Policy, parser: ToolParser, offers: Offers, *, address: str, model: str, max_calls: int
+    ) -> None:
         self.policy = policy
         self.api_key = f"sk-{secrets.token_hex(24)}"
         self.base_url = f"{address}/v1"  # for OPENAI_BASE_URL, with api_key for OPENAI_API_KEY
@@ -50,6 +54,7 @@ class Session:
         self.id = secrets.token_hex(8)  # for logs: it opens nothing
         self.model = model
         self.chats = Chats(policy.tokenizer, parser, policy.max_model_len)
+        self.offers = offers
         self.is_cut = False  # a limit kept the agent, or the policy in its last call, from going on
         self.reward: float | None = None
         self._bad_reward: EnvironmentFailure | None = None
@@ -58,6 +63,7 @@ class Session:
         self._numbers = itertools.count()
         self._num_begun = 0
         self._num_running = 0
+        self._active_at = time.monotonic()
         self._calls = Scopes()
         self._ended = asyncio.Event()
         self._lease_failure: LeaseFailure | None = None
@@ -71,7 +77,34 @@ class Session:
         """Answered ones."""
         return self._recorder.num_calls
 
+    @property
+    def has_begun(self) -> bool:
+        """The agent has asked for an answer, be it in vain."""
+        return self._num_begun > 0
+
+    @property
+    def idle_s(self) -> float:
+        """Since the agent was last heard of; 0 while a call of it runs."""
+        return 0.0 if self._num_running else time.monotonic() - self._active_at
+
+    def note_activity(self) -> None:
+        """The agent is alive."""
+        self._active_at = time.monotonic()
+
     # --- for environments --------------------------------------------------------------------------------------------
+
+    def invitation(self, row: Row, *, seed: int, timeout_s: float) -> dict[str, Any]:
+        """What an agent must know to play the row, as JSON values."""
+        return {
+            "session_id": self.id,
+            "base_url": self.base_url,
+            "api_key": self.api_key,
+            "session_url": self.url,
+            "model": self.model,
+            "task": dict(row.fields),
+            "seed": seed,
+            "timeout_s": timeout_s,
+        }
 
     async def ended(self) -> None:
         """Returns when the agent has said that nothing follows."""
@@ -101,6 +134,7 @@ class Session:
             raise
         finally:
             self._num_running -= 1
+            self.note_activity()
 
     def _admit(self) -> None:
         if self._ended.is_set():
@@ -135,6 +169,7 @@ class Session:
         """The last one counts. Raises EnvironmentFailure for what is no plausible number."""
         if self._ended.is_set():
             raise ended_error()
+        self.note_activity()
         try:
             self.reward = check_reward(value)
         except EnvironmentFailure as failure:

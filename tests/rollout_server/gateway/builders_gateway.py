@@ -88,7 +88,7 @@ class SayingEngine:
         self.asked.append(sampling)
         self.num_running += 1
         try:
-            while callable(self.texts[0]):
+            if callable(self.texts[0]):
                 await self.texts.pop(0)()
         finally:
             self.num_running -= 1
@@ -107,6 +107,11 @@ class SayingEngine:
             token_versions=np.array(versions, dtype=np.int32),
             terminated=not text.endswith("~"),
         )
+
+
+def a_client(url: str, api_key: str = "") -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=10, verify=False, trust_env=False)
 
 
 Agent = Callable[[Session, httpx.AsyncClient], Awaitable[Any]]
@@ -128,8 +133,7 @@ class AgentHere:
 
     async def play(self, row: Row, session: Session, *, seed: int) -> Outcome:
         self.sessions.append(session)
-        headers = {"Authorization": f"Bearer {session.api_key}"}
-        async with httpx.AsyncClient(base_url=session.base_url, headers=headers, timeout=10) as client:
+        async with a_client(session.base_url, session.api_key) as client:
             reward = await self.agent(session, client)
         return reward if isinstance(reward, Outcome) else Outcome(reward=reward)
 
@@ -144,7 +148,12 @@ def a_runner(engine: Any, environment: Any, gateway: Gateway, **changes: Any) ->
     settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 100, "max_model_len": MAX_MODEL_LEN}
     tokenizer = changes.pop("tokenizer", None) or a_tokenizer()
     return EpisodeRunner(
-        engine, {"here:": environment}, tokenizer, wait_for_version=at_once, gateway=gateway, **settings | changes
+        engine,
+        {environment.url: environment},
+        tokenizer,
+        wait_for_version=at_once,
+        gateway=gateway,
+        **settings | changes,
     )
 
 
@@ -156,12 +165,23 @@ async def played(
     **changes: Any,
 ) -> list[Trajectory]:
     """The trajectories of one episode of the agent, to which the policy says the texts."""
-    engine = engine or SayingEngine(list(texts))
     environment = AgentHere(agent, settings or EnvironmentSettings())
     async with a_gateway() as gateway:
-        runner = a_runner(engine, environment, gateway, **changes)
-        group = await runner.run(a_lease(environment="here:", group_size=1, lease_id=1))
-    return list(group.trajectories)
+        return await episode_of(environment, gateway, *texts, engine=engine, **changes)
+
+
+async def episode_of(
+    environment: Any,
+    gateway: Gateway,
+    *texts: Any,
+    engine: SayingEngine | None = None,
+    lease: dict[str, Any] | None = None,
+    **changes: Any,
+) -> list[Trajectory]:
+    """Likewise, in an environment that has been entered."""
+    runner = a_runner(engine or SayingEngine(list(texts)), environment, gateway, **changes)
+    fields: dict[str, Any] = {"environment": environment.url, "group_size": 1, "prompt": "2+3"}
+    return list((await runner.run(a_lease(**fields | (lease or {})))).trajectories)
 
 
 def user(text: str) -> dict[str, Any]:
