@@ -124,6 +124,12 @@ class CoordinatorClient:
             self._run = msgspec.structs.replace(self._run, published_version=version)
         await self._tell(self._published)
 
+    async def evaluate(self, version: int) -> messages.EvaluationReport:
+        """The evaluation of `version`, or of a later one that was had in its place; one at a time."""
+        report = await self._ask(messages.EvaluateVersion(version=version), messages.EvaluationReport)
+        assert isinstance(report, messages.EvaluationReport)
+        return report
+
     async def take_frontier(self) -> bytes:
         """What a checkpoint must hold of the coordinator."""
         frontier = await self._ask(messages.TakeFrontier(), messages.Frontier)

@@ -252,12 +252,16 @@ class Evaluations:
         first, last = self.held_versions
         return HoldFor(first=first, last=last, server_id=server_id)
 
-    def __repr__(self) -> str:
+    def describe(self) -> str:
+        """How far the evaluation that is under way is, for people; empty when there is none."""
         evaluation = self._now
         if evaluation is None or self._rules is None:
-            return "<Evaluations none>"
+            return ""
         version = evaluation.version if evaluation.version != NO_VERSION else f"{evaluation.asked_version} or later"
         return (
-            f"<Evaluations version {version}, {len(evaluation.results)}/{self._rules.num_tasks} tasks done, "
-            f"{len(evaluation.running)} running>"
+            f"version {version}, {len(evaluation.results)}/{self._rules.num_tasks} tasks done, "
+            f"{len(evaluation.running)} running"
         )
+
+    def __repr__(self) -> str:
+        return f"<Evaluations {self.describe() or 'none'}>"

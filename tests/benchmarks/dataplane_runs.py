@@ -180,6 +180,7 @@ def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: in
         status = learner.hear_status(
             lambda status: not status.running and sent(status) > (1 + copies) / 2 * queue_bytes
         )
+        learner.hear_status(lambda _: True)  # servers have been told meanwhile that the queue is full
         return Memory(
             queue_bytes=queue_bytes,
             ingress_bytes=NUM_SERVERS * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size),

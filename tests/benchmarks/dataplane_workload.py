@@ -58,7 +58,7 @@ class Report(msgspec.Struct, kw_only=True):
     pulse_ms: list[float] = []
     ack_ms: list[float] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
-    waiting_for: list[str] = []  # the last words of each server's coordinator about that
+    waiting_for: set[str] = set()  # all that servers were told about that
 
 
 class FakeServer:
@@ -75,7 +75,6 @@ class FakeServer:
         self._sent_at: dict[int, float] = {}
         self._asked_at: deque[float] = deque()
         self._heartbeat_at = float("inf")
-        self.waiting_for = ""
         self.finished = False
 
     def say(self, message: Message) -> None:
@@ -126,7 +125,7 @@ class FakeServer:
                 raise RuntimeError(f"{self._name}: {message.reason}")
 
     def _pulse(self, pulse: Pulse, now: float) -> None:
-        self.waiting_for = pulse.waiting_for
+        self._report.waiting_for.add(pulse.waiting_for)
         if pulse.published_version > self._loaded:  # told at once, and not asked for
             self._loaded = pulse.published_version
             self._beat(now)
@@ -161,7 +160,6 @@ def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         now = time.monotonic()
         for server in servers.values():
             server.beat_if_due(now)
-    report.waiting_for = [server.waiting_for for server in servers.values()]
     if plan.report:
         Path(plan.report).write_bytes(msgspec.json.encode(report))
 

@@ -60,6 +60,7 @@ class FakeLearner:
     def __init__(self, router: Router, snapshots: Router, session: str) -> None:
         self.session = session
         self.published = 0
+        self.hold_s = 0.0
         self.heard: list[Message] = []
         self._router = router
         self._snapshots = snapshots
@@ -86,6 +87,7 @@ class FakeLearner:
             "temperature": 1.0,
             "weights_address": self._snapshots.address,
             "published_version": self.published,
+            "evaluation_hold_s": self.hold_s,
         }
         return Welcome(**fields | changes)
 
@@ -219,8 +221,10 @@ async def a_joined_server(
     *,
     step_s: float = 0.0,
     engine_type: type[TableEngine] = TableEngine,
+    hold_s: float = 0.0,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
+    learner.hold_s = hold_s
     environments = {ScriptedEnvironment.url: environment or ScriptedEnvironment()}
     serving = asyncio.create_task(
         serve(learner.address, tmp_path, environments, step_s=step_s, engine_type=engine_type)
