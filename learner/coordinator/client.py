@@ -230,5 +230,12 @@ class CoordinatorClient:
             done, _ = await asyncio.wait({answer}, timeout=SAY_IT_EVERY_S)
             if done:
                 return answer.result()
-            waiting_for = self.status.waiting_for if self.status is not None else "the coordinator to start"
-            logger.info("waiting since %.0f s: %s", time.monotonic() - asked_s, waiting_for or "a batch is on its way")
+            logger.info("waiting since %.0f s: %s", time.monotonic() - asked_s, self._what_for(answer_type))
+
+    def _what_for(self, answer_type: type[messages.Message]) -> str:
+        """What an answer of this type waits for, for people."""
+        if self.status is None:
+            return "the coordinator to start"
+        if answer_type is messages.EvaluationReport:
+            return f"evaluation of {self.status.evaluation}" if self.status.evaluation else "a report is on its way"
+        return self.status.waiting_for or "a batch is on its way"
