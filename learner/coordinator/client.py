@@ -232,13 +232,15 @@ class CoordinatorClient:
             done, _ = await asyncio.wait({answer}, timeout=SAY_IT_EVERY_S)
             if done:
                 return answer.result()
-            logger.info("waiting since %.0f s: %s", time.monotonic() - asked_s, self._waiting_for())
+            logger.info("waiting since %.0f s: %s", time.monotonic() - asked_s, self._what_for(answer_type))
 
-    def _waiting_for(self) -> str:
-        """For people."""
+    def _what_for(self, answer_type: type[messages.Message]) -> str:
+        """What an answer of this type waits for, for people."""
         if self.status is None or self._dealer is None:
             return "the coordinator to start"
         silent_s = time.monotonic() - self._status_s
         if silent_s > SILENT_S:
             return f"the coordinator, process {self.pid}: nothing heard of it for {silent_s:.0f} s"
+        if answer_type is messages.EvaluationReport:
+            return f"evaluation of {self.status.evaluation}" if self.status.evaluation else "a report is on its way"
         return self.status.waiting_for or "a batch is on its way"
