@@ -95,7 +95,12 @@ A group takes {scenario.median_s:.0f} s in the median, ten times as long at the 
 Staleness is the mean over trained tokens, in policy versions, and its two parts: until the group was accepted, and from
 then on. Tokens that were never trained are those of leases that were taken away, and those that the action `mask` gives
 no gradient. CPU is the coordinator's rules alone, on one core of the machine that wrote this, the heartbeats of all
-servers included.
+servers included: with 10,000 servers and 256 groups a step nearly all of it is heartbeats.
+
+Once there are places enough, more servers change nothing: the learner waits for the slowest of the groups that are due,
+whose first tokens would be too old after another step. With `wait` nothing that was sampled is lost; the price is the
+idle learner, which is the higher the longer the slowest group takes over `max_staleness + 1` steps. `mask` pays with
+tokens instead, and `requeue` with both.
 
 ![learner idle and staleness over the number of servers](scaling.png)
 
