@@ -6,7 +6,7 @@ and everything else is as in a run. Shape suffixes: B = trajectories, T = tokens
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,11 @@ class PastPolicies:
         self._versions: deque[list[Tensor]] = deque(maxlen=max_staleness + 1)
         self.version = -1  # the newest
 
-    def push(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def push(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The parameters of the next version."""
-        names = [name for name, _ in self._model.named_parameters()]
-        assert names == [name for name, _ in tensors]
-        self._versions.append([tensor.detach().clone() for _, tensor in tensors])
+        copied = [(name, tensor.detach().clone()) for name, tensor in tensors]
+        assert [name for name, _ in copied] == [name for name, _ in self._model.named_parameters()]
+        self._versions.append([tensor for _, tensor in copied])
         self.version += 1
 
     @torch.no_grad()
