@@ -136,8 +136,9 @@ def test_the_memory_that_is_free_is_known():
     assert 1e7 < free_memory().host < 1e15
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["1", pytest.param("3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", ["1", "3"])
 def test_a_prediction_is_near_what_a_rank_really_takes(stage: str, model: str, tmp_path: Path):
     """Resident memory that a rank of 8M parameters in float32 gains, at its peak, by being opened and making a step."""
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192}
@@ -145,7 +146,7 @@ def test_a_prediction_is_near_what_a_rank_really_takes(stage: str, model: str, t
     plan = check_memory(some_train_settings(larger, zero_stage=int(stage)), None, free=Memory(host=1e12))
     predicted = sum(item.num_bytes for item in plan.items if item.what.startswith("policy") and not item.is_estimate)
     command = [sys.executable, "-m", "tests.learner.test_memory", larger, model, stage]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
     assert ended.returncode == 0, ended.stderr
     gained = int(ended.stdout.split()[-1])
     assert predicted / FACTOR < gained < predicted * FACTOR, (predicted, gained)
