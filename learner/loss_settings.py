@@ -36,9 +36,7 @@ def check_critic_warmup(critic_warmup_steps: int, advantage: str) -> None:
 def check_value_head(critic_model: str | None, critic_warmup_steps: int, advantage: str) -> None:
     """Of a policy with a value head. Raises ValueError for what it cannot have."""
     if advantage not in WITH_CRITIC:
-        raise ValueError(
-            f"critic value_head: advantage {advantage} has no critic; {' and '.join(WITH_CRITIC)} have one"
-        )
+        raise ValueError(f"critic value_head: advantage {advantage} has no critic; use {' or '.join(WITH_CRITIC)}")
     if critic_model is not None:
         raise ValueError(f"critic value_head stands on the policy's trunk: critic_model {critic_model} goes with own")
     if critic_warmup_steps:
