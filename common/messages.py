@@ -350,6 +350,7 @@ class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
     held_by: Name = ""  # the bound that keeps leases from all servers; empty when none does
     servers_wait_for: Text = ""  # likewise, for people
+    evaluation: Text = ""  # how far one that is under way is, for people
 
 
 class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):

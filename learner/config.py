@@ -10,6 +10,7 @@ from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
+from learner.evaluation_settings import EvaluationSettings
 from learner.lora_settings import LoraSettings, lora_settings
 from learner.loss_settings import OnNonfinite, Proximal, check_critic_warmup, check_proximal, check_strengths
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
@@ -146,6 +147,30 @@ class LearnerConfig:
     )
     drop_truncated: bool = option(False, help="truncated trajectories are compared with but not trained on (DAPO)")
 
+    # Evaluation, beside training: see docs/evaluation.md
+    evaluate_every_steps: int = option(
+        0,
+        help="versions between two evaluations over held-out tasks; also the first and the last version are evaluated; "
+        "0: never",
+    )
+    evaluation_data: str | None = option(
+        None,
+        help="held-out tasks, as for data; prompts in there are never trained. Default: they are taken out of data",
+    )
+    evaluation_tasks: int = option(64, help="held-out tasks of an evaluation")
+    evaluation_samples: int = option(1, help="episodes of each held-out task; with more than 1 also pass@k is reported")
+    evaluation_temperature: float | None = option(
+        None, help="of their sampling; 0 is greedy; default: 0 with one sample, else temperature"
+    )
+    evaluation_pass_reward: float = option(1.0, help="an episode with at least this reward counts as passed in pass@k")
+    evaluation_hold_s: float = option(
+        30.0,
+        help="for so long at most a rollout server may stay at the version that is evaluated once there is a newer one",
+    )
+    evaluation_timeout_s: float = option(
+        600.0, help="an evaluation that is not done by then is given up; the run ends so much later at most"
+    )
+
     # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
     critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
@@ -258,6 +283,7 @@ class LearnerConfig:
                 "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
             )
         self._check_canary()
+        self.evaluation_settings  # noqa: B018  # raises ValueError for what is impossible
         self._check_lengths()
         self._check_queue()
 
@@ -340,6 +366,25 @@ class LearnerConfig:
             alpha=self.lora_alpha,
             target_modules=self.lora_target_modules,
             dropout=self.lora_dropout,
+        )
+
+    @property
+    def evaluation_settings(self) -> EvaluationSettings | None:
+        """None when nothing is evaluated."""
+        if self.evaluate_every_steps == 0:
+            return None
+        temperature = self.evaluation_temperature
+        if temperature is None:
+            temperature = 0.0 if self.evaluation_samples == 1 else self.temperature
+        return EvaluationSettings(
+            every_steps=self.evaluate_every_steps,
+            data=self.evaluation_data or "",
+            tasks=self.evaluation_tasks,
+            samples=self.evaluation_samples,
+            temperature=temperature,
+            pass_reward=self.evaluation_pass_reward,
+            hold_s=self.evaluation_hold_s,
+            timeout_s=self.evaluation_timeout_s,
         )
 
     def kl_settings(self, model: str) -> KlSettings:

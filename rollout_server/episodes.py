@@ -1,12 +1,14 @@
 """Episodes: from a lease to a group of trajectories, token-in and token-out."""
 
 import asyncio
+import copy
+import itertools
 from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
 from common.environments import EnvironmentSettings
-from common.messages import Lease
+from common.messages import Evaluate, Lease
 from common.snapshot import NO_VERSION
 from common.trajectory import FinishReason, Group, Trajectory
 from rollout_server.conversation import Conversation
@@ -29,6 +31,7 @@ from rollout_server.tokenizer import Tokenizer
 from rollout_server.turns import Bounds, PromptTooLong, Turns, fitted_prompt
 
 MIN_REPLY_TOKENS = 16  # what the environment says is cut to leave room for so many
+EVALUATION_BYTES = 1 << 40  # of a group that never leaves this process: no bound
 _MASK_64 = (1 << 64) - 1
 
 
@@ -68,6 +71,8 @@ class EpisodeRunner:
         self.vocab_size = engine.vocab_size
         self._wait_for_version = wait_for_version
         self._gateway = gateway
+        self._request_prefix = ""  # request ids are unique in the engine
+        self._evaluation_numbers = itertools.count()
         self.num_running = 0
         self.num_sampled_tokens = 0  # since the start, also of groups that failed
 
@@ -90,6 +95,25 @@ class EpisodeRunner:
         if group.num_bytes > lease.max_group_bytes:
             raise LeaseFailure("group_too_large", f"{group.num_bytes} bytes, the lease pays {lease.max_group_bytes}")
         return group
+
+    async def run_evaluation(self, evaluate: Evaluate) -> Group:
+        """The episodes of an evaluation task, sampled at its own temperature; raises LeaseFailure."""
+        runner = copy.copy(self)
+        runner._temperature, runner._request_prefix = (
+            evaluate.temperature,
+            f"evaluation {next(self._evaluation_numbers)} ",
+        )
+        lease = Lease(
+            lease_id=evaluate.evaluation_id,
+            task_id=evaluate.task_id,
+            environment=evaluate.environment,
+            row=evaluate.row,
+            group_size=evaluate.samples,
+            seed=evaluate.seed,
+            min_version=evaluate.version,
+            max_group_bytes=EVALUATION_BYTES,
+        )
+        return await runner.run(lease)
 
     async def _run_group(self, row: Row, lease: Lease) -> Group:
         prompts = _PromptMemo(self.tokenizer)
@@ -184,7 +208,8 @@ class EpisodeRunner:
             seed=sample_seed(seed, turn) if turn else seed,
         )
         try:
-            completion = await self._engine.generate(prompt_ids_T, sampling, f"{lease.lease_id}.{index}.{turn}")
+            request_id = f"{self._request_prefix}{lease.lease_id}.{index}.{turn}"
+            completion = await self._engine.generate(prompt_ids_T, sampling, request_id)
         except ValueError as error:
             raise LeaseFailure("engine_error", f"the engine refused the prompt: {error}") from error
         except EngineError as error:

@@ -60,9 +60,6 @@ class _Evaluation:
         self.results, self.given_up = {}, {}
         self.failures.clear()
 
-    def running_at(self, server_id: str) -> int:
-        return sum(server == server_id for _, server in self.running.values())
-
 
 class Evaluations:
     """One evaluation at a time; the learner asks for it, and a report ends it."""
@@ -170,12 +167,10 @@ class Evaluations:
             return []
         is_urgent = published_version > evaluation.version or now - evaluation.waiting_since >= self._rules.patience_s
         decisions: list[Decision] = []
-        used = {member.server_id: evaluation.running_at(member.server_id) for member in self._members.values()}
+        used = Counter(server for _, server in evaluation.running.values())
+        free = self._holders(evaluation.version, now)
         while evaluation.pending:
-            free = [
-                member for member in self._holders(evaluation.version, now)
-                if self._fits(member, used[member.server_id] + 1, is_urgent=is_urgent)
-            ]  # fmt: skip
+            free = [member for member in free if self._fits(member, used[member.server_id] + 1, is_urgent=is_urgent)]
             if not free:
                 return decisions
             member = min(free, key=lambda member: (used[member.server_id], member.joined))
@@ -252,12 +247,16 @@ class Evaluations:
         first, last = self.held_versions
         return HoldFor(first=first, last=last, server_id=server_id)
 
-    def __repr__(self) -> str:
+    def describe(self) -> str:
+        """How far the evaluation that is under way is, for people; empty when there is none."""
         evaluation = self._now
         if evaluation is None or self._rules is None:
-            return "<Evaluations none>"
+            return ""
         version = evaluation.version if evaluation.version != NO_VERSION else f"{evaluation.asked_version} or later"
         return (
-            f"<Evaluations version {version}, {len(evaluation.results)}/{self._rules.num_tasks} tasks done, "
-            f"{len(evaluation.running)} running>"
+            f"version {version}, {len(evaluation.results)}/{self._rules.num_tasks} tasks done, "
+            f"{len(evaluation.running)} running"
         )
+
+    def __repr__(self) -> str:
+        return f"<Evaluations {self.describe() or 'none'}>"

@@ -11,7 +11,7 @@ from common.lifecycle import UserError
 from learner.coordinator.settings import CoordinatorSettings
 
 
-class EvaluationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How held-out tasks are sampled; how many there are say the rules."""
 
     data: str = ""  # as `prompts`; empty: taken out of those
@@ -34,7 +34,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group_size: Annotated[int, Meta(ge=1, le=4096)]
     max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 22)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
-    evaluation: EvaluationSettings | None = None
+    evaluation: HeldOut | None = None
     keys: str = ""  # folder with the learner's key and the allow-list; needed unless `listen` is loopback
     lease_secret: Annotated[str, Meta(pattern="^[0-9a-f]{32,128}$")]  # known to the coordinators of one learner
     journal: str  # SQLite file of accepted groups; made if it is not there

@@ -32,7 +32,8 @@ class Answer:
     completion: Completion
     text: str  # without special tokens, up to a stop text
     message: Message | None  # in a chat
-    finish_reason: str
+    finish_reason: str  # as OpenAI names it
+    stop_text: str | None  # what ended it
 
     def tokens(self, tokenizer: Tokenizer) -> list[str]:
         """Each sampled token as text."""
@@ -42,28 +43,40 @@ class Answer:
 async def answer_chat(session: Session, parser: ToolParser, request: ChatRequest) -> list[Answer]:
     """As many as the request asks for, recorded; raises ApiError."""
     tools = request.usable_tools
+    tokenizer = session.policy.tokenizer
     async with session.call():
         prompt_ids = session.chats.chat_ids(request.messages, tools)
-        completions = await _sample(session, prompt_ids, request, request.limit)
         answers = []
-        for completion in completions:
-            heard, text, is_stopped = _heard(completion, request, session.policy.tokenizer)
+        for completion in await _sample(session, prompt_ids, request, request.limit):
+            heard, text, stop_text = _heard(completion, request, tokenizer)
             parsed = Parsed(content=text)
             if tools:
-                parsed = _parsed(heard, text, parser, tools, session.policy.tokenizer, is_stopped=is_stopped)
-            message = _message(parsed)
-            spoken = Spoken(
-                token_ids=np.concatenate([prompt_ids, heard.token_ids]).astype(np.int32),
-                end=session.policy.tokenizer.decode(heard.token_ids[-1:].tolist(), skip_special_tokens=False),
-                parsed=parsed,
+                parsed = _parsed(heard, text, parser, tools, tokenizer, stop_text=stop_text)
+            answer = Answer(
+                prompt_ids=prompt_ids,
+                completion=heard,
+                text=text,
+                message=_message(parsed),
+                finish_reason="tool_calls" if parsed.calls else _finish_reason(completion, stop_text=stop_text),
+                stop_text=stop_text,
             )
-            session.chats.remember(request.messages, tools, message, spoken)
-            reason = "tool_calls" if parsed.calls else _finish_reason(completion, is_stopped=is_stopped)
-            answers.append(
-                Answer(prompt_ids=prompt_ids, completion=heard, text=text, message=message, finish_reason=reason)
-            )
-        _record(session, answers, completions)
+            _remember_chat(session, request, tools, answer, parsed)
+            answers.append(answer)
+        _record(session, answers)
         return answers
+
+
+def _remember_chat(
+    session: Session, request: ChatRequest, tools: Sequence[dict[str, object]], answer: Answer, parsed: Parsed
+) -> None:
+    assert answer.message is not None, "an answer in a chat has one"
+    ids = answer.completion.token_ids
+    spoken = Spoken(
+        token_ids=np.concatenate([answer.prompt_ids, ids]).astype(np.int32),
+        end=session.policy.tokenizer.decode(ids[-1:].tolist(), skip_special_tokens=False),
+        parsed=parsed,
+    )
+    session.chats.remember(request.messages, tools, answer.message, spoken)
 
 
 async def answer_completion(session: Session, request: CompletionRequest) -> list[Answer]:
@@ -71,17 +84,21 @@ async def answer_completion(session: Session, request: CompletionRequest) -> lis
     prompt = request.prompt
     async with session.call():
         prompt_ids = session.chats.text_ids(prompt) if isinstance(prompt, str) else _given_ids(session, prompt or [])
-        completions = await _sample(session, prompt_ids, request, request.limit)
         answers = []
-        for completion in completions:
-            heard, text, is_stopped = _heard(completion, request, session.policy.tokenizer)
+        for completion in await _sample(session, prompt_ids, request, request.limit):
+            heard, text, stop_text = _heard(completion, request, session.policy.tokenizer)
             if isinstance(prompt, str):
                 session.chats.remember_text(prompt + text, np.concatenate([prompt_ids, heard.token_ids]))
-            reason = _finish_reason(completion, is_stopped=is_stopped)
-            answers.append(
-                Answer(prompt_ids=prompt_ids, completion=heard, text=text, message=None, finish_reason=reason)
+            answer = Answer(
+                prompt_ids=prompt_ids,
+                completion=heard,
+                text=text,
+                message=None,
+                finish_reason=_finish_reason(completion, stop_text=stop_text),
+                stop_text=stop_text,
             )
-        _record(session, answers, completions)
+            answers.append(answer)
+        _record(session, answers)
         return answers
 
 
@@ -108,13 +125,13 @@ def _given_ids(session: Session, ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _record(session: Session, answers: list[Answer], completions: Sequence[Completion]) -> None:
+def _record(session: Session, answers: Sequence[Answer]) -> None:
     for answer in answers:
         session.record(answer.prompt_ids, answer.completion, is_cut=answer.finish_reason == "length")
 
 
-def _heard(completion: Completion, request: Request, tokenizer: Tokenizer) -> tuple[Completion, str, bool]:
-    """The completion up to a stop text, what of it is shown, and whether there was one.
+def _heard(completion: Completion, request: Request, tokenizer: Tokenizer) -> tuple[Completion, str, str | None]:
+    """The completion up to a stop text, what of it is shown, and which stop text it was.
 
     Tokens up to the one that completes the stop text are kept, as they were sampled; what came after was never heard.
     """
@@ -126,11 +143,11 @@ def _heard(completion: Completion, request: Request, tokenizer: Tokenizer) -> tu
     text = text_of(num_tokens)
     stops = [stop for stop in request.stops if stop in text]
     if not stops:
-        return completion, text, False
+        return completion, text, None
     num_kept = 1 + bisect_left(range(1, num_tokens), True, key=lambda kept: _has(text_of, kept, stops))
     text = text_of(num_kept)
-    shown = text[: min(text.index(stop) for stop in stops if stop in text)]
-    return _first(completion, num_kept), shown, True
+    where, stop_text = min((text.index(stop), stop) for stop in stops if stop in text)
+    return _first(completion, num_kept), text[:where], stop_text
 
 
 def _has(text_of: Callable[[int], str], num_tokens: int, stops: Sequence[str]) -> bool:
@@ -154,10 +171,10 @@ def _parsed(
     tools: Sequence[dict[str, object]],
     tokenizer: Tokenizer,
     *,
-    is_stopped: bool,
+    stop_text: str | None,
 ) -> Parsed:
     """The calls in it. The marks around a call may be special tokens; the one that ends a turn is no text."""
-    if is_stopped:
+    if stop_text is not None:
         return parser.parse(text, tools)
     ids = heard.token_ids[:-1] if heard.terminated else heard.token_ids
     parsed = parser.parse(tokenizer.decode(ids.tolist(), skip_special_tokens=False), tools)
@@ -172,5 +189,5 @@ def _message(parsed: Parsed) -> Message:
     return Message(role="assistant", content=parsed.content, tool_calls=calls or None)
 
 
-def _finish_reason(completion: Completion, *, is_stopped: bool) -> str:
-    return "stop" if completion.terminated or is_stopped else "length"
+def _finish_reason(completion: Completion, *, stop_text: str | None) -> str:
+    return "stop" if completion.terminated or stop_text is not None else "length"

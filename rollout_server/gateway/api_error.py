@@ -1,4 +1,4 @@
-"""ApiError: what an agent is told when its request is not granted, in OpenAI's form."""
+"""ApiError: what an agent is told when its request is not granted, in the form of OpenAI's and Anthropic's APIs."""
 
 from typing import Any
 
@@ -15,4 +15,4 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        return {"type": "error", "error": {"message": self.message, "type": kind, "param": None, "code": self.code}}

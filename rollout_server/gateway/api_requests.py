@@ -138,7 +138,11 @@ AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 def read_chat(body: bytes) -> ChatRequest:
     """Raises ApiError for what is no such request, and for one that asks for another distribution than the policy's."""
-    request = _read(body, ChatRequest)
+    return check_policy(_read(body, ChatRequest))
+
+
+def check_policy(request: ChatRequest) -> ChatRequest:
+    """The request; raises ApiError if what it asks for is not the policy's own choice."""
     if request.tool_choice not in (None, "auto", "none"):
         raise _not_the_policy("tool_choice", 'only "auto" and "none" leave the choice to the policy')
     if request.response_format and request.response_format.get("type") != "text":
@@ -158,16 +162,16 @@ def read_completion(body: bytes) -> CompletionRequest:
 
 def read_start(body: bytes) -> StartRequest:
     """Raises ApiError."""
-    return _decode(body or b"{}", StartRequest)
+    return decode(body or b"{}", StartRequest)
 
 
 def read_object(body: bytes) -> dict[str, Any]:
     """Any JSON object; an empty body is an empty one. NaN and Infinity are no JSON. Raises ApiError."""
-    return _decode(body or b"{}", dict[str, Any])
+    return decode(body or b"{}", dict[str, Any])
 
 
 def _read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    request = _decode(body, kind)
+    request = decode(body, kind)
     if request.logit_bias:
         raise _not_the_policy("logit_bias", "leave it out")
     return request
@@ -176,7 +180,7 @@ def _read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
 Decoded = TypeVar("Decoded")
 
 
-def _decode(body: bytes, kind: type[Decoded]) -> Decoded:
+def decode(body: bytes, kind: type[Decoded]) -> Decoded:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -15,6 +15,8 @@ from rollout_server.gateway.answers import answer_chat, answer_completion
 from rollout_server.gateway.api_error import ApiError
 from rollout_server.gateway.api_replies import chat_events, chat_reply, completion_events, completion_reply
 from rollout_server.gateway.api_requests import StartRequest, read_chat, read_completion, read_object, read_start
+from rollout_server.gateway.messages_api import message_events, message_reply, read_messages
+from rollout_server.gateway.responses_api import response_events, response_reply
 
 if TYPE_CHECKING:
     from rollout_server.gateway.gateway import Gateway
@@ -32,6 +34,9 @@ def application(gateway: "Gateway") -> Starlette:
     posts: dict[str, SessionHandler] = {
         "/v1/chat/completions": _Chat(gateway),
         "/v1/completions": _Completion(gateway),
+        "/v1/responses": _Responses(gateway),
+        "/v1/messages": _Messages(gateway),
+        "/v1/messages/count_tokens": _count_tokens,
         **{f"{version}/rl/set_reward": _set_reward for version in ("", "/v1")},
         **{f"{version}/rl/end_session": _end_session for version in ("", "/v1")},
     }
@@ -70,6 +75,35 @@ class _Completion:
         answers = await answer_completion(session, request)
         reply = completion_reply(request, answers, model=session.model, tokenizer=session.policy.tokenizer)
         return _events(completion_events(request, reply)) if request.stream else JSONResponse(reply)
+
+
+class _Responses:
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+
+    async def __call__(self, session: "Session", body: bytes) -> Response:
+        request, said = session.responses.read(body)
+        [answer] = await answer_chat(session, self._gateway.tools, request)
+        reply = response_reply(answer, model=session.model)
+        assert answer.message is not None, "an answer in a chat has one"
+        session.responses.keep(reply["id"], said, answer.message)
+        return _events(response_events(reply)) if request.stream else JSONResponse(reply)
+
+
+class _Messages:
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+
+    async def __call__(self, session: "Session", body: bytes) -> Response:
+        request = read_messages(body)
+        [answer] = await answer_chat(session, self._gateway.tools, request)
+        reply = message_reply(answer, model=session.model)
+        return _events(message_events(reply)) if request.stream else JSONResponse(reply)
+
+
+async def _count_tokens(session: "Session", body: bytes) -> Response:
+    request = read_messages(body)
+    return JSONResponse({"input_tokens": session.chats.chat_ids(request.messages, request.usable_tools).size})
 
 
 async def _set_reward(session: "Session", body: bytes) -> Response:

@@ -17,6 +17,7 @@ from rollout_server.gateway.api_error import ApiError
 from rollout_server.gateway.chats import Chats, too_long_error
 from rollout_server.gateway.offers import Offers
 from rollout_server.gateway.recorder import Recorder
+from rollout_server.gateway.response_store import ResponseStore
 from rollout_server.gateway.tools import ToolParser
 from rollout_server.inference import Completion
 from rollout_server.lease_failure import LeaseFailure
@@ -55,6 +56,7 @@ class Session:
         self.model = model
         self.chats = Chats(policy.tokenizer, parser, policy.max_model_len)
         self.offers = offers
+        self.responses = ResponseStore()
         self.is_cut = False  # a limit kept the agent, or the policy in its last call, from going on
         self.reward: float | None = None
         self._bad_reward: EnvironmentFailure | None = None

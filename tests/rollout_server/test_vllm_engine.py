@@ -136,6 +136,20 @@ async def test_the_whole_distribution_is_sampled_whatever_the_models_generation_
     assert len({int(task.result().token_ids[0]) for task in one_token}) > 8
 
 
+async def test_at_temperature_zero_every_token_is_the_likeliest_and_has_a_finite_log_probability(live: LiveEngine):
+    update = await live.load_next()
+    prompt = a_prompt(12)
+    greedy = [await live.engine.generate(prompt, a_sampling(seed, temperature=0.0), f"g{seed}") for seed in (1, 2)]
+    assert greedy[0].token_ids.tolist() == greedy[1].token_ids.tolist()
+    tokens = np.concatenate([prompt, greedy[0].token_ids])
+    expected = forward_logprobs(live.models[update.version], tokens, temperature=1.0)[len(prompt) - 1 :]
+    assert np.abs(expected - greedy[0].logprobs).max() < TOLERANCE
+    first_logprobs = [
+        forward_logprobs(live.models[update.version], np.append(prompt, token_id))[-1] for token_id in range(VOCAB_SIZE)
+    ]
+    assert greedy[0].token_ids[0] == np.argmax(first_logprobs)
+
+
 async def test_a_completion_terminates_at_any_end_token_and_is_truncated_otherwise(live: LiveEngine):
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:

@@ -247,6 +247,19 @@ async def test_a_request_is_repeated_while_the_agent_has_asked_for_nothing():
     assert (trajectory.reward, tried) == (1.0, 3)
 
 
+async def test_a_request_is_not_repeated_once_the_agent_has_had_an_answer():
+    tried = 0
+
+    async def handler(request):
+        nonlocal tried
+        tried += 1
+        await answers(request)
+        raise Dies
+
+    assert (await failure_of(handler, "5", "5", "5", tries=5)).kind == "environment_error"
+    assert tried == 1
+
+
 async def test_what_an_agent_asks_after_its_reply_is_refused():
     late: list[tuple[int, str]] = []
     asked: list[Any] = []
