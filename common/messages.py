@@ -14,12 +14,13 @@ from msgspec import Meta
 from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
 MAX_VERSION_RUNS = 1 << 16
 MAX_REWARD = 1e9
+MAX_EVALUATION_TASKS = 1 << 16
 
 Name = Annotated[str, Meta(max_length=256)]
 Address = Annotated[str, Meta(max_length=512)]
@@ -84,6 +85,7 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     out_of_service: Text = ""
     updates: Count = 0  # versions loaded since the process started
     pulled_bytes: Count = 0  # of snapshots, since the process started
+    holding: Version = -1  # the loaded version, where it stays at that because HoldVersions said so
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
@@ -122,6 +124,33 @@ class LeaseFailed(Message, frozen=True, tag="LeaseFailed"):
     reason: Text
 
 
+class EvaluatedEpisode(Message, frozen=True, gc=False):
+    """What is told of one episode of an evaluation. Its tokens stay where they were sampled."""
+
+    reward: Finite
+    num_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]  # sampled, over all turns
+    terminated: bool
+    oldest_version: Annotated[int, Meta(ge=0, lt=1 << 31)]  # of its tokens
+    newest_version: Annotated[int, Meta(ge=0, lt=1 << 31)]
+
+
+class Evaluated(Message, frozen=True, tag="Evaluated"):
+    """An evaluation task is done. Said once: what is lost with a connection is granted anew."""
+
+    evaluation_id: Id
+    task_id: Id
+    version: Version
+    episodes: Annotated[tuple[EvaluatedEpisode, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
+
+
+class EvaluationFailed(Message, frozen=True, tag="EvaluationFailed"):
+    """An evaluation task could not be done; kind "version_gone": a newer version than its own is loaded."""
+
+    evaluation_id: Id
+    kind: Name
+    reason: Text
+
+
 class Leaving(Message, frozen=True, tag="Leaving"):
     """The server stops; its open leases go to others at once."""
 
@@ -146,6 +175,7 @@ class Welcome(Message, frozen=True, tag="Welcome"):
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)]
     weights_address: Address  # where snapshots are pulled from
     published_version: Version
+    evaluation_hold_s: Seconds = 0.0  # see HoldVersions
 
 
 class Refused(Message, frozen=True, tag="Refused"):
@@ -174,6 +204,27 @@ class LeaseCancelled(Message, frozen=True, tag="LeaseCancelled"):
 
     lease_id: Id
     reason: Text
+
+
+class HoldVersions(Message, frozen=True, tag="HoldVersions"):
+    """Stay at the first version from `first` to `last` that is loaded, until told otherwise or Welcome's
+    evaluation_hold_s have passed since a newer one was there. Evaluation tasks of other versions are void."""
+
+    first: Version
+    last: Version
+
+
+class Evaluate(Message, frozen=True, tag="Evaluate"):
+    """A task of an evaluation: nothing of it is trained. It is void when the server says Ready again."""
+
+    evaluation_id: Id
+    task_id: Id
+    version: Version  # that samples every token
+    environment: Address
+    row: JsonBytes
+    samples: Annotated[int, Meta(ge=1, le=MAX_GROUP_SIZE)]
+    seed: Id
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)]  # 0: always the likeliest token
 
 
 class GroupAccepted(Message, frozen=True, tag="GroupAccepted"):
@@ -299,12 +350,36 @@ class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
     waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
     held_by: Name = ""  # the bound that keeps leases from all servers; empty when none does
     servers_wait_for: Text = ""  # likewise, for people
+    evaluation: Text = ""  # how far one that is under way is, for people
 
 
 class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):
     """A checkpoint at `version`, with the frontier of that version, is safe on disk."""
 
     version: Version
+
+
+class EvaluateVersion(Message, frozen=True, tag="EvaluateVersion"):
+    """Evaluate this version, or the next one that servers have; answered by EvaluationReport. A new one replaces one
+    that is under way."""
+
+    version: Version
+
+
+class EvaluatedTask(Message, frozen=True):
+    task_id: Id
+    episodes: Annotated[tuple[EvaluatedEpisode, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
+
+
+class EvaluationReport(Message, frozen=True, tag="EvaluationReport"):
+    """Every token of these tasks was sampled by `version`."""
+
+    asked_version: Version
+    version: Version  # snapshot.NO_VERSION when none was begun
+    tasks: Annotated[tuple[EvaluatedTask, ...], Meta(max_length=MAX_EVALUATION_TASKS)]
+    failed: dict[Name, Count]  # tasks that were given up, by kind of their last failure
+    unfinished: Count  # tasks
+    reason: Text = ""  # why any are unfinished
 
 
 class CloseRun(Message, frozen=True, tag="CloseRun"):
@@ -421,12 +496,30 @@ class SlotReleased(Message, frozen=True, tag="SlotReleased"):
     slot: Count
 
 
-ServerToCoordinator = Hello | Ready | Heartbeat | GroupFinished | LeaseFailed | Leaving
-CoordinatorToServer = Welcome | Refused | Lease | LeaseCancelled | GroupAccepted | GroupRefused | Pulse | Finished
-LearnerToCoordinator = (
-    OpenRun | TakeBatch | StepCompleted | SnapshotPublished | TakeFrontier | CheckpointSaved | CloseRun
+ServerToCoordinator = Hello | Ready | Heartbeat | GroupFinished | LeaseFailed | Leaving | Evaluated | EvaluationFailed
+CoordinatorToServer = (
+    Welcome
+    | Refused
+    | Lease
+    | LeaseCancelled
+    | GroupAccepted
+    | GroupRefused
+    | Pulse
+    | Finished
+    | HoldVersions
+    | Evaluate
 )
-CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus
+LearnerToCoordinator = (
+    OpenRun
+    | TakeBatch
+    | StepCompleted
+    | SnapshotPublished
+    | TakeFrontier
+    | CheckpointSaved
+    | CloseRun
+    | EvaluateVersion
+)
+CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus | EvaluationReport
 ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
 SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
 LearnerToSnapshots = SnapshotWritten

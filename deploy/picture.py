@@ -58,6 +58,11 @@ def draw_reward(axis: Any, run: RunSummary) -> None:
         axis.plot(
             versions, accuracies, "D", color=INK, markersize=7, clip_on=False, label="held-out prompts right, greedy"
         )
+    if run.evaluated:
+        versions = [event["version"] for event in run.evaluated]
+        held_out = [event["reward"] for event in run.evaluated]
+        values += held_out
+        axis.plot(versions, held_out, "o-", color=GENERATION, markersize=5, clip_on=False, label="held-out tasks")
     if min(values) >= 0 and max(values) <= 1:
         axis.set_ylim(0, 1.05)
     first, last = run.edge_rewards()

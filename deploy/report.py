@@ -27,7 +27,10 @@ class RunSummary:
     directory: Path
     spans: Intervals  # one for each start of the learner
     steps: Sequence[Event]
-    evaluations: Sequence[Event]
+    evaluations: Sequence[Event]  # of checkpoints, before and after the run
+    evaluated: Sequence[Event]  # versions evaluated while it trained, ascending; complete ones
+    evaluating: Intervals  # while it trained
+    num_given_up: int  # evaluations that were not completed
     updates: Sequence[Event]
     training: Intervals
     waiting: Intervals
@@ -87,13 +90,19 @@ def summarize(directory: Path) -> RunSummary:
     if not steps:
         raise UserError(f"the run in {directory} has not completed a step yet")
     generation = intervals_of(events, "generate")
+    in_run = [event for event in events if event["kind"] == "evaluation"]
+    evaluated = {event["version"]: event for event in in_run if event["complete"]}
     exports = [event["path"] for event in events if event["kind"] == "export"]
     checkpoints = [event["path"] for event in events if event["kind"] == "checkpoint"]
+    spans = merge([_span(log, generation) for log in logs if intervals_of(log, "train")])
     return RunSummary(
         directory=directory,
-        spans=merge([_span(log, generation) for log in logs if intervals_of(log, "train")]),
+        spans=spans,
         steps=[steps[number] for number in sorted(steps)],
         evaluations=[event for event in events if event["kind"] == "eval"],
+        evaluated=[evaluated[version] for version in sorted(evaluated)],
+        evaluating=intersect(intervals_of(events, "evaluating"), spans),
+        num_given_up=sum(not event["complete"] for event in in_run),
         updates=[event for event in events if event["kind"] == "weight_update"],
         training=intervals_of(events, "train"),
         waiting=intervals_of(events, "wait_batch"),
@@ -124,6 +133,7 @@ def describe(run: RunSummary) -> str:
         ("steps", f"{len(run.steps)} in {duration(run.wall_s)}" + _starts(len(run.spans))),
         ("reward in training", f"{first:.3f} -> {last:.3f}"),
         *[(f"held-out, version {e['version']}", _evaluation(e)) for e in run.evaluations],
+        *_evaluated(run),
         ("staleness of tokens", _staleness(run.staleness_shares())),
         ("learner idle", f"{run.share(run.waiting):.0%}"),
         *_generation(run),
@@ -149,6 +159,35 @@ def duration(seconds: float) -> str:
 
 def _evaluation(event: Event) -> str:
     return f"{event['accuracy']:.1%} of {event['prompts']} prompts right, greedy"
+
+
+def _evaluated(run: RunSummary) -> list[tuple[str, str]]:
+    """Of what was evaluated while the run trained: the first, the best and the last."""
+    if not run.evaluated:
+        return [("evaluations given up", str(run.num_given_up))] if run.num_given_up else []
+    first, last = run.evaluated[0], run.evaluated[-1]
+    best = max(run.evaluated, key=lambda event: event["reward"])
+    shown = {event["version"]: event for event in (first, best, last)}
+    rows = [(f"evaluated, version {version}", _evaluated_in_words(shown[version])) for version in sorted(shown)]
+    told = [f"{len(run.evaluated)} versions"]
+    if run.num_given_up:
+        told.append(f"{run.num_given_up} given up")
+    if run.evaluating:
+        told.append(f"median {duration(statistics.median(end - start for start, end in run.evaluating))}")
+        if run.generation:
+            share = length_s(intersect(run.evaluating, run.generation)) / length_s(run.evaluating)
+            told.append(f"generation busy {share:.0%} of that time")
+    return [("evaluations", ", ".join(told)), *rows]
+
+
+def _evaluated_in_words(event: Event) -> str:
+    samples = event["samples"]
+    how = "greedy" if event["temperature"] == 0 else f"{samples} samples at temperature {event['temperature']:g}"
+    failed = f", {event['failed_tasks']:.0f} failed" if event["failed_tasks"] else ""
+    return (
+        f"mean reward {event['reward']:.3f} +- {event['reward_error']:.3f}, pass@{samples} "
+        f"{event[f'pass_at_{samples}']:.2f}, {event['tasks']:.0f} tasks{failed}, {how}"
+    )
 
 
 def _staleness(shares: dict[int, float]) -> str:

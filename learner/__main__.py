@@ -4,10 +4,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NoReturn
 
 import msgspec
@@ -20,7 +19,7 @@ from common.events import EventLog
 from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
 from common.lifecycle import DedicatedThread, UserError, configure_logging, leave, run_until_stopped
-from common.metrics import start_metrics_server
+from common.metrics import Measurement, start_metrics_server
 from common.wire import curve_keypair
 from learner import joining
 from learner.algorithms import describe_all
@@ -29,6 +28,7 @@ from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter, writing_checkpoints
 from learner.config import LearnerConfig
 from learner.coordinator.client import CoordinatorClient
+from learner.evaluations import Evaluations
 from learner.launch import launched_place, without_local_rank
 from learner.loop import LearnerLoop
 from learner.measurements import measure
@@ -42,7 +42,7 @@ from learner.refusals import Refusals
 from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
 from learner.step_metrics import StepMeter
-from learner.trackers import open_trackers
+from learner.trackers import Tracker, open_trackers
 from learner.training import TrainEngine, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ examples:
   learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
   learner --correction icepop:high=2 --correction veto    masks in place of truncated importance weights
   learner --ranks 8 --zero-stage 2 --dtype bfloat16  8 processes on this machine; started anew when one dies
+  learner --evaluate-every-steps 20 --evaluation-samples 4    mean reward and pass@4 on held-out prompts
   torchrun --nproc-per-node 8 -m learner --config run.toml    the same by another launcher; or deepspeed, or srun
   learner --model Qwen/Qwen3-0.6B --data prompts.jsonl --environment python:my_rewards:score
 
@@ -101,6 +102,8 @@ class Learner:
     events: EventLog
     publisher: Publisher
     coordinator: CoordinatorClient
+    trackers: Sequence[Tracker]
+    evaluations: Evaluations | None
     tasks: asyncio.TaskGroup
 
 
@@ -145,6 +148,8 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
             )
         )
         coordinator = CoordinatorClient(coordinator_settings(config, settings, run, keys), run.private)
+        trackers = stack.enter_context(open_trackers(config, run))
+        evaluations = evaluations_of(config, coordinator, events, trackers, version=engine.version)
         # A group of its own around the others: what is saved at the end needs the coordinator, whatever ended the rest.
         outer = await stack.enter_async_context(asyncio.TaskGroup())
         supervising = outer.create_task(coordinator.supervise())
@@ -153,11 +158,12 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         background = [
             *([tasks.create_task(keep_ranks_waiting(engine, training))] if isinstance(engine, LeadingEngine) else []),
             tasks.create_task(publisher.watch()),
-            tasks.create_task(announce_versions(publisher, coordinator, events)),
+            tasks.create_task(announce_versions(publisher, coordinator, events, evaluations)),
         ]
         yield Learner(
             config=config, run=run, settings=settings, engine=engine, training=training, checkpoints=checkpoints,
-            events=events, publisher=publisher, coordinator=coordinator, tasks=tasks,
+            events=events, publisher=publisher, coordinator=coordinator, trackers=trackers, evaluations=evaluations,
+            tasks=tasks,
         )  # fmt: skip
         for task in background:
             task.cancel()
@@ -229,10 +235,29 @@ def model_facts(model: str) -> ModelFacts:
     )
 
 
-async def announce_versions(publisher: Publisher, coordinator: CoordinatorClient, events: EventLog) -> None:
+async def announce_versions(
+    publisher: Publisher, coordinator: CoordinatorClient, events: EventLog, evaluations: Evaluations | None
+) -> None:
     async for ready in publisher.ready_versions():
         events.emit("published", **msgspec.structs.asdict(ready))
+        if evaluations is not None:
+            await evaluations.published(ready.version)
         await coordinator.published(ready.version)
+
+
+def evaluations_of(
+    config: LearnerConfig,
+    coordinator: CoordinatorClient,
+    events: EventLog,
+    trackers: Sequence[Tracker],
+    *,
+    version: int,
+) -> Evaluations | None:
+    """None when nothing is evaluated; version: where this start of the learner begins."""
+    settings = config.evaluation_settings
+    if settings is None:
+        return None
+    return Evaluations(settings, coordinator, events, trackers, first_version=version, last_version=config.total_steps)
 
 
 def canaries_of(config: LearnerConfig, publisher: Publisher, facts: ModelFacts) -> CanaryMaker:
@@ -256,26 +281,10 @@ def refusals_of(learner: Learner) -> Refusals:
 
 async def train(learner: Learner, facts: ModelFacts) -> None:
     """The loop, with everything that watches it."""
-    config, events = learner.config, learner.events
-    progress = Progress(
-        total_steps=config.total_steps,
-        queue_groups=config.queue_capacity,
-        waited_s=lambda: learner.coordinator.waited_s,
-        status=lambda: learner.coordinator.status,
-        version=learner.engine.version,
-        published=lambda: learner.publisher.newest,
-    )
+    config, events, evaluations = learner.config, learner.events, learner.evaluations
     async with AsyncExitStack() as stack:
-        trackers = stack.enter_context(open_trackers(config, learner.run))
-        writer = CheckpointWriter(
-            model=learner.settings.model,
-            engine=learner.engine,
-            training=learner.training,
-            coordinator=learner.coordinator,
-            checkpoints=learner.checkpoints,
-            events=events,
-        )
-        checkpoints = await stack.enter_async_context(writing_checkpoints(writer))
+        progress = progress_of(learner)
+        checkpoints = await stack.enter_async_context(writing_checkpoints(checkpoint_writer_of(learner)))
         refusals = refusals_of(learner)
         meter = StepMeter(refusals)
         loop = LearnerLoop(
@@ -289,19 +298,50 @@ async def train(learner: Learner, facts: ModelFacts) -> None:
             checkpoints=checkpoints,
             refusals=refusals,
             events=events,
-            observers=[StepLog(events, trackers), progress, meter],
+            observers=[StepLog(events, learner.trackers), progress, meter],
+            at_the_end=evaluations.finish if evaluations is not None else None,
         )
         if config.metrics_listen is not None:
-            parts = (learner.engine, learner.publisher, learner.coordinator)
-            stack.enter_context(
-                start_metrics_server(config.metrics_listen, lambda: chain(measure(*parts), meter.measure()))
-            )
+            stack.enter_context(start_metrics_server(config.metrics_listen, lambda: measurements(learner, meter)))
         display = stack.enter_context(ProgressDisplay(progress, Console()))
-        refreshing = learner.tasks.create_task(refresh(display))
+        beside = [refresh(display), *([evaluations.run()] if evaluations is not None else [])]
+        running = [learner.tasks.create_task(work) for work in beside]
         try:
             await loop.run()
         finally:
-            refreshing.cancel()
+            for task in running:
+                task.cancel()
+
+
+def measurements(learner: Learner, meter: StepMeter) -> Iterator[Measurement]:
+    yield from measure(learner.engine, learner.publisher, learner.coordinator)
+    yield from meter.measure()
+    if learner.evaluations is not None:
+        yield from learner.evaluations.measure()
+
+
+def progress_of(learner: Learner) -> Progress:
+    evaluations = learner.evaluations
+    return Progress(
+        total_steps=learner.config.total_steps,
+        queue_groups=learner.config.queue_capacity,
+        waited_s=lambda: learner.coordinator.waited_s,
+        status=lambda: learner.coordinator.status,
+        version=learner.engine.version,
+        published=lambda: learner.publisher.newest,
+        evaluated=lambda: evaluations.newest if evaluations is not None else None,
+    )
+
+
+def checkpoint_writer_of(learner: Learner) -> CheckpointWriter:
+    return CheckpointWriter(
+        model=learner.settings.model,
+        engine=learner.engine,
+        training=learner.training,
+        coordinator=learner.coordinator,
+        checkpoints=learner.checkpoints,
+        events=learner.events,
+    )
 
 
 async def keep_ranks_waiting(engine: LeadingEngine, training: DedicatedThread) -> None:

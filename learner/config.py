@@ -10,6 +10,7 @@ from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
+from learner.evaluation_settings import EvaluationSettings
 from learner.lora_settings import LoraSettings, lora_settings
 from learner.loss_settings import (
     CriticKind,
@@ -160,6 +161,30 @@ class LearnerConfig:
     )
     drop_truncated: bool = option(False, help="truncated trajectories are compared with but not trained on (DAPO)")
 
+    # Evaluation, beside training: see docs/evaluation.md
+    evaluate_every_steps: int = option(
+        0,
+        help="versions between two evaluations over held-out tasks; also the first and the last version are evaluated; "
+        "0: never",
+    )
+    evaluation_data: str | None = option(
+        None,
+        help="held-out tasks, as for data; prompts in there are never trained. Default: they are taken out of data",
+    )
+    evaluation_tasks: int = option(64, help="held-out tasks of an evaluation")
+    evaluation_samples: int = option(1, help="episodes of each held-out task; with more than 1 also pass@k is reported")
+    evaluation_temperature: float | None = option(
+        None, help="of their sampling; 0 is greedy; default: 0 with one sample, else temperature"
+    )
+    evaluation_pass_reward: float = option(1.0, help="an episode with at least this reward counts as passed in pass@k")
+    evaluation_hold_s: float = option(
+        30.0,
+        help="for so long at most a rollout server may stay at the version that is evaluated once there is a newer one",
+    )
+    evaluation_timeout_s: float = option(
+        600.0, help="an evaluation that is not done by then is given up; the run ends so much later at most"
+    )
+
     # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
     critic_learning_rate: float = option(1e-5, help="peak learning rate of a critic of its own")
@@ -170,6 +195,7 @@ class LearnerConfig:
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float = option(0.9, help="decay of Adam's first moment")
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
+    adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
     weight_decay: float = option(0.0, help="decoupled weight decay")
     max_grad_norm: float = option(1.0, help="gradients are clipped to this norm")
     on_nonfinite: OnNonfinite = option(
@@ -273,6 +299,7 @@ class LearnerConfig:
                 "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
             )
         self._check_canary()
+        self.evaluation_settings  # noqa: B018  # raises ValueError for what is impossible
         self._check_lengths()
         self._check_queue()
 
@@ -280,7 +307,7 @@ class LearnerConfig:
         for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name in ("max_grad_norm", "server_timeout_s"):
+        for name in ("max_grad_norm", "server_timeout_s", "adam_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -355,6 +382,25 @@ class LearnerConfig:
             alpha=self.lora_alpha,
             target_modules=self.lora_target_modules,
             dropout=self.lora_dropout,
+        )
+
+    @property
+    def evaluation_settings(self) -> EvaluationSettings | None:
+        """None when nothing is evaluated."""
+        if self.evaluate_every_steps == 0:
+            return None
+        temperature = self.evaluation_temperature
+        if temperature is None:
+            temperature = 0.0 if self.evaluation_samples == 1 else self.temperature
+        return EvaluationSettings(
+            every_steps=self.evaluate_every_steps,
+            data=self.evaluation_data or "",
+            tasks=self.evaluation_tasks,
+            samples=self.evaluation_samples,
+            temperature=temperature,
+            pass_reward=self.evaluation_pass_reward,
+            hold_s=self.evaluation_hold_s,
+            timeout_s=self.evaluation_timeout_s,
         )
 
     def kl_settings(self, model: str) -> KlSettings:

@@ -63,6 +63,7 @@ def _ours(settings: TrainSettings) -> dict[str, Any]:
             "params": {
                 "lr": settings.learning_rate,
                 "betas": list(settings.adam_betas),
+                "eps": settings.adam_epsilon,
                 "weight_decay": settings.weight_decay,
                 # DeepSpeed's own has to be compiled first, and pays where the optimizer's state is in host memory.
                 **({} if settings.engine.offload != "none" else {"torch_adam": True}),

@@ -184,8 +184,8 @@ def open_ranks(place: Place | None, *, timeout_s: float) -> tuple[Ranks, Ranks]:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update(place.environment() if place is not None else alone)
+    # DeepSpeed asks for the local rank even of the only one. The rest would make ranks of processes started from here.
+    os.environ.update(place.environment() if place is not None else {"LOCAL_RANK": "0"})
     import deepspeed
 
     # Used only for inference; it would be compiled for most of a minute at the first start.

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from common.canary import Canary
@@ -44,7 +44,9 @@ class LearnerLoop:
         refusals: Refusals,
         events: EventLog,
         observers: Sequence[StepObserver],
+        at_the_end: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
+        """at_the_end: what the run waits for when the last step is taken and saved; it is told the version."""
         self._settings = settings
         self._checkpoint_every_steps = checkpoint_every_steps
         self._engine = engine
@@ -56,6 +58,7 @@ class LearnerLoop:
         self._refusals = refusals
         self._events = events
         self._observers = observers
+        self._at_the_end = at_the_end
         self._unpublished = asyncio.Event()  # set while a version waits for a slot
 
     async def run(self) -> None:
@@ -69,6 +72,8 @@ class LearnerLoop:
                     await self._train_once()
             finally:
                 await finish(self._save_whole())
+            if self._at_the_end is not None:
+                await self._at_the_end(self._engine.version)
             late.cancel()
 
     async def _train_once(self) -> None:

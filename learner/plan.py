@@ -8,8 +8,9 @@ from common.lifecycle import UserError
 from learner import joining
 from learner.algorithms import build_advantages, build_aggregation, build_corrections, build_loss
 from learner.config import LearnerConfig
-from learner.coordinator.service_settings import ServiceSettings
-from learner.coordinator.settings import CoordinatorSettings
+from learner.coordinator.service_settings import HeldOut, ServiceSettings
+from learner.coordinator.settings import CoordinatorSettings, EvaluationRules
+from learner.evaluation_settings import EvaluationSettings
 from learner.loss_settings import WITH_CRITIC
 from learner.run_directory import RunDirectory
 from learner.training import TrainSettings
@@ -55,6 +56,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         warmup_steps=config.warmup_steps,
         total_steps=config.total_steps,
         adam_betas=(config.adam_beta1, config.adam_beta2),
+        adam_epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         on_nonfinite=config.on_nonfinite,
@@ -81,6 +83,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
 def coordinator_settings(
     config: LearnerConfig, settings: TrainSettings, run: RunDirectory, keys: ServerKeys | None
 ) -> ServiceSettings:
+    evaluation = config.evaluation_settings
     rules = CoordinatorSettings(
         groups_per_step=config.groups_per_step,
         max_staleness=config.max_staleness,
@@ -92,6 +95,7 @@ def coordinator_settings(
         server_timeout_s=config.server_timeout_s,
         environments=tuple(spec.name for spec in config.environment.specs),
         environment_weights=tuple(spec.weight for spec in config.environment.specs),
+        evaluation=evaluation_rules(evaluation, group_size=config.group_size) if evaluation is not None else None,
     )
     return ServiceSettings(
         run_id=run.lineage_id,
@@ -105,8 +109,21 @@ def coordinator_settings(
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        evaluation=held_out(evaluation) if evaluation is not None else None,
         keys=str(keys.directory) if keys is not None else "",
         lease_secret=secrets.token_hex(32),
         journal=str(run.path / "journal.sqlite"),
         event_log=str(run.path / f"events-coordinator-{run.lineage}.jsonl"),
+    )
+
+
+def evaluation_rules(evaluation: EvaluationSettings, *, group_size: int) -> EvaluationRules:
+    return EvaluationRules(
+        num_tasks=evaluation.tasks, samples=evaluation.samples, group_size=group_size, timeout_s=evaluation.timeout_s
+    )
+
+
+def held_out(evaluation: EvaluationSettings) -> HeldOut:
+    return HeldOut(
+        data=evaluation.data, samples=evaluation.samples, temperature=evaluation.temperature, hold_s=evaluation.hold_s
     )

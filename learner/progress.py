@@ -13,6 +13,7 @@ from rich.text import Text
 
 from common.messages import CoordinatorStatus, SnapshotReady
 from common.trajectory import Group
+from learner.evaluation import Evaluation
 from learner.rates import FleetTotals, Rates, Sample, describe_bytes
 from learner.training import StepResult
 
@@ -29,12 +30,14 @@ class Progress:
         self, *, total_steps: int, queue_groups: int, waited_s: Callable[[], float],
         status: Callable[[], CoordinatorStatus | None], version: int,
         published: Callable[[], SnapshotReady | None] = lambda: None,
+        evaluated: Callable[[], Evaluation | None] = lambda: None,
     ) -> None:  # fmt: skip
         self._total_steps = total_steps
         self._queue_groups = queue_groups
         self._waited_s = waited_s
         self._status = status
         self._published = published
+        self._evaluated = evaluated
         self._fleet = FleetTotals()
         self._samples: deque[Sample] = deque()
         self._rewards: deque[float] = deque(maxlen=REWARD_STEPS)
@@ -86,6 +89,8 @@ class Progress:
             fields["updates"] = _describe_updates(rates)
         if (published := self._published()) is not None:
             fields["weights"] = _describe(published)
+        if (evaluated := self._evaluated()) is not None:
+            fields["evaluation"] = evaluated.brief
         if (status := self._status()) is not None:
             fields |= self._status_fields(status)
         return fields
@@ -104,6 +109,8 @@ class Progress:
         failed = [f"{count} {kind}" for kind, count in status.failed.items() if count]
         if failed:
             fields["failed"] = _first(failed)
+        if status.evaluation:
+            fields["evaluating"] = status.evaluation
         if status.waiting_for:
             fields["waiting for"] = status.waiting_for
         return fields

@@ -25,7 +25,11 @@ class TorchNetwork:
         self._max_grad_norm = settings.max_grad_norm
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=0.0, betas=settings.adam_betas, weight_decay=settings.weight_decay
+            self._trained.values(),
+            lr=0.0,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
         )
         self._state = ZeroState(self, module, stage=0)
 

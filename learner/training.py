@@ -39,6 +39,7 @@ class TrainSettings:
     warmup_steps: int = 0
     total_steps: int = 1
     adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     on_nonfinite: OnNonfinite = "stop"

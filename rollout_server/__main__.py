@@ -1,5 +1,6 @@
 """The rollout-server command: join a learner, start an engine, sample until the run is finished."""
 
+import asyncio
 import logging
 import os
 import secrets
@@ -22,14 +23,17 @@ from common.wire import open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.config import RolloutServerConfig
 from rollout_server.environments import environment_at
-from rollout_server.environments.environment import Environment
+from rollout_server.environments.environment import AgentEnvironment, Environment
 from rollout_server.episodes import EpisodeRunner
+from rollout_server.gateway.gateway import Gateway
+from rollout_server.gateway.opening import gateway_settings
 from rollout_server.inference import InferenceEngine
 from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
+from rollout_server.vllm_tools import VllmTools
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
@@ -83,12 +87,17 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
             return 0
         model = config.model or welcome.model
         tokenizer, ready = prepare(model, welcome, config)
-        environments = {
-            name: await stack.enter_async_context(environment)
-            for name, environment in environments_of(welcome, config).items()
-        }
+        environments = environments_of(welcome, config)
+        gateway = None
+        if (settings := gateway_settings(config, environments.values())) is not None:
+            gateway = await stack.enter_async_context(Gateway(settings))
+            logger.info("agents reach the policy at %s/v1", gateway.address)
+        for environment in environments.values():
+            await stack.enter_async_context(environment)
         logger.info("starting the engine for %s", model)
         opened = await stack.enter_async_context((open_engine or open_default_engine)(model, welcome, config))
+        if gateway is not None and open_engine is None:
+            gateway.tools = await asyncio.to_thread(VllmTools, config.tool_parser, tokenizer)
         engine = MeteredEngine(opened, events)
         receiver = WeightReceiver(engine, events, transport=TRANSPORTS[config.weights_from])
         stack.callback(receiver.close)
@@ -97,7 +106,7 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
             key=key,
             engine=engine,
             receiver=receiver,
-            runner=lambda welcome: episode_runner(welcome, engine, environments, tokenizer, receiver),
+            runner=lambda welcome: episode_runner(welcome, engine, environments, tokenizer, receiver, gateway),
             hello=hello,
             ready=ready,
             events=events,
@@ -130,7 +139,9 @@ def prepare(model: str, welcome: messages.Welcome, config: RolloutServerConfig) 
     return tokenizer, ready
 
 
-def environments_of(welcome: messages.Welcome, config: RolloutServerConfig) -> dict[str, Environment]:
+def environments_of(
+    welcome: messages.Welcome, config: RolloutServerConfig
+) -> dict[str, Environment | AgentEnvironment]:
     """By name, not entered yet; UserError when this server has no environment of such a kind."""
     here = {"step_timeout_s": config.environment_timeout_s, "workers": config.environment_workers}
     given = {name: value for name, value in here.items() if value is not None}
@@ -164,9 +175,10 @@ def open_default_engine(
 def episode_runner(
     welcome: messages.Welcome,
     engine: InferenceEngine,
-    environments: dict[str, Environment],
+    environments: dict[str, Environment | AgentEnvironment],
     tokenizer: Tokenizer,
     receiver: WeightReceiver,
+    gateway: Gateway | None,
 ) -> EpisodeRunner:
     return EpisodeRunner(
         engine,
@@ -176,6 +188,7 @@ def episode_runner(
         max_new_tokens=welcome.max_new_tokens,
         max_model_len=welcome.max_model_len,
         wait_for_version=receiver.wait_for_version,
+        gateway=gateway,
     )
 
 

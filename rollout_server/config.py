@@ -37,6 +37,19 @@ class RolloutServerConfig:
         None, help="a call of an environment that takes longer fails its task; default: as the run says, or 30"
     )
 
+    gateway_listen: str = option(
+        "127.0.0.1:0", help="HOST:PORT of the OpenAI-compatible endpoint, when a run has agents; port 0: any free one"
+    )
+    gateway_url: str | None = option(
+        None, help="http(s)://HOST:PORT by which agents reach it, if that is not the address it listens at"
+    )
+    gateway_key: Path | None = option(
+        None, help="file with the key that agents show to be given a task; agent:pull needs one beyond loopback"
+    )
+    tool_parser: str = option(
+        "hermes", help="how the model writes tool calls: the name of one of vLLM's parsers (hermes, qwen3_xml, ...)"
+    )
+
     weights_from: TransportName = option(
         "nearest",
         help="how weights get here: shared_memory (only on the learner's host, as its user), zeromq (from everywhere), "

@@ -1,17 +1,19 @@
 """Episodes: from a lease to a group of trajectories, token-in and token-out."""
 
 import asyncio
+import copy
+import itertools
 from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
-from common.environments import ENVIRONMENT_UNAVAILABLE, EnvironmentSettings
-from common.messages import Lease
+from common.environments import EnvironmentSettings
+from common.messages import Evaluate, Lease
 from common.snapshot import NO_VERSION
 from common.trajectory import FinishReason, Group, Trajectory
 from rollout_server.conversation import Conversation
 from rollout_server.environments.environment import (
-    MAX_REASON_CHARS,
+    AgentEnvironment,
     BadRow,
     Environment,
     EnvironmentFailure,
@@ -21,37 +23,16 @@ from rollout_server.environments.environment import (
     check_reward,
     parse_row,
 )
+from rollout_server.gateway.gateway import Gateway
 from rollout_server.inference import Completion, EngineError, InferenceEngine, Sampling
+from rollout_server.lease_failure import LeaseFailure, check_sample
 from rollout_server.prompts import prompt_ids
 from rollout_server.tokenizer import Tokenizer
 from rollout_server.turns import Bounds, PromptTooLong, Turns, fitted_prompt
 
 MIN_REPLY_TOKENS = 16  # what the environment says is cut to leave room for so many
+EVALUATION_BYTES = 1 << 40  # of a group that never leaves this process: no bound
 _MASK_64 = (1 << 64) - 1
-
-
-class LeaseFailure(Exception):
-    """A lease cannot be fulfilled. `kind` is one of FAILURE_KINDS, `reason` is for people."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(f"{kind}: {reason}")
-        self.kind = kind
-        self.reason = reason[:MAX_REASON_CHARS]
-
-
-FAILURE_KINDS = {
-    "bad_row": "the dataset row has no usable prompt",
-    "prompt_too_long": "the prompt leaves no room for a single token",
-    "group_too_large": "the group has more bytes than the lease pays for",
-    "wrong_environment": "the lease is of another environment than this server runs",
-    "environment_error": "the environment raised or died",
-    "environment_timeout": "the environment, or the whole episode, took too long",
-    ENVIRONMENT_UNAVAILABLE: "the environment could not be reached",
-    "masked": "the environment said that the episode must not be trained on",
-    "bad_reward": "the environment gave something that is not a plausible number",
-    "engine_error": "the engine died or refused the request",
-    "bad_sample": "the engine's tokens cannot be trained on: no tokens, no finite log-probability, too old",
-}
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -72,21 +53,26 @@ class EpisodeRunner:
     def __init__(
         self,
         engine: InferenceEngine,
-        environments: Mapping[str, Environment],  # by the names that leases give them
+        environments: Mapping[str, Environment | AgentEnvironment],  # by the names that leases give them
         tokenizer: Tokenizer,
         *,
         temperature: float,
         max_new_tokens: int,  # per turn
         max_model_len: int,
         wait_for_version: Callable[[int], Awaitable[None]],  # returns once engine.loaded_version is at least that
+        gateway: Gateway | None = None,  # for environments whose agents call it
     ) -> None:
         self._engine = engine
         self._environments = environments
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._max_model_len = min(max_model_len, engine.max_model_len)
+        self.max_new_tokens = max_new_tokens
+        self.max_model_len = min(max_model_len, engine.max_model_len)
+        self.vocab_size = engine.vocab_size
         self._wait_for_version = wait_for_version
+        self._gateway = gateway
+        self._request_prefix = ""  # request ids are unique in the engine
+        self._evaluation_numbers = itertools.count()
         self.num_running = 0
         self.num_sampled_tokens = 0  # since the start, also of groups that failed
 
@@ -110,8 +96,27 @@ class EpisodeRunner:
             raise LeaseFailure("group_too_large", f"{group.num_bytes} bytes, the lease pays {lease.max_group_bytes}")
         return group
 
+    async def run_evaluation(self, evaluate: Evaluate) -> Group:
+        """The episodes of an evaluation task, sampled at its own temperature; raises LeaseFailure."""
+        runner = copy.copy(self)
+        runner._temperature, runner._request_prefix = (
+            evaluate.temperature,
+            f"evaluation {next(self._evaluation_numbers)} ",
+        )
+        lease = Lease(
+            lease_id=evaluate.evaluation_id,
+            task_id=evaluate.task_id,
+            environment=evaluate.environment,
+            row=evaluate.row,
+            group_size=evaluate.samples,
+            seed=evaluate.seed,
+            min_version=evaluate.version,
+            max_group_bytes=EVALUATION_BYTES,
+        )
+        return await runner.run(lease)
+
     async def _run_group(self, row: Row, lease: Lease) -> Group:
-        prompts = _PromptMemo(self._tokenizer)
+        prompts = _PromptMemo(self.tokenizer)
         try:
             async with asyncio.TaskGroup() as samples:
                 episodes = [
@@ -130,13 +135,10 @@ class EpisodeRunner:
         environment = self._environments[lease.environment]
         timeout_s = environment.settings.episode_timeout_s
         try:
-            async with asyncio.timeout(timeout_s), environment.episode(row, seed=lease.seed) as episode:
-                first = await episode.reset()
-                bounds = self._bounds(environment.settings)
-                if first != row.prompt:  # a prompt of the dataset is never cut
-                    first = fitted_prompt(first, self._tokenizer, bounds)
-                turns = Turns(Conversation(first, self._tokenizer), prompts.ids(first), bounds)
-                return await self._run_turns(turns, episode, lease, index)
+            async with asyncio.timeout(timeout_s):
+                if isinstance(environment, AgentEnvironment):
+                    return await self._run_agent(environment, row, lease, index)
+                return await self._run_episode(environment, row, lease, index, prompts)
         except TimeoutError as error:
             raise LeaseFailure("environment_timeout", f"the episode was not done within {timeout_s:g} s") from error
         except EnvironmentFailure as failure:
@@ -145,13 +147,29 @@ class EpisodeRunner:
             raise LeaseFailure("bad_row", str(error)) from error
         except PromptTooLong as error:
             raise LeaseFailure("prompt_too_long", str(error)) from error
-        except EngineError as error:
-            raise LeaseFailure("engine_error", str(error)) from error
+
+    async def _run_episode(
+        self, environment: Environment, row: Row, lease: Lease, index: int, prompts: "_PromptMemo"
+    ) -> list[Trajectory]:
+        async with environment.episode(row, seed=lease.seed) as episode:
+            first = await episode.reset()
+            bounds = self._bounds(environment.settings)
+            if first != row.prompt:  # a prompt of the dataset is never cut
+                first = fitted_prompt(first, self.tokenizer, bounds)
+            turns = Turns(Conversation(first, self.tokenizer), prompts.ids(first), bounds)
+            return await self._run_turns(turns, episode, lease, index)
+
+    async def _run_agent(self, environment: AgentEnvironment, row: Row, lease: Lease, index: int) -> list[Trajectory]:
+        assert self._gateway is not None, "a server with such environments has a gateway"
+        policy = _LeasePolicy(self, lease, index)
+        async with self._gateway.session(policy, max_calls=environment.settings.max_turns) as session:
+            outcome = await environment.play(row, session, seed=lease.seed)
+        return session.trajectories(outcome)
 
     def _bounds(self, settings: EnvironmentSettings) -> Bounds:
         return Bounds(
-            max_model_len=self._max_model_len,
-            reply_room=min(self._max_new_tokens, MIN_REPLY_TOKENS),
+            max_model_len=self.max_model_len,
+            reply_room=min(self.max_new_tokens, MIN_REPLY_TOKENS),
             max_observation_tokens=settings.max_observation_tokens,
             max_turns=settings.max_turns,
         )
@@ -160,7 +178,7 @@ class EpisodeRunner:
         total_reward = 0.0
         while True:
             completion = await self._sample_turn(turns, lease, index)
-            said = turns.say(completion, self._tokenizer)
+            said = turns.say(completion, self.tokenizer)
             step = await episode.step(said)
             total_reward = check_reward(total_reward + check_reward(step.reward))
             if step.done:
@@ -172,23 +190,49 @@ class EpisodeRunner:
                 return turns.trajectories(total_reward, FinishReason.TRUNCATED)
 
     async def _sample_turn(self, turns: Turns, lease: Lease, index: int) -> Completion:
-        log, turn = turns.log, turns.num_taken
-        room = self._max_model_len - len(log)
+        return await self.sample(turns.log.token_ids, lease, index, turns.num_taken, self.max_new_tokens)
+
+    async def sample(
+        self, prompt_ids_T: np.ndarray, lease: Lease, index: int, turn: int, max_new_tokens: int
+    ) -> Completion:
+        """What the policy says in turn `turn` of sample `index` of the lease; raises LeaseFailure."""
+        room = self.max_model_len - prompt_ids_T.size
         if room < 1:
-            raise LeaseFailure("prompt_too_long", f"{len(log)} tokens; the model takes {self._max_model_len} in all")
+            raise LeaseFailure(
+                "prompt_too_long", f"{prompt_ids_T.size} tokens; the model takes {self.max_model_len} in all"
+            )
         seed = sample_seed(lease.seed, index)
         sampling = Sampling(
             temperature=self._temperature,
-            max_new_tokens=min(self._max_new_tokens, room),
+            max_new_tokens=min(max_new_tokens, room),
             seed=sample_seed(seed, turn) if turn else seed,
         )
         try:
-            completion = await self._engine.generate(log.token_ids, sampling, f"{lease.lease_id}.{index}.{turn}")
+            request_id = f"{self._request_prefix}{lease.lease_id}.{index}.{turn}"
+            completion = await self._engine.generate(prompt_ids_T, sampling, request_id)
         except ValueError as error:
             raise LeaseFailure("engine_error", f"the engine refused the prompt: {error}") from error
+        except EngineError as error:
+            raise LeaseFailure("engine_error", str(error)) from error
         self.num_sampled_tokens += completion.token_ids.size
-        _check_sample(completion, lease.min_version)
+        check_sample(completion, lease.min_version)
         return completion
+
+
+class _LeasePolicy:
+    """gateway.session.Policy for one sample of a lease."""
+
+    def __init__(self, runner: EpisodeRunner, lease: Lease, index: int) -> None:
+        self.tokenizer = runner.tokenizer
+        self.vocab_size = runner.vocab_size
+        self.max_model_len = runner.max_model_len
+        self.max_new_tokens = runner.max_new_tokens
+        self._runner = runner
+        self._lease = lease
+        self._index = index
+
+    async def sample(self, prompt_ids_T: np.ndarray, *, max_new_tokens: int, call: int) -> Completion:
+        return await self._runner.sample(prompt_ids_T, self._lease, self._index, call, max_new_tokens)
 
 
 def _parsed(row_json: bytes) -> Row:
@@ -209,18 +253,3 @@ class _PromptMemo:
         if self._last is None or self._last[0] != observation:
             self._last = (observation, prompt_ids(observation, self._tokenizer))
         return self._last[1]
-
-
-def _check_sample(completion: Completion, min_version: int) -> None:
-    """Raises LeaseFailure for tokens that would poison a gradient."""
-    num_tokens = completion.token_ids.size
-    if num_tokens == 0:
-        raise LeaseFailure("bad_sample", "the engine sampled no token")
-    if not num_tokens == completion.logprobs.size == completion.token_versions.size:
-        sizes = f"{num_tokens} tokens, {completion.logprobs.size} log-probs, {completion.token_versions.size} versions"
-        raise LeaseFailure("bad_sample", f"the engine's evidence does not match its tokens: {sizes}")
-    if not np.isfinite(completion.logprobs).all():
-        raise LeaseFailure("bad_sample", "a sampled token has a log-probability that is not finite")
-    oldest = int(completion.token_versions.min())
-    if oldest < max(min_version, NO_VERSION + 1):
-        raise LeaseFailure("bad_sample", f"a token of version {oldest}, the lease wants at least {min_version}")

@@ -14,7 +14,7 @@ class Sampling:
     """How to sample one completion. There is no top-p or top-k: truncating the distribution would bias the
     importance weights, because the learner's log-probabilities are those of the whole distribution."""
 
-    temperature: float
+    temperature: float  # 0: always the likeliest token, and log-probabilities at temperature 1
     max_new_tokens: int
     seed: int
 

@@ -18,14 +18,17 @@ from common.snapshot import NO_VERSION
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
-from rollout_server.episodes import EpisodeRunner, LeaseFailure
+from rollout_server.episodes import EpisodeRunner
+from rollout_server.evaluations import Evaluations
 from rollout_server.held_leases import HeldLeases
+from rollout_server.lease_failure import LeaseFailure
+from rollout_server.waiting import WaitingAloud
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
-SAY_IT_EVERY_S = 10.0
+SAY_IT_EVERY_S = 5.0
 HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
 HEALTH_INTERVAL_S = 5.0
@@ -98,6 +101,7 @@ class RolloutServer:
         self._events = events
         self._session = ""
         self._leases = HeldLeases()
+        self._evaluations = Evaluations(receiver, self._say)
         self._run_id = ""
         self._following: asyncio.Task[None] | None = None
         self._progress = 0
@@ -116,6 +120,7 @@ class RolloutServer:
     def metrics(self) -> Iterator[Measurement]:
         """What Prometheus is told."""
         yield Measurement(name="running_groups", value=self._leases.num_working, help="leases being worked on")
+        yield Measurement(name="running_evaluations", value=len(self._evaluations), help="evaluation tasks")
         yield Measurement(
             name="unacknowledged_groups", value=self._leases.num_unacknowledged, help="sent, not yet accepted"
         )
@@ -152,6 +157,7 @@ class RolloutServer:
             self._following.cancel()
         self._run_id, self._session = welcome.run_id, welcome.session
         self._runner = self._make_runner(welcome)
+        self._receiver.hold_s = welcome.evaluation_hold_s
         await self._receiver.follow(welcome.run_id)
         await self._receiver.announce(welcome.published_version)
         self._following = self._tasks.create_task(self._follow_weights(welcome.weights_address))
@@ -159,14 +165,16 @@ class RolloutServer:
         logger.info("joined run %s", welcome.run_id)
 
     async def _say_ready(self) -> None:
-        """Whatever was confirmed before may be forgotten."""
+        """Whatever was confirmed before may be forgotten. Of evaluations nobody knows any more."""
         self._confirmed_version = NO_VERSION
+        self._evaluations.drop_all()
+        await self._receiver.hold(0, NO_VERSION)
         await self._dealer.send(encode(msgspec.structs.replace(self._ready, held=self._leases.claims())))
 
     async def _follow_weights(self, address: str) -> None:
         address = with_host_of(self._dealer.address, address)
         async with open_dealer(address, key=self._key) as dealer:
-            await self._receiver.run(dealer, on_doubt=self._leave_service)
+            await self._receiver.run(dealer, on_doubt=self._leave_service, on_hold=self._say_alive)
 
     async def _leave_service(self, doubt: str) -> None:
         """While the engine computes with other weights than it was given, what it samples is nobody's.
@@ -175,6 +183,7 @@ class RolloutServer:
         """
         for lease_id in self._leases.working():
             self._leases.drop(lease_id)
+        self._evaluations.drop_all()
         await self._say_alive()
 
     async def _receive(self) -> None:
@@ -192,10 +201,20 @@ class RolloutServer:
                     await self._say_ready()
                 case messages.Refused():
                     self._hear_refusal(message)
+                case messages.HoldVersions() | messages.Evaluate():
+                    await self._hear_of_evaluation(message)
                 case messages.Finished(reason=reason):
                     raise RunFinishedError(f"the run is finished: {reason}")
                 case _:
                     await self._hear_of_lease(message)
+
+    async def _hear_of_evaluation(self, message: messages.HoldVersions | messages.Evaluate) -> None:
+        if isinstance(message, messages.HoldVersions):
+            await self._evaluations.hold(message)
+            await self._say_alive()
+        elif message.evaluation_id not in self._evaluations:
+            work = self._evaluations.work(message, self._runner)
+            self._evaluations.begin(message, self._tasks.create_task(work))
 
     async def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
@@ -238,6 +257,11 @@ class RolloutServer:
         self._confirmed_version = NO_VERSION
         self._dealer.try_send(encode(said_now(self._hello)))
 
+    async def _say(self, message: messages.Message) -> None:
+        """Once."""
+        await self._dealer.send(encode(message))
+        self._progress += 1
+
     async def _work(self, lease: messages.Lease) -> None:
         try:
             group = await self._runner.run(lease)
@@ -267,17 +291,21 @@ class RolloutServer:
         self._confirmed_version = heartbeat.loaded_version
 
     async def _heartbeat(self) -> None:
-        said_s = time.monotonic()
+        aloud = WaitingAloud(self._dealer.address, time.monotonic())
         while True:
             self._engine.flush()
             heartbeat = self._describe()
             if self._dealer.try_send(encode(heartbeat)):
                 self._confirmed_version = heartbeat.loaded_version
             self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=RESEND_AFTER_S)
-            now_s = time.monotonic()
-            if now_s - max(self._last_heard_s, said_s) > SAY_IT_EVERY_S:
-                said_s = now_s
-                logger.info("waiting for the learner at %s: nothing heard of it", self._dealer.address)
+            awaited = self._leases.awaited_version(self._receiver.loaded_version)
+            aloud.look(
+                time.monotonic(),
+                heard_s=self._last_heard_s,
+                is_working=self._leases.num_working > 0 and awaited is None,
+                waiting_for=self._waiting_for if awaited is None else f"snapshot {awaited} of the learner",
+                every_s=SAY_IT_EVERY_S,
+            )
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _describe(self) -> messages.Heartbeat:
@@ -298,6 +326,7 @@ class RolloutServer:
             out_of_service=self._receiver.doubt[:4096],
             updates=self._receiver.deltas_loaded + self._receiver.full_loaded,
             pulled_bytes=self._receiver.received_bytes,
+            holding=self._receiver.holding,
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat

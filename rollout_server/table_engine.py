@@ -53,9 +53,12 @@ class TableEngine:
         for uniform in uniforms:
             await asyncio.sleep(self._step_s)
             self._check_open()
-            logprobs_V = _log_softmax(self._table_VV[last_id] / sampling.temperature)
+            logprobs_V = _log_softmax(self._table_VV[last_id] / (sampling.temperature or 1.0))
             cumulative_V = np.cumsum(np.exp(logprobs_V))
-            last_id = int(np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right"))
+            if sampling.temperature:
+                last_id = int(np.searchsorted(cumulative_V, uniform * cumulative_V[-1], side="right"))
+            else:
+                last_id = int(logprobs_V.argmax())
             token_ids.append(last_id)
             logprobs.append(float(logprobs_V[last_id]))
             versions.append(self.loaded_version)

@@ -134,7 +134,7 @@ class VllmEngine:
         """See InferenceEngine. Raises SnapshotError, with the engine as it was, for a snapshot of another model."""
         manifest = snapshot.manifest
         check_snapshot(snapshot, self._shapes, self._dtype)
-        async with self._updating:
+        async with self._updating, self._call(f"snapshot {manifest.version} cannot be applied"):
             known_version = NO_VERSION if self._refusal is not None else self.loaded_version
             patches = await self._preparing.run(self._in_place.prepare, snapshot, known_version)
             self._open.clear()
@@ -147,23 +147,23 @@ class VllmEngine:
         return WeightUpdate(version=manifest.version, pause_s=pause_s, in_place=patches is not None)
 
     async def _apply(self, snapshot: LocalSnapshot, patches: Sequence[Patch] | None) -> float:
+        """Returns the seconds of the pause."""
         version = snapshot.manifest.version
-        async with self._call(f"snapshot {version} cannot be applied"):
-            # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
-            core = self._llm.engine_core
-            # A number that comes again stands for other weights: the former were wrong, or of another life of the run.
-            # What they have cached has the same salt.
-            clear_cache = self.clear_cache or version <= self.loaded_version
-            await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
-            paused_at = time.perf_counter()
-            if patches is None:
-                await self._copy_whole(snapshot)
-            else:
-                rows = [(patch.rank, str(patch.path), patch.num_items, patch.parts) for patch in patches]
-                await self._llm.collective_rpc("write_changes", args=(rows,))
-            await self._llm.update_weight_version(str(version))
-            self.loaded_version = version
-            await self._llm.resume_generation()
+        # The public pause_generation() also sleeps 20 ms so that outputs arrive first; spans make that needless.
+        core = self._llm.engine_core
+        # A number that comes again stands for other weights: the former were wrong, or of another life of the run.
+        # What they have cached has the same salt.
+        clear_cache = self.clear_cache or version <= self.loaded_version
+        await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
+        paused_at = time.perf_counter()
+        if patches is None:
+            await self._copy_whole(snapshot)
+        else:
+            rows = [(patch.rank, str(patch.path), patch.num_items, patch.parts) for patch in patches]
+            await self._llm.collective_rpc("write_changes", args=(rows,))
+        await self._llm.update_weight_version(str(version))
+        self.loaded_version = version
+        await self._llm.resume_generation()
         return time.perf_counter() - paused_at
 
     async def _copy_whole(self, snapshot: LocalSnapshot) -> None:

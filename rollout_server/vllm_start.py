@@ -5,6 +5,7 @@ after the environment is set, and not with the module.
 """
 
 import asyncio
+import gc
 import os
 import sys
 import warnings
@@ -58,7 +59,11 @@ def start_vllm(settings: VllmSettings) -> Any:
         config = _engine_config(settings, on_cpu=on_cpu)
         if on_cpu:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # making the config has set "spawn": seconds slower
-        return QuietAsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        llm = QuietAsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    # A full collection looks at all of what was imported, and holds up the event loop for half a second.
+    gc.collect()
+    gc.freeze()
+    return llm
 
 
 async def stop_vllm(llm: Any) -> None:

@@ -18,6 +18,7 @@ from rollout_server.inference import EngineError, InferenceEngine, LocalSnapshot
 from rollout_server.pulled_snapshots import PulledSnapshots
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, SnapshotTransport, WeightTarget
+from rollout_server.version_hold import VersionHold
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ MAX_FAILED_CANARIES = 2  # in a row; the second is of weights that were copied w
 
 
 async def _ignore(doubt: str) -> None:
+    pass
+
+
+async def _not_told() -> None:
     pass
 
 
@@ -47,6 +52,8 @@ class WeightReceiver:
         self._transport = transport(self._target, self._client)
         self._changed = asyncio.Condition()
         self._failed_canaries = 0  # in a row
+        self._hold = VersionHold()
+        self.hold_s = 0.0  # a version is held for so long at most once a newer one is published
         self.doubt = ""  # why nothing that the engine samples may be used; empty when nothing speaks against it
         self.paused_s = 0.0  # time the engine was paused for updates, since the start
         self.deltas_loaded = 0
@@ -61,6 +68,11 @@ class WeightReceiver:
     def loaded_version(self) -> int:
         """The newest version that the engine is known to compute with."""
         return self._target.loaded_version
+
+    @property
+    def holding(self) -> int:
+        """The loaded version, where the engine is kept at that for an evaluation; else NO_VERSION."""
+        return self.loaded_version if self._hold.holds(self.loaded_version) and not self.doubt else NO_VERSION
 
     @property
     def published_version(self) -> int:
@@ -80,6 +92,7 @@ class WeightReceiver:
             if run_id != self._target.run_id:
                 self._target.run_id = run_id
                 self._target.loaded_version = self._target.published_version = NO_VERSION
+                self._hold.clear()
                 self._changed.notify_all()
 
     async def announce(self, published_version: int) -> None:
@@ -88,15 +101,42 @@ class WeightReceiver:
             self._target.published_version = max(self.published_version, published_version)
             self._changed.notify_all()
 
+    async def hold(self, first: int, last: int) -> None:
+        """Stay at the first version from `first` to `last` that is loaded; an empty range: at none.
+
+        Generation goes on, and a version is held for hold_s at most once a newer one is published.
+        """
+        async with self._changed:
+            self._hold.set(first, last)
+            self._changed.notify_all()
+
+    async def _released(self) -> None:
+        """Returns when the engine may have a newer version; one is published."""
+        async with self._changed:
+            version = self.holding
+            try:
+                async with asyncio.timeout(self.hold_s):
+                    await self._changed.wait_for(lambda: self.holding == NO_VERSION)
+            except TimeoutError:
+                logger.info("version %d was held for %g s for its evaluation; going on", version, self.hold_s)
+                self._hold.run_out(version)
+
     async def wait_for_version(self, version: int) -> None:
         """Returns once weights of at least `version` are loaded."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.loaded_version >= max(version, 0))
 
-    async def run(self, dealer: Dealer, *, on_doubt: Callable[[str], Awaitable[None]] = _ignore) -> None:
+    async def run(
+        self,
+        dealer: Dealer,
+        *,
+        on_doubt: Callable[[str], Awaitable[None]] = _ignore,
+        on_hold: Callable[[], Awaitable[None]] = _not_told,
+    ) -> None:
         """Load what is published, for ever.
 
         on_doubt: told why nothing that the engine samples may be used, before the weights are repaired.
+        on_hold: told when a version was loaded that is to be held.
         Raises EngineError when the weights cannot be brought into a known state, UserError when the engine computes
         with others than it was given.
         """
@@ -104,15 +144,19 @@ class WeightReceiver:
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self.published_version > self.loaded_version)
+            await self._released()
             run_id = self._target.run_id
             async with self._transport.next_version(dealer) as arrived:
                 if arrived is not None and run_id == self._target.run_id:
+                    await self._released()  # it may have been on its way already
                     await self._apply(arrived)
             num_useless = num_useless + 1 if arrived is None else 0
             if arrived is None:
                 await asyncio.sleep(ASK_AGAIN_S * min(num_useless, MAX_PATIENCE))
             elif run_id == self._target.run_id:
                 await self._judge(arrived.manifest, on_doubt)
+                if self.holding != NO_VERSION:
+                    await on_hold()
 
     async def _apply(self, arrived: ArrivedSnapshot) -> None:
         manifest = arrived.manifest

@@ -17,11 +17,13 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 MAX_FUNCTION_LINES = 50
 DOORS = {
     "zmq": {f"common/wire/{name}.py" for name in ("lifeline", "opening", "options", "sockets", "watch")},
-    "vllm": {"rollout_server/vllm_engine.py", "rollout_server/vllm_start.py", "rollout_server/vllm_worker.py"},
+    "vllm": {f"rollout_server/vllm_{name}.py" for name in ("engine", "start", "tools", "worker")},
     "deepspeed": {"learner/deepspeed_engine.py"},
     "peft": {"learner/lora.py"},
     "httpx": {"rollout_server/environments/http_server.py"},
     "websockets": {"rollout_server/environments/openenv_session.py"},
+    "starlette": {"rollout_server/gateway/routes.py"},
+    "uvicorn": {"rollout_server/gateway/listening.py"},
 }
 WAITED_FOR_TO_ITS_END = {  # a shielded task that its own function awaits, also when cancelled: never an orphan
     "learner/loop.py": "finish",

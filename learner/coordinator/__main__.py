@@ -10,6 +10,7 @@ import msgspec
 
 from common.lifecycle import configure_logging, die_with_parent, leave, run_until_stopped
 from learner.coordinator.background import in_thread
+from learner.coordinator.held_out import open_with_held_out
 from learner.coordinator.service_settings import ServiceSettings, read_settings
 from learner.coordinator.serving import serve
 from learner.coordinator.tasks import Tasks, open_tasks
@@ -32,8 +33,22 @@ def main() -> NoReturn:
 
 async def _main(path: Path) -> int:
     settings = read_settings(path)
-    tasks = await in_thread(lambda: open_tasks(settings.prompts, seed=settings.seed, specs=settings.environments))
-    return await serve(_with_source(settings, tasks), tasks)
+    tasks, held_out = await in_thread(lambda: _open(settings))
+    return await serve(_with_source(settings, tasks), tasks, held_out)
+
+
+def _open(settings: ServiceSettings) -> tuple[Tasks, Tasks | None]:
+    """What is trained, and what is evaluated."""
+    evaluation, rules = settings.evaluation, settings.rules.evaluation
+    if evaluation is None or rules is None:
+        return open_tasks(settings.prompts, seed=settings.seed, specs=settings.environments), None
+    return open_with_held_out(
+        settings.prompts,
+        seed=settings.seed,
+        num_tasks=rules.num_tasks,
+        evaluation_source=evaluation.data,
+        specs=settings.environments,
+    )
 
 
 def _with_source(settings: ServiceSettings, tasks: Tasks) -> ServiceSettings:

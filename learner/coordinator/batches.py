@@ -1,5 +1,7 @@
 """Batches: finished groups on their way to the optimizer: which are trained next, and what would be late then."""
 
+from collections import Counter
+
 from learner.coordinator.deadlines import Deadlines
 from learner.coordinator.recovery import Recovered
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup, ReplayQueue
@@ -39,10 +41,9 @@ class Batches:
             return self.recorded[version]
         if self.delivered:  # asked again, told again, whatever has arrived meanwhile
             return self.delivered
-        batch = self._earliest()
-        if not batch or (self.settings.stale_action != "mask" and self.late_after(version) is not None):
+        if not self._is_enough or (self.settings.stale_action != "mask" and self.late_after(version) is not None):
             return ()
-        return tuple(sorted(batch, key=lambda group: group.task_id))
+        return tuple(sorted(self.queue.oldest(self.settings.groups_per_step), key=lambda group: group.task_id))
 
     def deliver(self, version: int, batch: tuple[QueuedGroup, ...]) -> None:
         """The learner gets what next() chose: only it has the bytes from now on, and the journal."""
@@ -54,10 +55,12 @@ class Batches:
 
         None when everything would be in time, and while no batch is complete.
         """
-        batch = self._earliest()
-        if version in self.recorded or not batch:
+        if version in self.recorded or not self._is_enough:
             return None
-        return self.deadlines.first_overfull(version + 1, trained=map(self._deadline, batch))
+        max_staleness = self.settings.max_staleness
+        batch = self.queue.oldest_versions(self.settings.groups_per_step)
+        trained = {oldest + max_staleness: num_groups for oldest, num_groups in batch.items()}
+        return self.deadlines.first_overfull(version + 1, trained=trained)
 
     def would_fit(self, deadline: int, *, version: int) -> bool:
         """Whether one more open lease with this deadline can be trained in time, with all that is open.
@@ -66,7 +69,8 @@ class Batches:
         """
         next_version = version + 1 if self.delivered else version
         self.deadlines.add(deadline)
-        fits = self.deadlines.first_overfull(next_version, trained=map(self._deadline, self.delivered)) is None
+        trained = Counter(map(self._deadline, self.delivered))
+        fits = self.deadlines.first_overfull(next_version, trained=trained) is None
         self.deadlines.remove(deadline)
         return fits
 
@@ -79,10 +83,9 @@ class Batches:
             self.deadlines.remove(version if recorded else self._deadline(group))
         return trained
 
-    def _earliest(self) -> tuple[QueuedGroup, ...]:
-        """A batch of the groups with the earliest deadlines; empty while there are too few."""
-        needed = self.settings.groups_per_step
-        return self.queue.oldest(needed) if len(self.queue) >= needed else ()
+    @property
+    def _is_enough(self) -> bool:
+        return len(self.queue) >= self.settings.groups_per_step
 
     def _deadline(self, group: QueuedGroup) -> int:
         return group.oldest_version + self.settings.max_staleness

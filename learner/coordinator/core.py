@@ -9,6 +9,7 @@ Why no token that is too old is ever trained: see deadlines.py.
 from collections.abc import Sequence
 
 from common.environments import ENVIRONMENT_UNAVAILABLE
+from common.messages import EvaluatedEpisode
 from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
     AcceptGroup,
@@ -20,6 +21,7 @@ from learner.coordinator.decisions import (
     RefuseGroup,
 )
 from learner.coordinator.delivery import Delivery, LearnerError
+from learner.coordinator.evaluations import Evaluations
 from learner.coordinator.leases import LEASE_ID_LEAP, LeaseBook
 from learner.coordinator.ledger import decode_frontier
 from learner.coordinator.members import HungServers, Member, Members, Offences, OwnPauses
@@ -62,6 +64,7 @@ class Coordinator:
         self._own_pauses = OwnPauses()
         self._offences = Offences(settings.max_offences)
         self._hung = HungServers()
+        self.evaluations = Evaluations(settings, self.book.members)
 
     @property
     def version(self) -> int:
@@ -104,15 +107,24 @@ class Coordinator:
         if is_new:
             if server_id in self._hung:  # others first, and one lease at a time, until it has finished one
                 member.failures_in_a_row = self.settings.failures_before_pause
-            return [*self.book.adopt(member, claims, now), *self._go_on(now)]
+            adopted = self.book.adopt(member, claims, now)
+            return [*adopted, *self.evaluations.joined(server_id), *self._go_on(now)]
         again = [grant_of(self.book.running[lease_id]) for lease_id in member.leases]
-        return [*again, *self._go_on(now)]
+        return [*again, *self.evaluations.joined(server_id), *self._go_on(now)]
 
     def heartbeat(
-        self, server_id: str, *, progress: int, loaded_version: int, now: float, out_of_service: str = ""
+        self,
+        server_id: str,
+        *,
+        progress: int,
+        loaded_version: int,
+        now: float,
+        out_of_service: str = "",
+        holding: int = NO_VERSION,
     ) -> list[Decision]:
         """A sign of life from the server's work loop. From servers that are no members nothing is heard.
 
+        holding: the version that it stays at for an evaluation.
         out_of_service: why nothing the server samples may be used. It is granted nothing more until that is over, and
         what it has not finished goes to others.
         """
@@ -123,11 +135,13 @@ class Coordinator:
         if progress > member.progress:
             member.progressed_at = now
         member.progress, member.loaded_version = progress, loaded_version
-        member.out_of_service = out_of_service
+        member.out_of_service, member.holding = out_of_service, holding
         if out_of_service:
+            self.evaluations.left(server_id)
             for lease in [self.book.running[lease_id] for lease_id in member.leases]:
                 self.book.fail(lease, "out_of_service", out_of_service, blame_task=False)
-        return self._go_on(now)
+            return self._go_on(now)
+        return self._grant(now)  # no lease has ended: no batch can have become complete
 
     def server_left(self, server_id: str, reason: str, now: float) -> list[Decision]:
         """The server says goodbye: its leases go to others at once."""
@@ -138,6 +152,7 @@ class Coordinator:
         member = self.members.get(server_id)
         if member is None:
             return []
+        self.evaluations.left(server_id)
         expired = self.book.expire_all(member, reason)
         self.members.remove(member)
         return [*expired, DropServer(server_id=server_id, reason=reason), *self._go_on(now)]
@@ -225,6 +240,32 @@ class Coordinator:
         self.members[server_id].note_failure(f"{kind}: {reason}", failures_before_pause=limit, now=now)
         return [*parked, *self._go_on(now)]
 
+    # --- evaluations -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, version: int, now: float) -> list[Decision]:
+        """The learner wants an evaluation of `version`, or of a later one when servers never have that one alone."""
+        if self.settings.evaluation is None:
+            raise LearnerError(f"an evaluation of version {version} is asked for in a run that has none")
+        return [*self.evaluations.ask(version, now), *self._go_on(now)]
+
+    def evaluation_finished(
+        self,
+        server_id: str,
+        evaluation_id: int,
+        *,
+        task_id: int,
+        version: int,
+        episodes: Sequence[EvaluatedEpisode],
+        now: float,
+    ) -> list[Decision]:
+        """A server did an evaluation task. What is wrong with it is the server's fault."""
+        fault = self.evaluations.finished(server_id, evaluation_id, task_id=task_id, version=version, episodes=episodes)
+        return [*(self.offence(server_id, fault, now) if fault else []), *self._go_on(now)]
+
+    def evaluation_failed(self, server_id: str, evaluation_id: int, kind: str, now: float) -> list[Decision]:
+        self.evaluations.failed(server_id, evaluation_id, kind)
+        return self._go_on(now)
+
     # --- the learner -----------------------------------------------------------------------------------------------
 
     def take_batch(self, version: int, now: float) -> list[Decision]:
@@ -278,6 +319,11 @@ class Coordinator:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
+        return [*decisions, *self._grant(now)]
+
+    def _grant(self, now: float) -> list[Decision]:
+        """Leases to servers with room, as far as the bounds allow."""
+        decisions: list[Decision] = []
         if now >= self._servers_return_until and not self.closed and not self.book.held_by():
             free = self.members.free(now)
             while free and not self.book.held_by():
@@ -286,7 +332,7 @@ class Coordinator:
                 if grant is not None:
                     decisions.append(grant)
                     free.put_back(member)
-        return decisions
+        return decisions if self.closed else [*decisions, *self.evaluations.go_on(self.book.published_version, now)]
 
     def _deliver(self, now: float) -> list[Decision]:
         batch = self.book.batch()
@@ -307,6 +353,7 @@ class Coordinator:
         member = self.members.get(server_id)
         if member is None:
             return []
+        self.evaluations.left(server_id)
         cancelled = self.book.cancel_all(member, kind, reason)
         self.members.remove(member)
         return [*cancelled, DropServer(server_id=server_id, reason=reason)]

@@ -17,7 +17,7 @@ trained get no gradient: the learner masks them, whatever happened here.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 
 class Deadlines:
@@ -40,10 +40,10 @@ class Deadlines:
         if not self._due[deadline]:
             del self._due[deadline]
 
-    def first_overfull(self, version: int, *, trained: Iterable[int]) -> int | None:
+    def first_overfull(self, version: int, *, trained: Mapping[int, int]) -> int | None:
         """The first step by which more is due than can be trained, were the run at `version`.
 
-        trained: deadlines of leases that are trained by then. None: everything can be trained in time.
+        trained: by deadline, how many leases are trained by then. None: everything can be trained in time.
         """
         left = self._due.copy()
         left.subtract(trained)

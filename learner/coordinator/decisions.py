@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common.messages import EvaluatedEpisode
 from learner.coordinator.replay_queue import FinishedGroup, QueuedGroup
 
 
@@ -86,6 +87,38 @@ class ForgetTrained:
     version: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldFor:
+    """Servers shall stay at the first version from `first` to `last` that they load, for a bounded time; see
+    evaluations.py. server_id: whom to tell; empty for all."""
+
+    first: int
+    last: int
+    server_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantEvaluation:
+    """Server `server_id` shall sample the evaluation task `task_id` with `version`, and no other."""
+
+    server_id: str
+    evaluation_id: int
+    task_id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportEvaluation:
+    """The evaluation that the learner asked for is over."""
+
+    asked_version: int
+    version: int  # whose tokens these are; NO_VERSION when none was ever begun
+    results: dict[int, tuple[EvaluatedEpisode, ...]]  # by task
+    failed: dict[str, int]  # tasks that were given up, by kind of their last failure
+    unfinished: int  # tasks
+    reason: str  # why any are unfinished; empty when none is
+
+
 Decision = (
     GrantLease
     | AcceptGroup
@@ -96,4 +129,7 @@ Decision = (
     | ParkTask
     | DeliverBatch
     | ForgetTrained
+    | HoldFor
+    | GrantEvaluation
+    | ReportEvaluation
 )

@@ -5,6 +5,8 @@ import logging
 from common.codec import Frame, ProtocolError
 from common.messages import (
     PROTOCOL_VERSION,
+    Evaluated,
+    EvaluationFailed,
     Finished,
     GroupFinished,
     Heartbeat,
@@ -97,6 +99,8 @@ class Inbound:
             case LeaseFailed():
                 kind, reason = message.kind, message.reason
                 self.outbound.carry_out(self.core.lease_failed(server_id, message.lease_id, kind, reason, now))
+            case Evaluated() | EvaluationFailed():
+                self._evaluated(session, message, now)
             case Leaving():
                 logger.info("server %s leaves: %s", server_id, message.reason)
                 self.outbound.sessions.end(session)
@@ -138,6 +142,7 @@ class Inbound:
             temperature=self.settings.temperature,
             weights_address=self.run.weights_address,
             published_version=self.core.book.published_version,
+            evaluation_hold_s=self.settings.evaluation.hold_s if self.settings.evaluation is not None else 0.0,
         )
 
     def _ready(self, session: Session, ready: Ready, now: float) -> None:
@@ -188,6 +193,7 @@ class Inbound:
             progress=heartbeat.progress,
             loaded_version=heartbeat.loaded_version,
             out_of_service=heartbeat.out_of_service,
+            holding=heartbeat.holding,
             now=now,
         )
         self.outbound.carry_out(decisions)
@@ -212,6 +218,22 @@ class Inbound:
             self.outbound.carry_out(self.core.group_invalid(server_id, lease_id, "invalid", cut(str(error)), now))
             return
         self.outbound.carry_out(self.core.group_finished(server_id, group, now))
+
+    def _evaluated(self, session: Session, message: Evaluated | EvaluationFailed, now: float) -> None:
+        server_id, evaluation_id = session.server_id, message.evaluation_id
+        if isinstance(message, EvaluationFailed):
+            logger.info("server %s, evaluation: %s: %s", server_id, message.kind, message.reason)
+            self.outbound.carry_out(self.core.evaluation_failed(server_id, evaluation_id, message.kind, now))
+            return
+        decisions = self.core.evaluation_finished(
+            server_id,
+            evaluation_id,
+            task_id=message.task_id,
+            version=message.version,
+            episodes=message.episodes,
+            now=now,
+        )
+        self.outbound.carry_out(decisions)
 
 
 def _log_service(session: Session, heartbeat: Heartbeat) -> None:

@@ -5,24 +5,35 @@ from collections.abc import Callable
 from functools import partial
 
 from learner.coordinator.background import in_thread
-from learner.coordinator.decisions import GrantLease
+from learner.coordinator.decisions import GrantEvaluation, GrantLease
 from learner.coordinator.mailer import Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.tasks import Task, Tasks
 
 ROWS_AT_ONCE = 64
 
+Grant = GrantLease | GrantEvaluation
+
 
 class Lender:
     """A slow generator of rows holds up nothing but leases; a slow reader nothing but its own."""
 
-    def __init__(self, tasks: Tasks, outbound: Outbound, mailer: Mailer, *, post: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        tasks: Tasks,
+        outbound: Outbound,
+        mailer: Mailer,
+        *,
+        post: Callable[[], None],
+        evaluation_tasks: Tasks | None = None,
+    ) -> None:
         self._tasks = tasks
+        self._evaluation_tasks = evaluation_tasks
         self._outbound = outbound
         self._mailer = mailer
         self._post = post
         self._granted = asyncio.Event()
-        self._waiting: list[GrantLease] = []  # for servers that have not read what was sent before
+        self._waiting: list[Grant] = []  # for servers that have not read what was sent before
 
     def wake(self) -> None:
         """There are grants."""
@@ -43,20 +54,29 @@ class Lender:
                 for grant, task in await in_thread(partial(self._make_tasks, grants)):
                     if self._must_wait(grant):
                         self._waiting.append(grant)
+                        continue
+                    if isinstance(grant, GrantEvaluation):
+                        self._outbound.lend_evaluation(grant, task)
                     else:
                         self._outbound.lend(grant, task)
-                        self._post()
+                    self._post()
 
-    def _next_grants(self) -> list[GrantLease]:
-        grants: list[GrantLease] = []
+    def _next_grants(self) -> list[Grant]:
+        grants: list[Grant] = []
         while self._outbound.grants and len(grants) < ROWS_AT_ONCE:
             grant = self._outbound.grants.popleft()
             (self._waiting if self._must_wait(grant) else grants).append(grant)
         return grants
 
-    def _must_wait(self, grant: GrantLease) -> bool:
+    def _must_wait(self, grant: Grant) -> bool:
         session = self._outbound.sessions.of_server(grant.server_id)
         return session is not None and self._mailer.is_behind(session.peer)
 
-    def _make_tasks(self, grants: list[GrantLease]) -> list[tuple[GrantLease, Task]]:
-        return [(grant, self._tasks.task(grant.task_id)) for grant in grants]
+    def _make_tasks(self, grants: list[Grant]) -> list[tuple[Grant, Task]]:
+        return [(grant, self._source_of(grant).task(grant.task_id)) for grant in grants]
+
+    def _source_of(self, grant: Grant) -> Tasks:
+        if isinstance(grant, GrantLease):
+            return self._tasks
+        assert self._evaluation_tasks is not None, "the rules grant evaluation tasks only where there are some"
+        return self._evaluation_tasks

@@ -39,6 +39,7 @@ class Member:
     progressed_at: float  # when its work loop last got something done, or had nothing to do
     progress: int = 0
     loaded_version: int = -1
+    holding: int = -1  # the version that it stays at for an evaluation, as it says itself
     leases: dict[int, int] = field(default_factory=dict)  # lease -> min_version, of its running leases
     failures_in_a_row: int = 0
     paused_until: float = 0.0

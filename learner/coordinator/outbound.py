@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 from common.messages import (
     CoordinatorToServer,
+    Evaluate,
+    EvaluatedTask,
+    EvaluationReport,
     Finished,
     GroupAccepted,
     GroupRefused,
+    HoldVersions,
     Lease,
     LeaseCancelled,
     Pulse,
@@ -23,10 +27,13 @@ from learner.coordinator.decisions import (
     DeliverBatch,
     DropServer,
     ForgetTrained,
+    GrantEvaluation,
     GrantLease,
+    HoldFor,
     ParkTask,
     Quarantine,
     RefuseGroup,
+    ReportEvaluation,
 )
 from learner.coordinator.explain import what_a_server_waits_for
 from learner.coordinator.journal import BatchRecord, ForgetRecord, ParkedRecord, Record
@@ -65,7 +72,8 @@ class Outbound:
         self.proofs = LeaseProofs(bytes.fromhex(settings.lease_secret))
         self.sessions = Sessions()
         self.letters: deque[Letter] = deque()
-        self.grants: deque[GrantLease] = deque()  # to be made into leases, which takes a dataset row
+        self.grants: deque[GrantLease | GrantEvaluation] = deque()  # to be made into messages, which takes a row
+        self.reports: deque[EvaluationReport] = deque()  # for the learner
         self.records: list[Record] = []  # to be written into the journal
         self.promises: list[Promise] = []  # true only once those records are written
         self._blocked: dict[str, None] = {}  # keys, or connections without one; the oldest first
@@ -73,8 +81,12 @@ class Outbound:
     def carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             match decision:
-                case GrantLease():
+                case GrantLease() | GrantEvaluation():
                     self.grants.append(decision)
+                case ReportEvaluation():
+                    self.reports.append(_report(decision))
+                case HoldFor():
+                    self._tell_hold(decision)
                 case AcceptGroup() | DeliverBatch() | ForgetTrained() | ParkTask():
                     self._record(decision)
                 case Quarantine():
@@ -114,6 +126,30 @@ class Outbound:
             ),
         )
         self.say(session.peer, lease)
+
+    def lend_evaluation(self, grant: GrantEvaluation, task: Task) -> None:
+        """Likewise for a task of an evaluation. Nothing of it is journaled, and no coordinator but this knows of it."""
+        if self.settings.evaluation is None or not self.core.evaluations.is_running(
+            grant.server_id, grant.evaluation_id
+        ):
+            return
+        evaluate = Evaluate(
+            evaluation_id=grant.evaluation_id,
+            task_id=grant.task_id,
+            version=grant.version,
+            environment=self.settings.environments[task.environment].name,
+            row=task.row,
+            samples=self.settings.evaluation.samples,
+            seed=task.seed,
+            temperature=self.settings.evaluation.temperature,
+        )
+        self.say_to(grant.server_id, evaluate)
+
+    def _tell_hold(self, hold: HoldFor) -> None:
+        message = HoldVersions(first=hold.first, last=hold.last)
+        for session in self.sessions:
+            if session.ready and hold.server_id in ("", session.server_id):
+                self.say(session.peer, message)
 
     def pulse(self, session: Session, now: float) -> None:
         """What is published, and what the server waits for."""
@@ -190,3 +226,14 @@ class Outbound:
             self.say(session.peer, Refused(reason=cut(f"quarantined: {decision.reason}")))
             self.block(session.peer)
             self.sessions.end(session)
+
+
+def _report(decision: ReportEvaluation) -> EvaluationReport:
+    return EvaluationReport(
+        asked_version=decision.asked_version,
+        version=decision.version,
+        tasks=tuple(EvaluatedTask(task_id=task, episodes=decision.results[task]) for task in sorted(decision.results)),
+        failed=decision.failed,
+        unfinished=decision.unfinished,
+        reason=decision.reason,
+    )

@@ -1,6 +1,7 @@
 """ReplayQueue: finished groups, the earliest deadline first, bounded in groups and in bytes, each consumed once."""
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +88,7 @@ class ReplayQueue:
         self.num_bytes = 0
         self._order: list[tuple[int, int]] = []  # (oldest version, lease), ascending
         self._groups: dict[int, QueuedGroup] = {}
+        self._num_of_version: Counter[int] = Counter()  # groups by oldest version: few keys for many groups
 
     def __len__(self) -> int:
         return len(self._order)
@@ -106,11 +108,23 @@ class ReplayQueue:
             raise ValueError(f"lease {group.lease_id} is queued already; a group is consumed once")
         insort(self._order, (group.oldest_version, group.lease_id))
         self._groups[group.lease_id] = group
+        self._num_of_version[group.oldest_version] += 1
         self.num_bytes += group.num_bytes
 
     def oldest(self, num_groups: int) -> tuple[QueuedGroup, ...]:
         """The first `num_groups` groups, or fewer if there are fewer. They stay in the queue."""
         return tuple(self._groups[lease_id] for _, lease_id in self._order[:num_groups])
+
+    def oldest_versions(self, num_groups: int) -> dict[int, int]:
+        """How many of oldest(num_groups) have which version as their oldest, without looking at each of them."""
+        versions: dict[int, int] = {}
+        left = num_groups
+        for version in sorted(self._num_of_version):
+            versions[version] = min(left, self._num_of_version[version])
+            left -= versions[version]
+            if not left:
+                break
+        return versions
 
     def hand_out(self, lease_ids: Iterable[int]) -> tuple[QueuedGroup, ...]:
         """The bytes of these groups go to the learner: what stays are their places, charged as before, and returned."""
@@ -126,6 +140,7 @@ class ReplayQueue:
         """Forget these groups for good, and return them; raises KeyError for one that is not there."""
         consumed = tuple(self._groups.pop(lease_id) for lease_id in lease_ids)
         self.num_bytes -= sum(group.num_bytes for group in consumed)
+        self._num_of_version -= Counter(group.oldest_version for group in consumed)
         self._order = [place for place in self._order if place[1] in self._groups]
         return consumed
 

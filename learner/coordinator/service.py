@@ -16,6 +16,7 @@ from common.messages import (
     CheckpointSaved,
     CloseRun,
     CoordinatorToLearner,
+    EvaluateVersion,
     Frontier,
     LearnerToCoordinator,
     OpenRun,
@@ -64,6 +65,7 @@ class Service:
         learner_peer: Peer,
         journal: JournalKeeper,
         events: EventLog | None,
+        evaluation_tasks: Tasks | None = None,
     ) -> None:
         self._core = core
         self._outbound = Outbound(settings, core)
@@ -77,7 +79,9 @@ class Service:
         self._batches = BatchSender(learner, learner_peer, journal, ages=self._ages, events=events)
         self._to_servers = Mailer(servers)
         self._to_learner = Mailer(learner)
-        self._lender = Lender(tasks, self._outbound, self._to_servers, post=self._post)
+        self._lender = Lender(
+            tasks, self._outbound, self._to_servers, post=self._post, evaluation_tasks=evaluation_tasks
+        )
         self._decoder = Decoder(
             ServerToCoordinator,
             max_payload_bytes=settings.rules.max_group_bytes,
@@ -128,6 +132,8 @@ class Service:
         match message:
             case TakeBatch() | StepCompleted() | CheckpointSaved() | SnapshotPublished():
                 self._hear_of_progress(message, time.monotonic())
+            case EvaluateVersion():
+                self._outbound.carry_out(self._core.evaluate(message.version, time.monotonic()))
             case TakeFrontier():
                 self._tell_learner(Frontier(version=self._core.version, frontier=self._core.frontier()))
             case CloseRun():
@@ -217,6 +223,8 @@ class Service:
                 if session is not None:
                     reason = f"left more than {MAX_KEPT_BYTES} bytes of messages unread"
                     self._outbound.carry_out(self._core.server_lost(session.server_id, reason, time.monotonic()))
+        while self._outbound.reports:
+            self._tell_learner(self._outbound.reports.popleft())
         if self._outbound.grants:
             self._lender.wake()
         if self._outbound.records or self._outbound.promises:

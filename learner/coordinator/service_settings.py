@@ -11,6 +11,15 @@ from common.lifecycle import UserError
 from learner.coordinator.settings import CoordinatorSettings
 
 
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How held-out tasks are sampled; how many there are say the rules."""
+
+    data: str = ""  # as `prompts`; empty: taken out of those
+    samples: Annotated[int, Meta(ge=1, le=4096)]
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)]  # 0: always the likeliest token
+    hold_s: Annotated[float, Meta(ge=0.0, le=1e12)]  # see messages.HoldVersions
+
+
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything but what OpenRun says. Paths are absolute."""
 
@@ -25,6 +34,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group_size: Annotated[int, Meta(ge=1, le=4096)]
     max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 22)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    evaluation: HeldOut | None = None
     keys: str = ""  # folder with the learner's key and the allow-list; needed unless `listen` is loopback
     lease_secret: Annotated[str, Meta(pattern="^[0-9a-f]{32,128}$")]  # known to the coordinators of one learner
     journal: str  # SQLite file of accepted groups; made if it is not there

@@ -27,8 +27,11 @@ BESIDE_QUEUE_BYTES = 512 << 20  # of memory: nobody but liars can make the proce
 SERVERS_RETURN_S = 2.0  # after a coordinator was replaced: until then servers may claim what they hold
 
 
-async def serve(settings: ServiceSettings, tasks: Tasks) -> int:
-    """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError."""
+async def serve(settings: ServiceSettings, tasks: Tasks, held_out: Tasks | None = None) -> int:
+    """Wait for the learner to open the run, serve it, and return the exit code. Raises UserError.
+
+    held_out: the tasks of evaluations, if there are any.
+    """
     keys = _load_keys(settings)
     async with AsyncExitStack() as stack:
         learner = await stack.enter_async_context(
@@ -70,7 +73,7 @@ async def serve(settings: ServiceSettings, tasks: Tasks) -> int:
         logger.info("rollout servers may join at %s", servers.address)
         service = Service(
             settings, tasks, core, run, servers=servers, learner=learner, learner_peer=learner_peer, journal=journal,
-            events=events,
+            events=events, evaluation_tasks=held_out,
         )  # fmt: skip
         await service.run()
     return 0

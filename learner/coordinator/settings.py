@@ -7,6 +7,24 @@ StaleAction = Literal["wait", "mask", "requeue"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRules:
+    """What an evaluation consists of, and how long it may take; see evaluations.py. Raises ValueError."""
+
+    num_tasks: int
+    samples: int  # episodes of each task
+    group_size: int  # of training: a server that takes a group takes so many episodes
+    patience_s: float = 2.0  # that tasks wait for room that training leaves
+    timeout_s: float = 600.0  # from when it is asked for; then it is given up
+    max_begun: int = 3  # times, when versions are gone before it is done; then it is given up
+    max_task_failures: int = 3  # then the evaluation goes without the task
+
+    def __post_init__(self) -> None:
+        for name in ("num_tasks", "samples", "group_size", "max_begun", "max_task_failures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of an evaluation must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorSettings:
     """Raises ValueError for values under which a batch could never fill."""
 
@@ -27,6 +45,7 @@ class CoordinatorSettings:
     max_offences: int = 8  # without a good group in between; then a peer is quarantined
     environments: tuple[str, ...] = ("the environment",)  # their names
     environment_weights: tuple[float, ...] = (1.0,)  # their shares of the tasks, see mix.py
+    evaluation: EvaluationRules | None = None  # None: there is none
 
     def __post_init__(self) -> None:
         if self.groups_per_step < 1:

@@ -39,6 +39,7 @@ def status_of(
         in_queue_tokens=dict(ages.in_queue),
         waiting_for=what_the_learner_waits_for(core, now, listen_address=listen_address),
         held_by=core.book.held_by() or "",
+        evaluation=core.evaluations.describe(),
         servers_wait_for=what_all_servers_wait_for(core),
     )
 

@@ -25,19 +25,19 @@ WARM_START_STEPS = 25
 WARM_START_BATCH = 64
 
 
-def build_demo_model(directory: Path, *, seed: int = 0, warm_start_steps: int = WARM_START_STEPS) -> None:
+def build_demo_model(directory: Path, *, seed: int = 0) -> None:
     """Writes a Hugging Face model directory that transformers and vLLM load. Takes a few seconds."""
     started_s = time.monotonic()
     tokenizer = _tokenizer()
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(_config(tokenizer))
-    loss = _warm_start(model, tokenizer, seed, warm_start_steps)
+    loss = _warm_start(model, tokenizer, seed)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     logger.info(
         "made the demo model in %s: %d steps of supervised warm start in %.1f s, loss %.2f",
         directory,
-        warm_start_steps,
+        WARM_START_STEPS,
         time.monotonic() - started_s,
         loss,
     )
@@ -78,13 +78,13 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
     )
 
 
-def _warm_start(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> float:
+def _warm_start(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
     """Supervised, on training prompts alone, and deliberately too short. Returns the last loss."""
     rows = list(training_prompts())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.tensor(0.0)
-    for _ in range(num_steps):
+    for _ in range(WARM_START_STEPS):
         chosen = [rows[i] for i in torch.randint(len(rows), (WARM_START_BATCH,), generator=generator)]
         ids_BT = torch.tensor([tokenizer.encode(f"{row['prompt']}{row['answer']}<eos>") for row in chosen])
         labels_BT = ids_BT.clone()

@@ -7,7 +7,7 @@ import importlib
 from typing import cast
 
 from common.environments import EnvironmentSettings
-from rollout_server.environments.environment import Environment
+from rollout_server.environments.environment import AgentEnvironment, Environment
 
 ENVIRONMENTS = {
     "python": "python_code:PythonCode",
@@ -18,11 +18,15 @@ ENVIRONMENTS = {
     "openenv+wss": "openenv:OpenEnv",
     "nemo-gym+http": "nemo_gym:NemoGym",
     "nemo-gym+https": "nemo_gym:NemoGym",
+    "agent+http": "agent_http:AgentHttp",
+    "agent+https": "agent_http:AgentHttp",
+    "agent": "agent_pull:AgentPull",
+    "verifiers+tcp": "verifiers_tcp:VerifiersTcp",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 
 
-def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Environment:
+def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Environment | AgentEnvironment:
     """The environment a URL names, not entered yet; raises ValueError for a URL that cannot be one."""
     scheme, separator, _ = url.partition(":")
     if not separator or scheme not in ENVIRONMENTS:
@@ -32,4 +36,4 @@ def environment_at(url: str, settings: EnvironmentSettings | None = None) -> Env
         )
     module, _, name = ENVIRONMENTS[scheme].partition(":")
     kind = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    return cast(Environment, kind(url, settings or EnvironmentSettings()))
+    return cast(Environment | AgentEnvironment, kind(url, settings or EnvironmentSettings()))

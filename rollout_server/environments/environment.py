@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
 
@@ -14,6 +14,9 @@ from common.environments import EnvironmentSettings
 from common.lifecycle import UserError
 from common.messages import MAX_REWARD
 from rollout_server.environments.responses_input import PARAMS, UnusableInput, chat_messages
+
+if TYPE_CHECKING:
+    from rollout_server.gateway.session import Session  # it needs what this module defines
 
 Message = Mapping[str, Any]
 """One chat message: at least "role" and "content"."""
@@ -106,6 +109,36 @@ class Environment(Protocol):
 
     def episode(self, row: Row, *, seed: int) -> AbstractAsyncContextManager[Episode]:
         """A new episode; those with the same row and seed start alike. Leaving the context ends it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an episode ended that an agent drove."""
+
+    reward: float  # of the whole episode; finite, at most MAX_REWARD in size
+    truncated: bool = False  # a limit was reached; the task did not come to its end
+
+
+@runtime_checkable
+class AgentEnvironment(Protocol):
+    """Where agents drive the episodes, by calling the gateway; otherwise as Environment."""
+
+    url: str
+    settings: EnvironmentSettings
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    async def play(self, row: Row, session: "Session", *, seed: int) -> Outcome:
+        """Have an agent play the row in the session; returns when it is done. Raises EnvironmentFailure and BadRow.
+
+        The session is closed afterwards, and what its calls have sampled becomes trajectories with the reward. The
+        call is cancelled after settings.episode_timeout_s, and when the engine or the lease fails.
+        """
         ...
 
 

@@ -1,6 +1,7 @@
 """HttpServer: requests to one URL, and to nothing else, with bounds on time and size. The one file that names httpx."""
 
 import asyncio
+import logging
 import ssl
 from functools import cache
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Literal, Self
 import httpx
 
 MAX_QUOTED_BYTES = 300
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line to say about every request
 
 HttpFailureKind = Literal["unreachable", "timeout", "unusable", "refused", "bad_reply"]
 

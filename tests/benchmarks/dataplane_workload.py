@@ -53,12 +53,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """Milliseconds from what was said to its answer, in the order of the answers."""
+    """When an answer came, in seconds of the monotonic clock, and milliseconds from what was said to it."""
 
-    pulse_ms: list[float] = []
-    ack_ms: list[float] = []
+    pulse_ms: list[tuple[float, float]] = []
+    ack_ms: list[tuple[float, float]] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
-    waiting_for: list[str] = []  # the last words of each server's coordinator about that
+    waiting_for: set[str] = set()  # all that servers were told about that
 
 
 class FakeServer:
@@ -75,7 +75,6 @@ class FakeServer:
         self._sent_at: dict[int, float] = {}
         self._asked_at: deque[float] = deque()
         self._heartbeat_at = float("inf")
-        self.waiting_for = ""
         self.finished = False
 
     def say(self, message: Message) -> None:
@@ -104,7 +103,7 @@ class FakeServer:
                 self._early.append(message)
                 self._fulfil()
             case GroupAccepted():
-                self._report.ack_ms.append((now - self._sent_at.pop(message.lease_id)) * 1e3)
+                self._report.ack_ms.append((now, (now - self._sent_at.pop(message.lease_id)) * 1e3))
             case Pulse():
                 self._pulse(message, now)
             case Welcome():
@@ -126,13 +125,13 @@ class FakeServer:
                 raise RuntimeError(f"{self._name}: {message.reason}")
 
     def _pulse(self, pulse: Pulse, now: float) -> None:
-        self.waiting_for = pulse.waiting_for
+        self._report.waiting_for.add(pulse.waiting_for)
         if pulse.published_version > self._loaded:  # told at once, and not asked for
             self._loaded = pulse.published_version
             self._beat(now)
             self._fulfil()
         elif self._asked_at:
-            self._report.pulse_ms.append((now - self._asked_at.popleft()) * 1e3)
+            self._report.pulse_ms.append((now, (now - self._asked_at.popleft()) * 1e3))
 
     def _fulfil(self) -> None:
         while self._early and self._early[0].min_version <= self._loaded:
@@ -161,7 +160,6 @@ def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         now = time.monotonic()
         for server in servers.values():
             server.beat_if_due(now)
-    report.waiting_for = [server.waiting_for for server in servers.values()]
     if plan.report:
         Path(plan.report).write_bytes(msgspec.json.encode(report))
 

@@ -277,3 +277,49 @@ def test_the_lower_timeline_is_a_dozen_steps_from_the_middle_or_all_of_a_short_r
 )
 def test_durations_are_read_at_a_glance(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def an_evaluation(version: int, **values: Any) -> Event:
+    defaults = {
+        "asked_version": version, "complete": True, "samples": 4, "temperature": 1.0, "reward": 0.5,
+        "reward_error": 0.05, "pass_at_4": 0.75, "tasks": 64.0, "failed_tasks": 0.0,
+    }  # fmt: skip
+    return {"t": float(version), "kind": "evaluation", "version": version, **defaults, **values}
+
+
+def test_of_what_was_evaluated_beside_training_the_first_the_best_and_the_last_are_told(tmp_path: Path):
+    a_learner(tmp_path, steps=range(1, 41))
+    given_up = {"t": 31.0, "kind": "evaluation", "version": -1, "asked_version": 30, "complete": False}
+    events = [
+        an_evaluation(0, reward=0.1, pass_at_1=0.0, samples=1, temperature=0.0),
+        an_evaluation(10, reward=0.4),
+        an_evaluation(20, reward=0.3),
+        an_evaluation(20, reward=0.9, failed_tasks=2.0, t=25.0),  # by a resumed learner: this one counts
+        given_up,
+        an_evaluation(40, reward=0.8),
+        interval("evaluating", 5.0, 7.0, version=0),
+        interval("evaluating", 25.0, 29.0, version=20),
+        interval("evaluating", 78.0, 90.0, version=40),  # when the last step, at 80, was taken
+    ]
+    a_server(tmp_path, "server-0", [(0.0, 6.0), (26.0, 29.0), (79.0, 80.0)])
+    write_log(tmp_path / "events-learner-2.jsonl", "learner", events)
+    run = summarize(tmp_path)
+    text = describe(run)
+    assert row(text, "evaluations") == "4 versions, 1 given up, median 2.0 s, generation busy 62% of that time"
+    assert row(text, "evaluated, version 0") == "mean reward 0.100 +- 0.050, pass@1 0.00, 64 tasks, greedy"
+    assert row(text, "evaluated, version 20") == (
+        "mean reward 0.900 +- 0.050, pass@4 0.75, 64 tasks, 2 failed, 4 samples at temperature 1"
+    )
+    assert "evaluated, version 10" not in text
+    assert row(text, "evaluated, version 40").startswith("mean reward 0.800")
+    figure, axis = plt.subplots()
+    draw_reward(axis, run)
+    [held_out] = [line for line in axis.get_lines() if line.get_label() == "held-out tasks"]
+    plt.close(figure)
+    assert held_out.get_xydata().tolist() == [[0, 0.1], [10, 0.4], [20, 0.9], [40, 0.8]]
+
+
+def test_a_run_whose_evaluations_were_all_given_up_says_so(tmp_path: Path):
+    a_learner(tmp_path)
+    write_log(tmp_path / "events-learner-2.jsonl", "learner", [an_evaluation(0, complete=False)])
+    assert row(describe(summarize(tmp_path)), "evaluations given up") == "1"

@@ -40,10 +40,16 @@ def test_the_demo_model_is_made_once_and_a_half_made_one_is_made_anew(run, monke
 
 def test_the_settings_of_training_are_those_of_the_configuration():
     config = LearnerConfig(
-        adam_beta1=0.5, temperature=0.7, max_staleness=3, loss_setting={"clip_ratio": 0.1}, zero_stage=2
+        adam_beta1=0.5,
+        adam_epsilon=1e-5,
+        temperature=0.7,
+        max_staleness=3,
+        loss_setting={"clip_ratio": 0.1},
+        zero_stage=2,
     )
     settings = plan.train_settings(config, "m")
     assert (settings.adam_betas, settings.temperature, settings.max_staleness) == ((0.5, 0.95), 0.7, 3)
+    assert settings.adam_epsilon == 1e-5
     assert (settings.loss_settings, settings.zero_stage, settings.critic_model) == ({"clip_ratio": 0.1}, 2, None)
 
 

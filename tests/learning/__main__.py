@@ -7,8 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from tests.learning.campaign import load, planned, run_all
 from tests.learning.results import draw, table
 
@@ -21,7 +19,6 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=Path("runs/learn"), help="of the results")
     parser.add_argument("--plot", type=Path, help="write the picture here (default: into the directory)")
     arguments, rest = parser.parse_known_args()
-    torch.set_num_threads(1)  # of the runs, too, and before they are forked
     flags, runs = tuple(rest), planned(arguments.seeds)
     (arguments.directory / "models").mkdir(parents=True, exist_ok=True)
     missing = run_all(

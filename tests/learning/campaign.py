@@ -1,24 +1,18 @@
 """Campaign: the runs of `make learn`, a process each; one that is done is not run again."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from learner.demo.model import build_demo_model
-from tests.learning.run import CONFIG, run_to_file
+from tests.learning.run import CONFIG
 
 RUN_TIMEOUT_S = 1800
 POLL_S = 0.5
-
-WARM_START_STEPS = 45
-"""Of the model: at 0 its first third of a run would teach the shape of an answer, whatever the staleness."""
-
-SMALL = ("--groups-per-step", "8", "--group-size", "8", "--total-steps", "120")
-"""What makes a run a matter of half a minute; everything else is as in the quickstart."""
 
 CORRECTED = ("--loss", "decoupled_ppo", "--correction", "truncate_tokens")  # the defaults
 UNCORRECTED = ("--loss", "decoupled_ppo", "--correction", "unweighted")
@@ -64,24 +58,24 @@ def load(directory: Path, run: Run, flags: tuple[str, ...]) -> dict[str, Any] | 
 
 def flags_of(run: Run, flags: tuple[str, ...]) -> tuple[str, ...]:
     """Of the learner; the user's own come last, and count."""
-    return (*SMALL, *ARMS[run.arm], "--max-staleness", str(run.max_staleness), "--seed", str(run.seed), *flags)
+    return (*ARMS[run.arm], "--max-staleness", str(run.max_staleness), "--seed", str(run.seed), *flags)
 
 
 def run_all(directory: Path, runs: list[Run], *, flags: tuple[str, ...], processes: int, budget_s: float) -> list[Run]:
     """Run what is missing; none is begun after budget_s. Returns those that are then still missing."""
     waiting = [run for run in runs if load(directory, run, flags) is None]
     deadline_s = time.monotonic() + budget_s
-    running: dict[BaseProcess, tuple[Run, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Run, float]] = {}
     try:
         while running or (waiting and time.monotonic() < deadline_s):
             while waiting and len(running) < processes and time.monotonic() < deadline_s:
                 run = waiting.pop(0)
                 running[_start(directory, run, flags)] = (run, time.monotonic())
             time.sleep(POLL_S)
-            for process in [process for process in running if process.exitcode is not None]:
+            for process in [process for process in running if process.poll() is not None]:
                 run, started_s = running.pop(process)
-                if process.exitcode != 0:
-                    raise SystemExit(f"{run} ended with exit code {process.exitcode}")
+                if process.returncode != 0:
+                    raise SystemExit(f"{run} ended with exit code {process.returncode}")
                 left = sum(load(directory, each, flags) is None for each in runs)
                 print(f"{run}: done in {time.monotonic() - started_s:.0f} s, {left} of {len(runs)} left", flush=True)
             if any(time.monotonic() - started_s > RUN_TIMEOUT_S for _, started_s in running.values()):
@@ -89,20 +83,16 @@ def run_all(directory: Path, runs: list[Run], *, flags: tuple[str, ...], process
     finally:
         for process in running:
             process.kill()
-            process.join()
+            process.wait()
     return [run for run in runs if load(directory, run, flags) is None]
 
 
-def _start(directory: Path, run: Run, flags: tuple[str, ...]) -> BaseProcess:
-    """A fork: what takes longest to start, torch and transformers, is there already."""
-    assert CONFIG.exists(), "run this in the repository's root"
+def _start(directory: Path, run: Run, flags: tuple[str, ...]) -> subprocess.Popen[bytes]:
     model = directory / "models" / f"seed-{run.seed}"
     if not model.exists():
         unfinished = model.with_suffix(".tmp")
-        build_demo_model(unfinished, seed=run.seed, warm_start_steps=WARM_START_STEPS)
+        build_demo_model(unfinished, seed=run.seed)
         unfinished.rename(model)
-    process = multiprocessing.get_context("fork").Process(
-        target=run_to_file, args=(directory / run.file, str(model), flags_of(run, flags))
-    )
-    process.start()
-    return process
+    command = [sys.executable, "-m", "tests.learning.run", "--output", str(directory / run.file), "--model", str(model)]
+    assert CONFIG.exists(), "run this in the repository's root"
+    return subprocess.Popen([*command, *flags_of(run, flags)])

@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tests.learning.sampler import PastPolicies, batches
 
 CONFIG = Path("deploy/quickstart/quickstart.toml")
 EVALUATE_EVERY_STEPS = 10
-EVALUATION_ROWS = 128
+EVALUATION_ROWS = 256
 REWARDS = {"python:learner.demo.task:reward": reward, "python:learner.demo.task:shuffled_reward": shuffled_reward}
 
 
@@ -73,21 +72,17 @@ def evaluate(policies: PastPolicies) -> dict[str, float]:
     return {"version": policies.version, "reward": statistics.fmean(rewards), "accuracy": statistics.fmean(right)}
 
 
-def run_to_file(output: Path, model: str, flags: Sequence[str]) -> None:
-    """What the run did, as JSON; `output` is there when all of it is."""
-    torch.set_num_threads(1)
-    config = parse_learner(["--config", str(CONFIG), *flags])
-    unfinished = output.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"flags": list(flags)} | learn(config, model)))
-    unfinished.rename(output)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.learning.run", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", required=True)
     arguments, flags = parser.parse_known_args()
-    run_to_file(arguments.output, arguments.model, flags)
+    torch.set_num_threads(1)
+    config = parse_learner(["--config", str(CONFIG), *flags])
+    result = {"flags": flags} | learn(config, arguments.model)
+    unfinished = arguments.output.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result))
+    unfinished.rename(arguments.output)
     return 0
 
 

@@ -26,12 +26,10 @@ old as they may be and 39 % one step younger, has this: versions change at any m
 
 
 class PastPolicies:
-    """The newest max_staleness + 1 versions of a policy, and two models that sample as any of them."""
+    """The newest max_staleness + 1 versions of a policy, and a model that samples as any of them."""
 
     def __init__(self, model: str, *, max_staleness: int, max_new_tokens: int, temperature: float, seed: int) -> None:
-        self._models: list[Any] = [
-            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2)
-        ]
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._max_staleness = max_staleness
         self._max_new_tokens = max_new_tokens
@@ -43,9 +41,9 @@ class PastPolicies:
 
     def push(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The parameters of the next version."""
-        copies = {name: tensor.detach().clone() for name, tensor in tensors}
-        assert list(copies) == [name for name, _ in self._models[0].named_parameters()]
-        self._versions.append(list(copies.values()))
+        copied = [(name, tensor.detach().clone()) for name, tensor in tensors]
+        assert [name for name, _ in copied] == [name for name, _ in self._model.named_parameters()]
+        self._versions.append([tensor for _, tensor in copied])
         self.version += 1
 
     @torch.no_grad()
@@ -59,9 +57,8 @@ class PastPolicies:
         switches = [self._switch() if oldest < self.version else self._max_new_tokens for _ in rows]
         prompts_BT = self._encode([row["prompt"] for row in rows]).repeat_interleave(group_size, dim=0)
         switches_B = torch.tensor(switches).repeat_interleave(group_size)
-        versions = [oldest, oldest + 1] if oldest < self.version else [oldest]
-        tokens_BT, logprobs_BT = self._complete(versions, prompts_BT, switches_B, greedy=False)
-        parts = (tokens_BT, logprobs_BT, torch.arange(self._max_new_tokens) < switches_B[:, None])
+        tokens_BT, logprobs_BT = self._continue(oldest, prompts_BT, switches_B, greedy=False)
+        parts = self._finish(oldest + 1, prompts_BT, tokens_BT, logprobs_BT, switches_B)
         trajectories = [
             self._trajectory(index, rows[index // group_size], reward, prompts_BT, parts, oldest)
             for index in range(len(prompts_BT))
@@ -75,10 +72,9 @@ class PastPolicies:
     @torch.no_grad()
     def answers(self, rows: Sequence[Row], *, greedy: bool) -> list[str]:
         """By the newest version."""
-        switches_B = torch.full((len(rows),), self._max_new_tokens)
-        tokens_BT, _ = self._complete(
-            [self.version], self._encode([row["prompt"] for row in rows]), switches_B, greedy=greedy
-        )
+        prompts_BT = self._encode([row["prompt"] for row in rows])
+        limits_B = torch.full((len(rows),), self._max_new_tokens)
+        tokens_BT, _ = self._continue(self.version, prompts_BT, limits_B, greedy=greedy)
         return [self._text(tokens_T) for tokens_T in tokens_BT]
 
     def _switch(self) -> int:
@@ -88,27 +84,34 @@ class PastPolicies:
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([self._tokenizer.encode(prompt) for prompt in prompts])  # the demo's are of one length
 
-    def _complete(
-        self, versions: Sequence[int], contexts_BT: Tensor, switches_B: Tensor, *, greedy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, logprobs_BT) [B, max_new_tokens]; PAD after the end.
+    def _finish(
+        self, version: int, prompts_BT: Tensor, tokens_BT: Tensor, logprobs_BT: Tensor, switches_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens_BT, logprobs_BT, is_old_BT) of whole completions: those that are not done go on under `version`."""
+        width = self._max_new_tokens
+        places_T = torch.arange(width)
+        is_old_BT = places_T < switches_B[:, None]
+        unfinished_B = (switches_B < width) & ~(tokens_BT == self._eos).any(dim=1)
+        for switch in sorted(set(switches_B[unfinished_B].tolist())):
+            rows_B = unfinished_B & (switches_B == switch)
+            contexts_BT = torch.cat([prompts_BT[rows_B], tokens_BT[rows_B, :switch]], dim=1)
+            limits_B = torch.full((len(contexts_BT),), width - switch)
+            more_BT, more_logprobs_BT = self._continue(version, contexts_BT, limits_B, greedy=False)
+            tokens_BT[rows_B, switch:] = more_BT[:, : width - switch]
+            logprobs_BT[rows_B, switch:] = more_logprobs_BT[:, : width - switch]
+        return tokens_BT, logprobs_BT, is_old_BT
 
-        The first version samples so many tokens of each row as switches_B says, the second one the others. Both read
-        all of them: as in a server, whose new version computes the context anew.
-        """
-        models = [self._model_of(place, version) for place, version in enumerate(versions)]
+    def _continue(self, version: int, contexts_BT: Tensor, limits_B: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
+        """(tokens_BT, logprobs_BT) [B, max_new_tokens] sampled by `version`; PAD after the end or the row's limit."""
+        self._load(version)
         tokens_BT = torch.full((len(contexts_BT), self._max_new_tokens), PAD)
         logprobs_BT = torch.zeros(tokens_BT.shape)
-        going_B = torch.ones(len(contexts_BT), dtype=torch.bool)
-        inputs, caches = contexts_BT, [None] * len(models)
-        for place in range(self._max_new_tokens):
-            all_logprobs_BV = torch.empty(0)
-            for index, model in enumerate(models):
-                output = model(inputs, past_key_values=caches[index], use_cache=True, logits_to_keep=1)
-                caches[index] = output.past_key_values
-                said_BV = (output.logits[:, -1] / self._temperature).log_softmax(dim=-1)
-                is_its_turn_B1 = (place >= switches_B)[:, None]
-                all_logprobs_BV = torch.where(is_its_turn_B1, said_BV, all_logprobs_BV) if index else said_BV
+        going_B = limits_B > 0
+        inputs, cache = contexts_BT, None
+        for place in range(int(limits_B.max())):
+            output = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            all_logprobs_BV = (output.logits[:, -1] / self._temperature).log_softmax(dim=-1)
             chosen_B1 = (
                 all_logprobs_BV.argmax(dim=-1, keepdim=True)
                 if greedy
@@ -116,18 +119,16 @@ class PastPolicies:
             )
             tokens_BT[going_B, place] = chosen_B1[going_B, 0]
             logprobs_BT[going_B, place] = all_logprobs_BV.gather(1, chosen_B1)[going_B, 0]
-            going_B = going_B & (chosen_B1[:, 0] != self._eos)
+            going_B = going_B & (chosen_B1[:, 0] != self._eos) & (limits_B > place + 1)
             if not going_B.any():
                 break
             inputs = chosen_B1
         return tokens_BT, logprobs_BT
 
-    def _model_of(self, place: int, version: int) -> Any:
-        """One of the two models, with the parameters of a version."""
+    def _load(self, version: int) -> None:
         tensors = self._versions[version - self.version - 1]
-        for parameter, tensor in zip(self._models[place].parameters(), tensors, strict=True):
+        for parameter, tensor in zip(self._model.parameters(), tensors, strict=True):
             parameter.data = tensor
-        return self._models[place]
 
     @property
     def _eos(self) -> int:

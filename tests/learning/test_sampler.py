@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.trajectory import FinishReason
+from learner.__main__ import parse_learner
 from learner.demo.model import build_demo_model
 from learner.demo.task import reward, training_prompts
+from tests.learning import run as learning_run
 from tests.learning.campaign import Run, flags_of, load, planned
 from tests.learning.sampler import PastPolicies, batches
 from tests.models import forward_logprobs
@@ -86,3 +88,13 @@ def test_at_staleness_0_there_is_nothing_to_correct():
     runs = planned(5)
     assert len(runs) == 45
     assert {run.arm for run in runs if run.max_staleness == 0} == {"corrected"}
+
+
+def test_a_run_trains_on_what_past_policies_sampled_and_is_measured(model, monkeypatch):
+    monkeypatch.setattr(learning_run, "EVALUATION_ROWS", 4)
+    monkeypatch.setattr(learning_run, "EVALUATE_EVERY_STEPS", 1)
+    config = parse_learner(["--config", str(learning_run.CONFIG), "--total-steps", "2", "--max-staleness", "1"])
+    result = learning_run.learn(config, str(model))
+    assert [step["step"] for step in result["steps"]] == [1, 2]
+    assert [evaluation["version"] for evaluation in result["evaluations"]] == [0, 1, 2]
+    assert result["steps"][1]["grad_norm"] > 0

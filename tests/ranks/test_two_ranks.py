@@ -35,7 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings_for(model: str, **overrides: Any) -> TrainSettings:
-    values: dict[str, Any] = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3}
+    """Adam's usual epsilon would make updates of a learning rate each out of the rounding errors of tiny gradients, and
+    hide a gradient that is wrong by a factor."""
+    values: dict[str, Any] = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "adam_epsilon": 1e-3}
     return some_train_settings(model, **(values | overrides))
 
 
@@ -54,7 +56,7 @@ def alone(model: str) -> tuple[dict[str, Tensor], list[StepResult]]:
 def test_two_ranks_update_as_one_rank_does_at_every_stage(stage: int, model: str, pair: Pair, alone: Any):
     outcome = pair.play(settings_for(model, zero_stage=stage), steps=STEPS)
     weights, results = alone
-    assert largest_difference(outcome.weights, weights) < 1e-5  # the first steps of Adam blow up rounding errors
+    assert largest_difference(outcome.weights, weights) < 1e-6
     for metrics, expected in zip(outcome.metrics, results, strict=True):
         assert metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
     assert (outcome.version, outcome.packs) == (STEPS, True)
@@ -110,7 +112,7 @@ def test_what_looks_at_the_whole_batch_looks_at_both_ranks(what: str, model: str
     weights, results = one_rank(settings, 2)
     for metrics, expected in zip(outcome.metrics, results, strict=True):
         assert metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
-    assert largest_difference(outcome.weights, weights) < 1e-5
+    assert largest_difference(outcome.weights, weights) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -173,12 +175,12 @@ def test_a_checkpoint_is_resumed_at_another_stage_and_number_of_ranks(
     directory = tmp_path / "two-ranks"
     unbroken = pair.play(settings_for(model, zero_stage=before), steps=4, save=str(directory), save_after=2)
     other_stage = pair.play(settings_for(model, zero_stage=after), resume=str(directory), steps=2)
-    assert largest_difference(other_stage.weights, unbroken.weights) < 5e-6
+    assert largest_difference(other_stage.weights, unbroken.weights) < 1e-6
     one = open_torch_engine(settings_for(model))
     one.load(directory)
     one.copy_state()(tmp_path / "one-rank")
     train(one, steps=2)
-    assert largest_difference(weights_of(one), unbroken.weights) < 5e-6
+    assert largest_difference(weights_of(one), unbroken.weights) < 1e-6
     grown = pair.play(settings_for(model, zero_stage=before), resume=str(tmp_path / "one-rank"), steps=2)
     assert largest_difference(grown.weights, unbroken.weights) == 0.0
 
@@ -191,7 +193,7 @@ def test_adapters_alone_are_shared_out_and_published_merged(stage: int, model: s
     weights, results = one_rank(settings, STEPS)
     for metrics, expected in zip(outcome.metrics, results, strict=True):
         assert metrics == pytest.approx(expected.metrics, rel=1e-3, abs=1e-4)
-    assert largest_difference(outcome.weights, weights) < 1e-5
+    assert largest_difference(outcome.weights, weights) < 1e-6
     resumed = pair.play(settings, resume=str(tmp_path / "saved"), steps=1)
     assert largest_difference(resumed.weights, outcome.weights) == 0.0
 
@@ -214,7 +216,7 @@ def test_what_is_offloaded_to_host_memory_is_trained_and_resumed_alike(
     settings = settings_for(model, zero_stage=stage, engine=EngineSettings(offload=offload))
     outcome = pair.play(settings, steps=STEPS, save=str(tmp_path / "saved"), save_after=STEPS - 1, patience_s=400.0)
     weights, _ = alone
-    assert largest_difference(outcome.weights, weights) < 1e-5
+    assert largest_difference(outcome.weights, weights) < 1e-6
     resumed = pair.play(settings, resume=str(tmp_path / "saved"), steps=1)
     assert largest_difference(resumed.weights, outcome.weights) == 0.0
 

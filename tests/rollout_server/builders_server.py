@@ -60,6 +60,8 @@ class FakeLearner:
     def __init__(self, router: Router, snapshots: Router, session: str) -> None:
         self.session = session
         self.published = 0
+        self.hold_s = 0.0
+        self.manifests_asked = 0
         self.heard: list[Message] = []
         self._router = router
         self._snapshots = snapshots
@@ -86,6 +88,7 @@ class FakeLearner:
             "temperature": 1.0,
             "weights_address": self._snapshots.address,
             "published_version": self.published,
+            "evaluation_hold_s": self.hold_s,
         }
         return Welcome(**fields | changes)
 
@@ -102,6 +105,7 @@ class FakeLearner:
         while True:
             for incoming in await self._snapshots.receive():
                 request, _ = decoder.decode(incoming.frames)
+                self.manifests_asked += isinstance(request, ManifestRequest)
                 version = self.published if isinstance(request, ManifestRequest) else request.version
                 table = np.random.default_rng(version).normal(size=(V, V)).astype("<f4")
                 data = table.tobytes()
@@ -219,8 +223,10 @@ async def a_joined_server(
     *,
     step_s: float = 0.0,
     engine_type: type[TableEngine] = TableEngine,
+    hold_s: float = 0.0,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
+    learner.hold_s = hold_s
     environments = {ScriptedEnvironment.url: environment or ScriptedEnvironment()}
     serving = asyncio.create_task(
         serve(learner.address, tmp_path, environments, step_s=step_s, engine_type=engine_type)

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
 from rollout_server.vllm_start import VllmSettings
-from tests.models import a_tiny_model, save_tiny_model, write_snapshot
+from tests.models import a_model, save_model, write_snapshot
 
 MAX_MODEL_LEN = 512
 
@@ -36,13 +36,14 @@ class LiveEngine:
     engine: VllmEngine
     directory: Path
     tied: bool
+    shape: dict[str, int] = field(default_factory=dict)  # where it is not the tiny model's
     models: dict[int, Qwen2ForCausalLM] = field(default_factory=dict)
     _versions: Iterator[int] = field(default_factory=itertools.count)
 
     def next_snapshot(self) -> LocalSnapshot:
         """A snapshot of the next version, with weights unlike any before."""
         version = next(self._versions)
-        self.models[version] = a_tiny_model(1000 + version, tied=self.tied)
+        self.models[version] = a_model(1000 + version, tied=self.tied, **self.shape)
         path = self.directory / f"snapshot-{version}"
         return LocalSnapshot(manifest=write_snapshot(path, self.models[version], version=version), path=path)
 
@@ -50,10 +51,13 @@ class LiveEngine:
         return await self.engine.load_weights(self.next_snapshot())
 
 
-async def _live_engine(directory: Path, *, tied: bool) -> AsyncIterator[LiveEngine]:
-    model = save_tiny_model(directory / "model", tied=tied)
-    async with open_vllm_engine(tiny_settings(model)) as engine:
-        yield LiveEngine(engine=engine, directory=directory, tied=tied)
+async def _live_engine(
+    directory: Path, *, tied: bool, tensor_parallel_size: int = 1, **shape: int
+) -> AsyncIterator[LiveEngine]:
+    model = save_model(directory / "model", a_model(0, tied=tied, **shape))
+    settings = replace(tiny_settings(model), tensor_parallel_size=tensor_parallel_size)
+    async with open_vllm_engine(settings) as engine:
+        yield LiveEngine(engine=engine, directory=directory, tied=tied, shape=shape)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session", params=["tied", "untied"])
@@ -87,4 +91,15 @@ async def set_fault(engine: VllmEngine, fault: str) -> None:
 async def disposable(tmp_path: Path) -> AsyncIterator[LiveEngine]:
     """An engine for one test, which may break it."""
     async for engine in _live_engine(tmp_path, tied=True):
+        yield engine
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=[1, 2])
+async def sharded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[LiveEngine]:
+    """An engine of two ranks. A single head of keys and values is on both; of two heads each rank has one."""
+    directory = tmp_path_factory.mktemp("sharded")
+    heads = request.param
+    async for engine in _live_engine(directory, tied=heads == 1, tensor_parallel_size=2, num_key_value_heads=heads):
         yield engine

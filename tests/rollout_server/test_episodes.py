@@ -19,8 +19,9 @@ from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason
 from rollout_server.environments import environment_at
 from rollout_server.environments.environment import EnvironmentFailure, Row, Said, StepResult
-from rollout_server.episodes import FAILURE_KINDS, EpisodeRunner, LeaseFailure, sample_seed
+from rollout_server.episodes import EpisodeRunner, sample_seed
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
+from rollout_server.lease_failure import FAILURE_KINDS, LeaseFailure
 from rollout_server.table_engine import TABLE_TENSOR, TableEngine
 from tests.rollout_server.tokenizer_twin import BOS_ID, EOS_ID, CharacterTokenizer
 

@@ -136,6 +136,20 @@ async def test_the_whole_distribution_is_sampled_whatever_the_models_generation_
     assert len({int(task.result().token_ids[0]) for task in one_token}) > 8
 
 
+async def test_at_temperature_zero_every_token_is_the_likeliest_and_has_a_finite_log_probability(live: LiveEngine):
+    update = await live.load_next()
+    prompt = a_prompt(12)
+    greedy = [await live.engine.generate(prompt, a_sampling(seed, temperature=0.0), f"g{seed}") for seed in (1, 2)]
+    assert greedy[0].token_ids.tolist() == greedy[1].token_ids.tolist()
+    tokens = np.concatenate([prompt, greedy[0].token_ids])
+    expected = forward_logprobs(live.models[update.version], tokens, temperature=1.0)[len(prompt) - 1 :]
+    assert np.abs(expected - greedy[0].logprobs).max() < TOLERANCE
+    first_logprobs = [
+        forward_logprobs(live.models[update.version], np.append(prompt, token_id))[-1] for token_id in range(VOCAB_SIZE)
+    ]
+    assert greedy[0].token_ids[0] == np.argmax(first_logprobs)
+
+
 async def test_a_completion_terminates_at_any_end_token_and_is_truncated_otherwise(live: LiveEngine):
     await live.load_next()
     async with asyncio.TaskGroup() as tasks:
@@ -276,7 +290,7 @@ async def test_nothing_is_generated_before_the_first_snapshot_and_close_ends_wha
     await hold(disposable)
     running = [asyncio.ensure_future(disposable.engine.generate(a_prompt(9, s), a_sampling(s), "r")) for s in range(8)]
     await until_calls(disposable, 8)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
@@ -301,7 +315,7 @@ async def test_a_stalled_engine_fails_its_health_check_and_a_killed_one_fails_wh
     with pytest.raises(EngineError, match=r"did not answer within 0.2 s"):
         await disposable.engine.check_health(timeout_s=0.2)
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         outcomes = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
     for call in (
@@ -330,7 +344,7 @@ async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEn
         )
     ]
     await until_calls(disposable, 3)  # the other two wait for the update
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, EngineError) for outcome in outcomes)
@@ -390,7 +404,7 @@ def child_pids() -> set[int]:
 
 
 async def until_dead(pid: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while is_alive(pid):
             await asyncio.sleep(0.01)
 

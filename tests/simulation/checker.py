@@ -10,12 +10,13 @@ from typing import Any
 from tests.simulation import history as seen
 from tests.simulation.account import Account
 from tests.simulation.check import Check, Violation
+from tests.simulation.check_evaluations import Evaluations
 from tests.simulation.check_leases import Leases
 from tests.simulation.check_servers import Progress, Servers
 from tests.simulation.check_tasks import Tasks
 from tests.simulation.check_training import Training
 
-CHECKS: tuple[type[Check], ...] = (Leases, Training, Tasks, Servers, Progress)
+CHECKS: tuple[type[Check], ...] = (Leases, Training, Tasks, Servers, Progress, Evaluations)
 
 _EVENT_NAMES = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in seen.EVENTS}
 

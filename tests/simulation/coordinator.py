@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from common.messages import (
     Batch,
     CheckpointSaved,
+    Evaluated,
+    EvaluateVersion,
+    EvaluationFailed,
     Frontier,
     GroupFinished,
     Heartbeat,
@@ -23,7 +26,7 @@ from common.messages import (
 )
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
-from learner.coordinator.decisions import DeliverBatch
+from learner.coordinator.decisions import DeliverBatch, GrantEvaluation
 from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal import BatchRecord, Record
 from learner.coordinator.journal_keeper import JournalKeeper
@@ -126,6 +129,8 @@ class SimulatedCoordinator:
                 self.outbound.carry_out(self.core.published(message.version, now))
                 for session in self.outbound.sessions:
                     self.outbound.pulse(session, now)
+            case EvaluateVersion():
+                self.outbound.carry_out(self.core.evaluate(message.version, now))
             case TakeFrontier():
                 self._tell_learner(Frontier(version=self.core.version, frontier=self.core.frontier()))
         self._post()
@@ -149,6 +154,8 @@ class SimulatedCoordinator:
                 if self.core.book.lease_of(server, message.lease_id) is not None:
                     self.outbound.heard(server)
                 self.world.note(seen.Failed(now, self.life, server, message.lease_id))
+            case Evaluated() | EvaluationFailed():
+                self.world.note(seen.EvaluationHeard(now, self.life, server, message.evaluation_id))
             case GroupFinished():
                 self.outbound.answering = nonce_of(payload)
 
@@ -178,6 +185,8 @@ class SimulatedCoordinator:
             connection = self.connections.get(letter.peer)
             if connection is not None and connection.carries_down:
                 connection.line.deliver(connection, letter.message)
+        while outbound.reports:
+            self._tell_learner(outbound.reports.popleft())
         if outbound.grants:
             grants = list(outbound.grants)
             outbound.grants.clear()
@@ -189,7 +198,8 @@ class SimulatedCoordinator:
         """The rows of these tasks are there."""
         if self._when_awake(self._lend, grants):
             for grant in grants:
-                self.outbound.lend(grant, Task(row=ROW, seed=grant.task_id))
+                lend = self.outbound.lend_evaluation if isinstance(grant, GrantEvaluation) else self.outbound.lend
+                lend(grant, Task(row=ROW, seed=grant.task_id))
             self._post()
 
     def _write(self) -> None:

@@ -244,6 +244,57 @@ class Checkpointed(NamedTuple):
     parked: tuple[int, ...]
 
 
+class EvaluationAsked(NamedTuple):
+    """The learner wants an evaluation of this version, or of a later one."""
+
+    now: float
+    lineage: int
+    version: int
+
+
+class EvaluationGranted(NamedTuple):
+    now: float
+    life: int
+    server: str
+    evaluation: int  # unique within the life
+    task: int
+    version: int
+    silent_s: float
+
+
+class EvaluationSampled(NamedTuple):
+    """A server did an evaluation task and says so once. Versions are the true ones of its tokens."""
+
+    now: float
+    epoch: str
+    task: int
+    nonce: int
+    oldest: int
+    newest: int
+
+
+class EvaluationHeard(NamedTuple):
+    """The coordinator hears that an evaluation task is done, or cannot be."""
+
+    now: float
+    life: int
+    server: str
+    evaluation: int
+
+
+class EvaluationReported(NamedTuple):
+    """To the learner, who asked for it."""
+
+    now: float
+    lineage: int
+    asked_version: int
+    version: int
+    tasks: tuple[int, ...]
+    nonces: tuple[int, ...]
+    num_failed: int
+    num_unfinished: int
+
+
 class Observed(NamedTuple):
     """counts(), and how full the queue is."""
 
@@ -289,7 +340,8 @@ Event = (
     Planned | LearnerStarted | LearnerCrashed | CoordinatorOpened | CoordinatorPaused | CoordinatorCrashed
     | WentWrong | ServerStarted | ServerStopped | Joined | Confirmed | Granted | Adopted | Sampled | Failed
     | Accepted | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained
-    | Published | Checkpointed | Observed | Calmed | Ended | Broke
+    | Published | Checkpointed | EvaluationAsked | EvaluationGranted | EvaluationSampled | EvaluationHeard
+    | EvaluationReported | Observed | Calmed | Ended | Broke
 )  # fmt: skip
 
 EVENTS: tuple[type[Event], ...] = get_args(Event)

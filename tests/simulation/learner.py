@@ -12,6 +12,8 @@ import msgspec
 from common.messages import (
     Batch,
     CheckpointSaved,
+    EvaluateVersion,
+    EvaluationReport,
     Frontier,
     LearnerToCoordinator,
     OpenRun,
@@ -132,8 +134,10 @@ class SimulatedLearner:
         elif self._asked.pop(type(message), None) is not None:
             self._answered(message, payload)
 
-    def _answered(self, message: Batch | Frontier, payload: bytes) -> None:
-        if isinstance(message, Batch):
+    def _answered(self, message: Batch | Frontier | EvaluationReport, payload: bytes) -> None:
+        if isinstance(message, EvaluationReport):
+            self._evaluated(message)
+        elif isinstance(message, Batch):
             training_s = self.world.plan.training_s * (0.5 + self.world.rng.random())
             self.world.clock.after(training_s, self._trained, self.lineage, message, payload)
         else:
@@ -214,9 +218,22 @@ class SimulatedLearner:
         assert self._run is not None
         self._run = msgspec.structs.replace(self._run, published_version=version)
         self.world.note(seen.Published(self.world.clock.now, lineage, version))
+        every = self.world.plan.evaluate_every_steps
+        if every and version % every == 0 and EvaluationReport not in self._asked:
+            self.world.note(seen.EvaluationAsked(self.world.clock.now, lineage, version))
+            self._ask(EvaluateVersion(version=version), EvaluationReport)
         self._tell(self._published)
         if self._is_unpublished:
             self._publish()
+
+    def _evaluated(self, report: EvaluationReport) -> None:
+        nonces = tuple(int(task.episodes[0].reward) for task in report.tasks)
+        self.world.note(
+            seen.EvaluationReported(
+                self.world.clock.now, self.lineage, report.asked_version, report.version,
+                tuple(task.task_id for task in report.tasks), nonces, sum(report.failed.values()), report.unfinished,
+            )
+        )  # fmt: skip
 
     def _save(self, then: Any) -> None:
         self._after_saving = then

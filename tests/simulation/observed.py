@@ -8,6 +8,7 @@ from learner.coordinator.decisions import (
     CancelLease,
     Decision,
     DropServer,
+    GrantEvaluation,
     GrantLease,
     ParkTask,
     Quarantine,
@@ -92,6 +93,9 @@ class ObservedOutbound(Outbound):
                 silent_s, at_version = self._silent_s(server), self.core.version
                 key = self._key_of(server)
                 self._note(seen.Granted(now, life, server, key, lease, task, min_version, at_version, silent_s))
+            case GrantEvaluation(server_id=server, evaluation_id=evaluation, task_id=task, version=version):
+                silent_s = self._silent_s(server)
+                self._note(seen.EvaluationGranted(now, life, server, evaluation, task, version, silent_s))
             case AcceptGroup(server_id=server, group=group):
                 self.heard(server)
                 nonce = nonce_of(group.payload)

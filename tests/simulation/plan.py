@@ -2,9 +2,9 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from learner.coordinator.settings import CoordinatorSettings, StaleAction
+from learner.coordinator.settings import CoordinatorSettings, EvaluationRules, StaleAction
 
 TAIL = 10.0  # p99 of the lengths over their median
 SIGMA = math.log(TAIL) / 2.3263  # of the logarithm; 2.3263 is the 99th percentile of a normal distribution
@@ -60,6 +60,8 @@ class Plan:
     saving_s: float
     commit_s: float
     checkpoint_every_steps: int
+    evaluate_every_steps: int  # 0: never
+    hold_s: float  # that a server may stay at a version for an evaluation
     heartbeat_s: float
     resend_s: float
     chaos_s: float  # then everything is mended, and must go on by itself
@@ -69,7 +71,8 @@ class Plan:
 def plan_of(seed: int) -> Plan:
     """Small and fast configurations: what is rare at full size must happen often here."""
     rng = random.Random(seed)
-    rules = _rules(rng)
+    evaluate_every_steps, hold_s, evaluation = _evaluations(random.Random(f"evaluations {seed}"))
+    rules = replace(_rules(rng), evaluation=evaluation)
     chaos_s = rng.uniform(8.0, 22.0)
     return Plan(
         seed=seed,
@@ -85,6 +88,8 @@ def plan_of(seed: int) -> Plan:
         saving_s=rng.choice([0.02, 0.4]),
         commit_s=rng.choice([0.001, 0.01, 0.05]),
         checkpoint_every_steps=rng.choice([1, 2, 3, 5]),
+        evaluate_every_steps=evaluate_every_steps,
+        hold_s=hold_s,
         heartbeat_s=1.0,
         resend_s=rng.choice([1.5, 5.0]),
         chaos_s=chaos_s,
@@ -112,6 +117,21 @@ def _rules(rng: random.Random) -> CoordinatorSettings:
         hang_timeout_s=8.0,
         max_offences=rng.choice([1, 3, 8]),
     )
+
+
+def _evaluations(rng: random.Random) -> tuple[int, float, EvaluationRules | None]:
+    """Half of the histories have none."""
+    if rng.random() < 0.5:
+        return 0, 0.0, None
+    rules = EvaluationRules(
+        num_tasks=rng.randint(1, 6),
+        samples=rng.randint(1, 3),
+        group_size=rng.randint(1, 4),
+        patience_s=rng.choice([0.0, 0.5, 2.0]),
+        timeout_s=rng.choice([4.0, 30.0]),
+        max_task_failures=rng.choice([1, 3]),
+    )
+    return rng.choice([1, 2, 5]), rng.choice([0.0, 0.5, 4.0, 10.0]), rules
 
 
 def _servers(rng: random.Random) -> tuple[ServerPlan, ...]:

@@ -31,7 +31,8 @@ class Scenario:
     stale_action: StaleAction = "wait"
     max_staleness: int = 2
     median_s: float = 20.0  # to sample a group
-    training_s: float = 20.0
+    max_s: float = 320.0  # no group takes longer: max_new_tokens ends it
+    training_s: float = 60.0
     publishing_s: float = 1.0
     pulling_s: float = 2.0
     warmup_steps: int = 4  # that are not counted
@@ -40,6 +41,10 @@ class Scenario:
     def capacity(self) -> int:
         """Groups that are sampled at a time, at most."""
         return self.servers * self.groups_per_server
+
+    def length_s(self, task_id: int) -> float:
+        """How long a group of the task takes, each time it is sampled."""
+        return min(self.max_s, self.median_s * random.Random(task_id).lognormvariate(0.0, SIGMA))
 
     def with_action(self, action: StaleAction) -> "Scenario":
         return replace(self, stale_action=action)
@@ -117,13 +122,14 @@ class ScalingRun:
         self.figures = Figures()
         self.cpu_s = 0.0
         self.waiting_since = 0.0
+        self.trained_tasks: set[int] = set()
         self.servers = {f"server-{index}": Server(f"server-{index}") for index in range(scenario.servers)}
 
     def tell(self, event: Callable[..., list[Decision]], *arguments: object, **named: object) -> None:
         """Something happens to the rules; carry out what they decide."""
-        started_s = time.perf_counter()
+        started_s = time.process_time()
         decisions = event(*arguments, now=self.clock.now, **named)
-        self.cpu_s += time.perf_counter() - started_s
+        self.cpu_s += time.process_time() - started_s
         for decision in decisions:
             match decision:
                 case GrantLease():
@@ -166,8 +172,7 @@ class ScalingRun:
             server.waiting.append(grant)
             return
         server.working[grant.lease_id] = self.clock.now
-        length_s = self.scenario.median_s * random.Random(grant.task_id).lognormvariate(0.0, SIGMA)
-        self.clock.after(length_s, self.finish, server, grant)
+        self.clock.after(self.scenario.length_s(grant.task_id), self.finish, server, grant)
 
     def finish(self, server: Server, grant: GrantLease) -> None:
         if grant.lease_id not in server.working:
@@ -216,6 +221,7 @@ class ScalingRun:
     def trained(self, batch: DeliverBatch) -> None:
         for group in batch.groups:
             self.count(group, batch.version)
+            self.trained_tasks.add(group.task_id)
         leases = tuple(group.lease_id for group in batch.groups)
         self.tell(self.core.step_completed, batch.version + 1, leases)
         if self.core.version == self.scenario.warmup_steps:
@@ -258,14 +264,22 @@ class ScalingRun:
             cpu_s_per_group=self.cpu_s / self.core.counts().leased,
         )
 
+    def begin_all(self) -> None:
+        """Servers join within a second, then the learner asks for its first batch."""
+        self.tell(self.core.published, 0)
+        for server in self.servers.values():
+            self.clock.after(self.rng.random(), self.join, server)
+        self.clock.after(1.0, self.take_batch)
+
+    def go_on(self, stop: Callable[[], bool]) -> None:
+        """Until `stop` says so, or the scenario's last step is done."""
+        goal = self.scenario.warmup_steps + self.scenario.steps
+        self.clock.run(until=1e9, stop=lambda: self.core.version >= goal or stop())
+
 
 def run(scenario: Scenario) -> Outcome:
     """Simulate `steps` steps after the warm-up."""
     world = ScalingRun(scenario)
-    world.tell(world.core.published, 0)
-    for server in world.servers.values():
-        world.clock.after(world.rng.random(), world.join, server)
-    world.clock.after(1.0, world.take_batch)
-    goal = scenario.warmup_steps + scenario.steps
-    world.clock.run(until=1e9, stop=lambda: world.core.version >= goal)
+    world.begin_all()
+    world.go_on(stop=lambda: False)
     return world.outcome()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from common.messages import (
     PROTOCOL_VERSION,
     CoordinatorToServer,
+    Evaluate,
     Finished,
     GroupAccepted,
     GroupFinished,
@@ -13,6 +14,7 @@ from common.messages import (
     Heartbeat,
     HeldLease,
     Hello,
+    HoldVersions,
     Lease,
     LeaseCancelled,
     LeaseFailed,
@@ -23,6 +25,7 @@ from common.messages import (
     Welcome,
 )
 from tests.simulation import history as seen
+from tests.simulation.evaluating import Evaluating
 from tests.simulation.groups import Runs, header_of, payload_of, runs_of
 from tests.simulation.liar import Liar
 from tests.simulation.network import Line
@@ -68,6 +71,7 @@ class ServerProcess:
         self.working: dict[int, Work] = {}
         self.unacknowledged: dict[int, SentGroup] = {}
         self.weights = Weights(self)
+        self.evaluating = Evaluating(self)
         self._stopped_until = 0.0  # SIGSTOP: nothing runs
         self._hangs_until = 0.0  # the engine does nothing, everything else goes on
         self._progress = 0
@@ -118,6 +122,10 @@ class ServerProcess:
                 self._hear_welcome(message)
             case Refused():
                 self._hear_refusal(message)
+            case HoldVersions():
+                self.evaluating.hold(message)
+            case Evaluate():
+                self.evaluating.begin(message)
             case Finished():
                 self.machine.stop("finished")
             case _:
@@ -163,10 +171,11 @@ class ServerProcess:
         self.session = welcome.session
         self._is_greeting = False
         self._say_ready()
-        self._say_alive()
+        self.say_alive()
         self._resend(after_s=0.0)
 
     def _say_ready(self) -> None:
+        self.evaluating.drop_all()
         self._confirmed_version = -1
         fingerprints = {"model_fingerprint": "model-1", "tokenizer_fingerprint": "tokenizer-1"}
         capacity_groups = self.plan.capacity_groups
@@ -213,7 +222,7 @@ class ServerProcess:
             return
         if self.world.clock.now >= self._hangs_until:
             self._progress += 1
-        self._say_alive()
+        self.say_alive()
         self._resend(after_s=self.world.plan.resend_s)
         self.world.clock.after(self.world.plan.heartbeat_s, self._beat)
 
@@ -223,7 +232,7 @@ class ServerProcess:
                 sent.sent_at = self.world.clock.now
                 self.line.send(sent.message, sent.payload)
 
-    def _say_alive(self) -> None:
+    def say_alive(self) -> None:
         loaded = self.weights.loaded
         heartbeat = Heartbeat(
             progress=self._progress,
@@ -233,6 +242,7 @@ class ServerProcess:
             busy_s=0.0,
             paused_s=0.0,
             doing="",
+            holding=self.weights.holding,
         )
         self.line.send(heartbeat)
         self._confirmed_version = loaded
@@ -262,7 +272,7 @@ class ServerProcess:
         if self._liar is not None and self._liar.lie(lease, runs):
             return
         if runs[-1][0] > self._confirmed_version:
-            self._say_alive()
+            self.say_alive()
         self.send_group(lease, runs)
 
     def _sampled_by(self, work: Work) -> Runs:

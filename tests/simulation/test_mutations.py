@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from learner.coordinator import core as core_module
-from learner.coordinator import records
+from learner.coordinator import evaluations, records
 from learner.coordinator.batches import Batches
 from learner.coordinator.core import Coordinator
 from learner.coordinator.deadlines import Deadlines
@@ -432,6 +432,38 @@ def a_second_of_silence_is_a_death(monkeypatch):
     monkeypatch.setattr(
         Member, "loss", lambda self, settings, now: loss(self, replace(settings, server_timeout_s=1.2), now)
     )
+
+
+# --- evaluations ---------------------------------------------------------------------------------------------------
+
+
+@mutation
+def an_evaluation_keeps_what_another_version_did(monkeypatch):
+    def keep(self):
+        self.version = -1
+
+    def begin(self, version, num_tasks, now):
+        self.version, self.waiting_since = version, now
+        self.pending = evaluations.deque(task for task in range(num_tasks) if task not in self.results)
+
+    monkeypatch.setattr(evaluations._Evaluation, "drop", keep)
+    monkeypatch.setattr(evaluations._Evaluation, "begin", begin)
+
+
+@mutation
+def an_evaluation_takes_whole_servers(monkeypatch):
+    monkeypatch.setattr(evaluations.Evaluations, "_fits", lambda self, member, tasks, *, is_urgent: tasks < 9)
+
+
+@mutation
+def an_evaluation_waits_for_servers_for_ever(monkeypatch):
+    go_on = evaluations.Evaluations.go_on
+    monkeypatch.setattr(evaluations.Evaluations, "go_on", lambda self, published, now: go_on(self, published, 0.0))
+
+
+@mutation
+def silent_servers_evaluate(monkeypatch):
+    monkeypatch.setattr(evaluations.Evaluations, "_is_usable", lambda self, member, now: True)
 
 
 NAMES.extend(MUTATIONS)

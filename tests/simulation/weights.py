@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
 NO_VERSION = -1
 ASK_AGAIN_S = 0.5
+HELD_S = 0.1
 
 
 class Weights:
@@ -21,6 +22,19 @@ class Weights:
         self._loads: list[tuple[float, int]] = [(0.0, NO_VERSION)]  # when, version
         self._waiting: list[tuple[int, Callable[..., None], Any]] = []
         self._is_pulling = False
+        self._held = (0, NO_VERSION)  # first and last version to hold; an empty range
+        self._ran_out = NO_VERSION  # version that was held for as long as may be
+        self._newer_since: float | None = None  # while a version is held
+
+    @property
+    def holding(self) -> int:
+        """NO_VERSION when no version is held."""
+        first, last = self._held
+        return self.loaded if first <= self.loaded <= last and self.loaded != self._ran_out else NO_VERSION
+
+    def hold(self, first: int, last: int) -> None:
+        self._held = (first, last)
+        self._pull()
 
     @property
     def loaded(self) -> int:
@@ -31,6 +45,7 @@ class Weights:
         self._waiting.clear()
         if run_id != self._run_id:
             self._run_id = run_id
+            self._held, self._ran_out = (0, NO_VERSION), NO_VERSION
             self._published = NO_VERSION
             self._loads = [(self._clock.now, NO_VERSION)]
 
@@ -56,7 +71,7 @@ class Weights:
         return versions
 
     def _pull(self) -> None:
-        if self._is_pulling or self._published <= self.loaded:
+        if self._is_pulling or self._published <= self.loaded or self._is_held():
             return
         self._is_pulling = True
         newest = self._process.world.learner.newest_snapshot(self._run_id)
@@ -74,11 +89,33 @@ class Weights:
     def _pulled(self, run_id: str, version: int) -> None:
         if not self._process.is_running(self._pulled, run_id, version, needs_engine=True):
             return
+        if run_id == self._run_id and self._is_held():  # until it is told otherwise, or time is up
+            self._clock.after(HELD_S, self._pulled, run_id, version)
+            return
         self._is_pulling = False
         if run_id == self._run_id:
+            self._newer_since = None
             self._loads.append((self._clock.now, version))
             ready = [waiting for waiting in self._waiting if waiting[0] <= version]
             self._waiting = [waiting for waiting in self._waiting if waiting[0] > version]
             for _, action, argument in ready:
                 action(argument)
+            if self.holding != NO_VERSION:
+                self._process.say_alive()
         self._pull()
+
+    def _is_held(self) -> bool:
+        """Whether a version that is there must wait; the time for that begins with the first one."""
+        if self.holding == NO_VERSION:
+            self._newer_since = None
+            return False
+        if self._newer_since is None:
+            self._newer_since = self._clock.now
+            self._clock.after(self._process.world.plan.hold_s, self._run_out, self.loaded)
+        return True
+
+    def _run_out(self, version: int) -> None:
+        if self.holding == version and self._process.is_running(self._run_out, version):
+            self._ran_out = version
+            self._process.say_alive()
+            self._pull()

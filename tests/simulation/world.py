@@ -5,7 +5,7 @@ import random
 
 from common.messages import OpenRun
 from learner.coordinator.ledger import decode_frontier
-from learner.coordinator.service_settings import ServiceSettings
+from learner.coordinator.service_settings import HeldOut, ServiceSettings
 from tests.builders_coordinator import some_service_settings
 from tests.simulation import history as seen
 from tests.simulation.clock import Clock
@@ -56,10 +56,12 @@ class World:
 
     @property
     def service_settings(self) -> ServiceSettings:
-        lineage = self.learner.lineage
+        lineage, evaluation = self.learner.lineage, self.plan.rules.evaluation
+        held_out = HeldOut(samples=evaluation.samples if evaluation else 1, temperature=0.0, hold_s=self.plan.hold_s)
         return some_service_settings(
-            rules=self.plan.rules, run_id=self.run_id(lineage), lease_secret=f"{lineage:064x}", group_size=1
-        )
+            rules=self.plan.rules, run_id=self.run_id(lineage), lease_secret=f"{lineage:064x}", group_size=1,
+            evaluation=held_out if evaluation else None,
+        )  # fmt: skip
 
     def run_id(self, lineage: int) -> str:
         return f"run.{lineage}"

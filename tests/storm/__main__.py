@@ -27,7 +27,8 @@ async def storm(
     flags = (
         "--groups-per-step", GROUPS_PER_STEP, "--group-size", GROUP_SIZE, "--max-staleness", MAX_STALENESS,
         "--total-steps", steps, "--checkpoint-every-steps", 25, "--learning-rate", stack.learning_rate,
-        "--server-timeout-s", 3, "--seed", seed,
+        "--server-timeout-s", 3, "--seed", seed, "--evaluate-every-steps", 20, "--evaluation-tasks", 8,
+        "--evaluation-samples", 2, "--evaluation-timeout-s", 60,
     )  # fmt: skip
     fleet = Fleet(directory, flags, servers=servers, stack=stack)
     faults = Faults(fleet, random.Random(seed), kills, steps)

@@ -22,6 +22,7 @@ class Records:
     journaled: dict[int, int]  # lease -> task, of groups that are accepted and not trained at the end
     frontier: dict[str, Any]  # of the last checkpoint
     num_covered: int  # groups that are still in the journal though the last checkpoint covers them
+    evaluations: list[dict[str, Any]]  # by time
     canaries: dict[bool, int]  # how many versions servers computed with as they should, and how many they did not
 
 
@@ -33,6 +34,7 @@ class Verdict:
     num_lineages: int = 0
     num_acknowledged: int = 0
     num_repeated: int = 0  # steps that were taken in more than one lineage
+    num_evaluations: int = 0  # complete
     complaints: list[str] = field(default_factory=list)
 
     def check(self, is_right: bool, complaint: str) -> None:
@@ -43,11 +45,14 @@ class Verdict:
 def read_records(directory: Path) -> Records:
     run = directory / "run"
     steps: dict[int, list[dict[str, Any]]] = {}
+    evaluations: list[dict[str, Any]] = []
     logs = sorted(run.glob("events-learner-*.jsonl"), key=lambda path: int(path.stem.rpartition("-")[2]))
     for lineage, log in enumerate(logs, start=1):
         for event in read_events([log]):
             if event["kind"] == "step":
                 steps.setdefault(event["step"], []).append(event | {"lineage": lineage})
+            if event["kind"] == "evaluation":
+                evaluations.append(event)
     acknowledged: dict[int, set[int]] = {}
     canaries = {True: 0, False: 0}
     for event in read_events(sorted(directory.glob("server-*/events-*.jsonl"))):
@@ -67,7 +72,7 @@ def read_records(directory: Path) -> Records:
     frontier = json.loads(base64.b64decode(state["frontier"]))
     return Records(
         steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered,
-        canaries=canaries,
+        canaries=canaries, evaluations=evaluations,
     )  # fmt: skip
 
 
@@ -83,6 +88,7 @@ def audit(records: Records, *, total_steps: int, groups_per_step: int, max_stale
     verdict.check(records.num_covered == 0, f"the journal keeps {records.num_covered} groups that nobody needs")
     verdict.check(records.canaries[False] == 0, f"{records.canaries[False]} versions were not what was computed with")
     verdict.check(records.canaries[True] > 0, "no server was asked whether it computes with what it loaded")
+    _check_evaluations(records, verdict, total_steps)
     survived = [taken[-1] for _, taken in sorted(records.steps.items())]
     trained = {
         lease: task for record in survived for lease, task in zip(record["leases"], record["tasks"], strict=True)
@@ -108,6 +114,18 @@ def _check_steps(records: Records, verdict: Verdict, *, groups_per_step: int, ma
                 record["leases"] == taken[0]["leases"],
                 f"{where} trained leases {record['leases']}, in lineage {taken[0]['lineage']} {taken[0]['leases']}",
             )
+
+
+def _check_evaluations(records: Records, verdict: Verdict, total_steps: int) -> None:
+    """Whatever was killed: the last version is evaluated, and what is told of a version is of all tasks."""
+    for event in records.evaluations:
+        where = f"the evaluation of version {event['asked_version']}"
+        verdict.check(event["complete"] or bool(event["reason"]), f"{where} is neither complete nor given up: {event}")
+        verdict.check(not event["failed"], f"{where} failed at {event['failed']}")
+        verdict.check(event["version"] >= event["asked_version"] or not event["complete"], f"{where} is of another")
+    complete = [event["version"] for event in records.evaluations if event["complete"]]
+    verdict.check(bool(complete) and complete[-1] == total_steps, f"complete evaluations are of versions {complete}")
+    verdict.num_evaluations = len(complete)
 
 
 def _check_tasks(records: Records, verdict: Verdict, trained: list[int]) -> None:

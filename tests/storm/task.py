@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -23,6 +24,13 @@ def reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
     """The share of characters that are the wanted one: something to learn for a table of bigrams."""
     del prompt, row
     return completion.count(WANTED) / len(completion) if completion else 0.0
+
+
+def recorded_reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """The same; every prompt that is answered is a line of a file in the working directory."""
+    with Path("answered.txt").open("a") as file:
+        file.write(f"{prompt}\n")
+    return reward(prompt, completion, row)
 
 
 async def slow_reward(prompt: str, completion: str, row: dict[str, Any]) -> float:

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from learner.coordinator.replay_queue import ReplayQueue
@@ -52,3 +54,15 @@ def test_repr_shows_the_bounds_and_the_oldest_token():
     queue.put(a_group(7))
     queue.put(a_group(4))
     assert repr(queue) == "<ReplayQueue 2/4 groups, 1280/10000 bytes, oldest token version 0>"
+
+
+def test_the_versions_of_a_batch_are_those_of_its_groups_whatever_was_consumed_before():
+    queue = a_queue(max_groups=8)
+    for lease_id, oldest in enumerate((2, 0, 1, 1, 2)):
+        queue.put(a_group(lease_id, oldest=oldest))
+    for num_groups in range(1, 6):
+        oldest = Counter(group.oldest_version for group in queue.oldest(num_groups))
+        assert queue.oldest_versions(num_groups) == oldest
+    queue.consume([1, 2])
+    assert queue.oldest_versions(2) == {1: 1, 2: 1}
+    assert queue.oldest_versions(9) == {1: 1, 2: 2}
