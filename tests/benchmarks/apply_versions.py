@@ -65,7 +65,9 @@ class Versions:
             self._path(number).write_bytes(words.data)
             data = words.tobytes()
             self._manifests.append(build_manifest(memoryview(data), self._tensors, run_id="bench", version=number))
-        self._steps = {(a, b): self._changes(a, b) for a in range(num_sets) for b in (a - 1, a + 1) if -1 < b < num_sets}
+        self._steps = {
+            (a, b): self._changes(a, b) for a in range(num_sets) for b in (a - 1, a + 1) if -1 < b < num_sets
+        }
 
     def whole(self, number: int, version: int) -> LocalSnapshot:
         """Set `number` as that version."""

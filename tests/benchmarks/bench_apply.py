@@ -17,9 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
+from common.canary import canary_prompt
+from common.snapshot import CHUNK_BYTES
+from rollout_server.inference import Sampling
+from rollout_server.nearest_snapshots import TransportName
+from rollout_server.vllm_engine import open_vllm_engine
 from tests.benchmarks.apply_load import Load, Updates, Window
-from tests.benchmarks.apply_versions import Versions, a_sized_model, engine_settings
+from tests.benchmarks.apply_versions import MAX_MODEL_LEN, Versions, a_sized_model, engine_settings
+from tests.weights.fleet import a_fleet
+from tests.weights.model_weights import ModelWeights
 
 SHARES = (0.0, 0.001, 0.01, 0.05)
 GATE_COPIES, GOAL_COPIES = 3.0, 1.2  # at 1 %
@@ -93,7 +99,10 @@ async def measure_lost_tokens(size: str, rounds: int, load: Load, directory: Pat
         pause_ms = statistics.median([pause for window in found for pause in window.pauses_s] or [0.0]) * 1e3
         paused = sum(sum(window.pauses_s) for window in found) / sum(window.wall_s for window in found)
         num_updates = sum(len(window.pauses_s) for window in found)
-        print(f"{name:26} {rate:9.0f} {wall:11.1%} {cpu:13.1%} {pause_ms:10.2f} {num_updates:8} {paused:12.2%}", flush=True)
+        print(
+            f"{name:26} {rate:9.0f} {wall:11.1%} {cpu:13.1%} {pause_ms:10.2f} {num_updates:8} {paused:12.2%}",
+            flush=True,
+        )
 
 
 async def measure_errors(size: str, share: float, load: Load, directory: Path) -> None:
@@ -110,6 +119,37 @@ async def measure_errors(size: str, share: float, load: Load, directory: Path) -
             errors = np.concatenate([updates.errors(*one) for one in window.done])
             of_gap = np.concatenate([updates.errors(*one, versions_behind=1) for one in window.done])
             print(f"{share:7.1%} {name:8} {errors.mean():10.1e} {errors.max():10.1e} {of_gap.mean():16.1e}", flush=True)
+
+
+async def measure_joining(size: str, rounds: int, directory: Path) -> None:
+    """From an engine that is up, without weights or with old ones, to its first token under the newest ones."""
+    model = a_sized_model(size, "float32")
+    prompt = canary_prompt(model.config.vocab_size, MAX_MODEL_LEN)
+    assert prompt is not None
+    weights = ModelWeights(model, prompt)
+    num_bytes = sum(tensor.nbytes for _, tensor in weights.tensors)
+    transports: tuple[TransportName, ...] = ("zeromq", "shared_memory")
+    took_s: dict[str, list[float]] = {transport: [] for transport in transports}
+    copies: list[float] = []
+    async with (
+        open_vllm_engine(engine_settings(directory, model)) as engine,
+        a_fleet(directory, num_members=0, patience_s=600, weights=weights, chunk_bytes=CHUNK_BYTES) as fleet,
+    ):
+        for _ in range(rounds):
+            for transport in transports:
+                fleet.stop_following()
+                await fleet.publish(None)
+                copies.append(copy_s(num_bytes))
+                start_s = time.perf_counter()
+                member = await fleet.join(transport, engine)
+                await member.receiver.announce(fleet.version)
+                await member.receiver.wait_for_version(fleet.version)
+                await engine.generate(prompt[:8], Sampling(temperature=1.0, max_new_tokens=1, seed=0), "first")
+                took_s[transport].append(time.perf_counter() - start_s)
+    copy_ms = statistics.median(copies) * 1e3
+    print(f"\n{size} float32, {num_bytes / 1e6:.0f} MB, one copy {copy_ms:.1f} ms: from engine up to first token")
+    for transport, found in took_s.items():
+        print(f"{transport:14} median {statistics.median(found):.2f} s, most {max(found):.2f} s", flush=True)
 
 
 async def in_a_directory(measure: Callable[[Path], Awaitable[None]]) -> None:
@@ -138,6 +178,8 @@ def main() -> None:
             load = Load(requests=8, prompt_tokens=32, new_tokens=220)
             for share in (0.01, 0.075):
                 await in_a_directory(lambda to, share=share: measure_errors("5M", share, load, to))
+        if wanted("joining"):
+            await in_a_directory(lambda to: measure_joining("30M", options.rounds, to))
 
     asyncio.run(run())
 
