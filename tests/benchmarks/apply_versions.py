@@ -57,7 +57,8 @@ class Versions:
         generator = np.random.default_rng(round(share * 1e6))
         for _ in range(num_sets - 1):
             words = self._sets[-1].copy()
-            places = np.flatnonzero(generator.random(words.size, np.float32) < share)
+            is_zero = words << 1 == 0  # one unit below that is no number
+            places = np.flatnonzero((generator.random(words.size, np.float32) < share) & ~is_zero)
             words[places] += (generator.choice((-1, 1), places.size) * ONE_UNIT[dtype]).astype(words.dtype)
             self._sets.append(words)
         self._manifests: list[SnapshotManifest] = []
@@ -82,7 +83,7 @@ class Versions:
     def model(self, number: int) -> Qwen2ForCausalLM:
         """Set `number` as transformers computes with it."""
         model = copy.deepcopy(self._model)
-        words = torch.from_numpy(self._sets[number].view(f"<i{self._sets[number].itemsize}"))
+        words = torch.from_numpy(self._sets[number].view(f"<i{self._sets[number].itemsize}").copy())
         for tensor, parameter in zip(self._tensors, model.parameters(), strict=True):
             start = tensor.offset // words.itemsize
             values = words[start : start + parameter.numel()].view(parameter.dtype)

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,7 +72,7 @@ async def measure_pauses(size: str, dtype: str, rounds: int, directory: Path) ->
         print(f"{title:10} {pause_ms:10.2f} {pause_ms / copy_ms:8.2f} {before}", flush=True)
 
 
-async def measure_lost_tokens(size: str, rounds: int, load: Load, directory: Path) -> None:
+async def measure_lost_tokens(size: str, rounds: int, load: Load, intervals: Sequence[int], directory: Path) -> None:
     """The same work with and without updates, in turns: wall time and the engine's processor time per token."""
     model = a_sized_model(size, "float32")
     chain = Versions(directory / "versions", model, 0.01)
@@ -82,7 +82,7 @@ async def measure_lost_tokens(size: str, rounds: int, load: Load, directory: Pat
         await updates.begin()
         await load.run(engine, updates, steps_per_update=None, turn=-1)
         ways = [("no updates", False, None)]
-        for every in (20, 200):
+        for every in intervals:
             ways += [(f"cleared, every {every}", True, every), (f"kept, every {every}", False, every)]
         for turn in range(rounds):
             for name, clear_cache, every in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
@@ -161,6 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=["pauses", "lost", "errors", "joining"])
+    parser.add_argument("--requests", type=int, default=16, help="at once, where lost tokens are measured")
+    parser.add_argument("--new-tokens", type=int, default=220, help="of each request; as many steps")
+    parser.add_argument("--steps-per-update", type=int, nargs="+", default=[20, 200])
     options = parser.parse_args()
 
     def wanted(part: str) -> bool:
@@ -171,11 +174,13 @@ def main() -> None:
             for size, dtype in (("30M", "float32"), ("100M", "bfloat16")):
                 await in_a_directory(lambda to, size=size, dtype=dtype: measure_pauses(size, dtype, options.rounds, to))
         if wanted("lost"):
-            load = Load(requests=16, prompt_tokens=32, new_tokens=220)
-            await in_a_directory(lambda to: measure_lost_tokens("30M", options.rounds, load, to))
+            load = Load(requests=options.requests, prompt_tokens=32, new_tokens=options.new_tokens)
+            await in_a_directory(
+                lambda to: measure_lost_tokens("30M", options.rounds, load, options.steps_per_update, to)
+            )
         if wanted("errors"):
             print("\nchanged KV cache  error: mean   largest    one version off")
-            load = Load(requests=8, prompt_tokens=32, new_tokens=220)
+            load = Load(requests=4, prompt_tokens=32, new_tokens=options.new_tokens)
             for share in (0.01, 0.075):
                 await in_a_directory(lambda to, share=share: measure_errors("5M", share, load, to))
         if wanted("joining"):
