@@ -29,6 +29,7 @@ class RunSummary:
     steps: Sequence[Event]
     evaluations: Sequence[Event]  # of checkpoints, before and after the run
     evaluated: Sequence[Event]  # versions evaluated while it trained, ascending; complete ones
+    evaluating: Intervals  # while it trained
     num_given_up: int  # evaluations that were not completed
     updates: Sequence[Event]
     training: Intervals
@@ -93,12 +94,14 @@ def summarize(directory: Path) -> RunSummary:
     evaluated = {event["version"]: event for event in in_run if event["complete"]}
     exports = [event["path"] for event in events if event["kind"] == "export"]
     checkpoints = [event["path"] for event in events if event["kind"] == "checkpoint"]
+    spans = merge([_span(log, generation) for log in logs if intervals_of(log, "train")])
     return RunSummary(
         directory=directory,
-        spans=merge([_span(log, generation) for log in logs if intervals_of(log, "train")]),
+        spans=spans,
         steps=[steps[number] for number in sorted(steps)],
         evaluations=[event for event in events if event["kind"] == "eval"],
         evaluated=[evaluated[version] for version in sorted(evaluated)],
+        evaluating=intersect(intervals_of(events, "evaluating"), spans),
         num_given_up=sum(not event["complete"] for event in in_run),
         updates=[event for event in events if event["kind"] == "weight_update"],
         training=intervals_of(events, "train"),
@@ -166,8 +169,15 @@ def _evaluated(run: RunSummary) -> list[tuple[str, str]]:
     best = max(run.evaluated, key=lambda event: event["reward"])
     shown = {event["version"]: event for event in (first, best, last)}
     rows = [(f"evaluated, version {version}", _evaluated_in_words(shown[version])) for version in sorted(shown)]
-    count = f"{len(run.evaluated)} versions" + (f"; {run.num_given_up} given up" if run.num_given_up else "")
-    return [("evaluations", f"{count}, beside training"), *rows]
+    told = [f"{len(run.evaluated)} versions"]
+    if run.num_given_up:
+        told.append(f"{run.num_given_up} given up")
+    if run.evaluating:
+        told.append(f"median {duration(statistics.median(end - start for start, end in run.evaluating))}")
+        if run.generation:
+            share = length_s(intersect(run.evaluating, run.generation)) / length_s(run.evaluating)
+            told.append(f"generation busy {share:.0%} of that time")
+    return [("evaluations", ", ".join(told)), *rows]
 
 
 def _evaluated_in_words(event: Event) -> str:

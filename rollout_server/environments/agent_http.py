@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,8 +44,14 @@ class Replica:
         if not url.startswith(PREFIX):
             raise ValueError(f"{url!r} must look like agent+http://HOST:PORT/PATH")
         self.server = HttpServer(url.removeprefix(PREFIX), max_reply_bytes=settings.max_reply_bytes)
+        self._settings = settings
         self.health = Health()
         self.capacity = Capacity(settings.max_concurrent)
+
+    async def ask(self, body: bytes, timeout_s: float) -> bytes:
+        """On a connection of its own: a pool of thousands would be searched from end to end for each request."""
+        async with HttpServer(self.server.url, max_reply_bytes=self._settings.max_reply_bytes) as server:
+            return await server.post_json(body, timeout_s=timeout_s)
 
     def __repr__(self) -> str:
         return f"<Replica {self.server.url}, {self.capacity!r}, {self.health!r}>"
@@ -64,22 +69,18 @@ class AgentHttp:
         self.settings = settings
         self._replicas = [Replica(each, settings) for each in (url, *settings.replicas)]
         self._scopes = Scopes()
-        self._stack = AsyncExitStack()
         self._random = random.Random()
 
     def __repr__(self) -> str:
         return f"<AgentHttp {self.url}, {self._replicas}>"
 
     async def __aenter__(self) -> Self:
-        for replica in self._replicas:
-            await self._stack.enter_async_context(replica.server)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._scopes.close()
-        await self._stack.aclose()
 
     async def play(self, row: Row, session: "Session", *, seed: int) -> Outcome:
         """See AgentEnvironment."""
@@ -107,7 +108,7 @@ class AgentHttp:
                     if replica.health.is_open:  # an episode may take minutes; the others need not wait for its end
                         await replica.server.connect(timeout_s=self.settings.step_timeout_s)
                         replica.health.note_success(loop.time())
-                    content = await replica.server.post_json(body, timeout_s=self.settings.episode_timeout_s)
+                    content = await replica.ask(body, self.settings.episode_timeout_s)
             except TimeoutError as error:
                 raise self._is_full(replica) from error
         except (asyncio.CancelledError, EnvironmentFailure):

@@ -297,11 +297,15 @@ def test_of_what_was_evaluated_beside_training_the_first_the_best_and_the_last_a
         an_evaluation(20, reward=0.9, failed_tasks=2.0, t=25.0),  # by a resumed learner: this one counts
         given_up,
         an_evaluation(40, reward=0.8),
+        interval("evaluating", 5.0, 7.0, version=0),
+        interval("evaluating", 25.0, 29.0, version=20),
+        interval("evaluating", 78.0, 90.0, version=40),  # when the last step, at 80, was taken
     ]
+    a_server(tmp_path, "server-0", [(0.0, 6.0), (26.0, 29.0), (79.0, 80.0)])
     write_log(tmp_path / "events-learner-2.jsonl", "learner", events)
     run = summarize(tmp_path)
     text = describe(run)
-    assert row(text, "evaluations") == "4 versions; 1 given up, beside training"
+    assert row(text, "evaluations") == "4 versions, 1 given up, median 2.0 s, generation busy 62% of that time"
     assert row(text, "evaluated, version 0") == "mean reward 0.100 +- 0.050, pass@1 0.00, 64 tasks, greedy"
     assert row(text, "evaluated, version 20") == (
         "mean reward 0.900 +- 0.050, pass@4 0.75, 64 tasks, 2 failed, 4 samples at temperature 1"

@@ -356,6 +356,20 @@ async def test_what_makes_no_sense_is_refused_with_the_reason_and_the_episode_go
     assert sampled_text(trajectory) == "well<|im_end|>"
 
 
+async def test_a_text_that_cannot_fit_is_not_even_tokenized():
+    async def agent(session, client):
+        for path, asked in (
+            ("/completions", {"prompt": "x" * 20_000}),
+            ("/chat/completions", {"messages": [user("x" * 20_000)]}),
+        ):
+            response = await client.post(path, json=asked)
+            assert "the prompt has 20000 characters" in response.json()["error"]["message"]
+        await say(client, [user("one")])
+        return 1.0
+
+    await played(agent, "well")
+
+
 @pytest.mark.parametrize("chat_template", [None, "{{ raise_exception('no') }}", "{{ messages.x.y }}"])
 async def test_a_chat_that_the_template_cannot_render_is_refused(chat_template):
     async def agent(session, client):
