@@ -60,9 +60,6 @@ class _Evaluation:
         self.results, self.given_up = {}, {}
         self.failures.clear()
 
-    def running_at(self, server_id: str) -> int:
-        return sum(server == server_id for _, server in self.running.values())
-
 
 class Evaluations:
     """One evaluation at a time; the learner asks for it, and a report ends it."""
@@ -170,12 +167,10 @@ class Evaluations:
             return []
         is_urgent = published_version > evaluation.version or now - evaluation.waiting_since >= self._rules.patience_s
         decisions: list[Decision] = []
-        used = {member.server_id: evaluation.running_at(member.server_id) for member in self._members.values()}
+        used = Counter(server for _, server in evaluation.running.values())
+        free = self._holders(evaluation.version, now)
         while evaluation.pending:
-            free = [
-                member for member in self._holders(evaluation.version, now)
-                if self._fits(member, used[member.server_id] + 1, is_urgent=is_urgent)
-            ]  # fmt: skip
+            free = [member for member in free if self._fits(member, used[member.server_id] + 1, is_urgent=is_urgent)]
             if not free:
                 return decisions
             member = min(free, key=lambda member: (used[member.server_id], member.joined))

@@ -61,6 +61,7 @@ class FakeLearner:
         self.session = session
         self.published = 0
         self.hold_s = 0.0
+        self.manifests_asked = 0
         self.heard: list[Message] = []
         self._router = router
         self._snapshots = snapshots
@@ -104,6 +105,7 @@ class FakeLearner:
         while True:
             for incoming in await self._snapshots.receive():
                 request, _ = decoder.decode(incoming.frames)
+                self.manifests_asked += isinstance(request, ManifestRequest)
                 version = self.published if isinstance(request, ManifestRequest) else request.version
                 table = np.random.default_rng(version).normal(size=(V, V)).astype("<f4")
                 data = table.tobytes()

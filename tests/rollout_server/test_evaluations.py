@@ -43,6 +43,7 @@ async def test_a_version_is_held_while_it_is_evaluated_and_leases_go_on_under_it
         assert (evaluated.task_id, evaluated.version) == (7, 0)
         assert [(one.oldest_version, one.newest_version) for one in evaluated.episodes] == [(0, 0), (0, 0)]
         assert (await learner.hear_group()).trajectories[0].token_versions.max() == 0
+        assert learner.manifests_asked == 1  # nothing is pulled only to wait: it would keep the learner's memory
         learner.lease(4, min_version=1)  # it begins only once version 1 is loaded
         learner.say(HoldVersions(first=0, last=-1))
         await learner.hear_heartbeat(loaded_version=1, holding=-1)
