@@ -26,6 +26,11 @@ class HeldLeases:
     def num_unacknowledged(self) -> int:
         return len(self._unacknowledged)
 
+    def awaited_version(self, loaded_version: int) -> int | None:
+        """The version that must be loaded before work on any lease can go on; None when one can, or there is none."""
+        awaited = min((self._proofs[lease_id].min_version for lease_id in self._working), default=loaded_version)
+        return awaited if awaited > loaded_version else None
+
     def begin(self, lease: messages.Lease, work: asyncio.Task[None]) -> None:
         self._proofs[lease.lease_id] = messages.HeldLease(
             lease_id=lease.lease_id, task_id=lease.task_id, min_version=lease.min_version, proof=lease.proof

@@ -22,12 +22,13 @@ from rollout_server.episodes import EpisodeRunner
 from rollout_server.evaluations import Evaluations
 from rollout_server.held_leases import HeldLeases
 from rollout_server.lease_failure import LeaseFailure
+from rollout_server.waiting import WaitingAloud
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL_S = 1.0
-SAY_IT_EVERY_S = 10.0
+SAY_IT_EVERY_S = 5.0
 HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
 HEALTH_INTERVAL_S = 5.0
@@ -290,17 +291,21 @@ class RolloutServer:
         self._confirmed_version = heartbeat.loaded_version
 
     async def _heartbeat(self) -> None:
-        said_s = time.monotonic()
+        aloud = WaitingAloud(self._dealer.address, time.monotonic())
         while True:
             self._engine.flush()
             heartbeat = self._describe()
             if self._dealer.try_send(encode(heartbeat)):
                 self._confirmed_version = heartbeat.loaded_version
             self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=RESEND_AFTER_S)
-            now_s = time.monotonic()
-            if now_s - max(self._last_heard_s, said_s) > SAY_IT_EVERY_S:
-                said_s = now_s
-                logger.info("waiting for the learner at %s: nothing heard of it", self._dealer.address)
+            awaited = self._leases.awaited_version(self._receiver.loaded_version)
+            aloud.look(
+                time.monotonic(),
+                heard_s=self._last_heard_s,
+                is_working=self._leases.num_working > 0 and awaited is None,
+                waiting_for=self._waiting_for if awaited is None else f"snapshot {awaited} of the learner",
+                every_s=SAY_IT_EVERY_S,
+            )
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     def _describe(self) -> messages.Heartbeat:

@@ -25,7 +25,8 @@ from learner.coordinator.service_settings import ServiceSettings, write_settings
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 1 << 34
-SAY_IT_EVERY_S = 10.0
+SAY_IT_EVERY_S = 5.0
+SILENT_S = 3.0  # without a status, which arrives twice a second: then the coordinator itself is waited for
 FAREWELL_S = 3.0
 COORDINATOR_GRACE_S = 1.0
 LONG_LIFE_S = 30.0  # a coordinator that lived shorter is started again only after a pause, which doubles
@@ -60,6 +61,7 @@ class CoordinatorClient:
         self._waiting_since_s: float | None = None
         self.pid: int | None = None
         self.status: messages.CoordinatorStatus | None = None
+        self._status_s = 0.0  # when it arrived
 
     async def supervise(self) -> None:
         """Keep a coordinator running until the run is closed; to be run as a task beside the requests.
@@ -179,7 +181,7 @@ class CoordinatorClient:
                 if isinstance(message, messages.RunOpened):
                     await self._opened(dealer, message)
                 if isinstance(message, messages.CoordinatorStatus):
-                    self.status = message
+                    self.status, self._status_s = message, time.monotonic()
                 elif not isinstance(message, messages.Batch) or self._batch.add(message, payload):
                     self._answer(message)
         finally:
@@ -234,8 +236,11 @@ class CoordinatorClient:
 
     def _what_for(self, answer_type: type[messages.Message]) -> str:
         """What an answer of this type waits for, for people."""
-        if self.status is None:
+        if self.status is None or self._dealer is None:
             return "the coordinator to start"
+        silent_s = time.monotonic() - self._status_s
+        if silent_s > SILENT_S:
+            return f"the coordinator, process {self.pid}: nothing heard of it for {silent_s:.0f} s"
         if answer_type is messages.EvaluationReport:
             return f"evaluation of {self.status.evaluation}" if self.status.evaluation else "a report is on its way"
         return self.status.waiting_for or "a batch is on its way"

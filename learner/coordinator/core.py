@@ -140,7 +140,8 @@ class Coordinator:
             self.evaluations.left(server_id)
             for lease in [self.book.running[lease_id] for lease_id in member.leases]:
                 self.book.fail(lease, "out_of_service", out_of_service, blame_task=False)
-        return self._go_on(now)
+            return self._go_on(now)
+        return self._grant(now)  # no lease has ended: no batch can have become complete
 
     def server_left(self, server_id: str, reason: str, now: float) -> list[Decision]:
         """The server says goodbye: its leases go to others at once."""
@@ -318,6 +319,11 @@ class Coordinator:
             if self.settings.stale_action == "requeue":
                 decisions += self.book.cancel_late()
             decisions += self._deliver(now)
+        return [*decisions, *self._grant(now)]
+
+    def _grant(self, now: float) -> list[Decision]:
+        """Leases to servers with room, as far as the bounds allow."""
+        decisions: list[Decision] = []
         if now >= self._servers_return_until and not self.closed and not self.book.held_by():
             free = self.members.free(now)
             while free and not self.book.held_by():

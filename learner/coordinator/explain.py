@@ -20,7 +20,11 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
             f"server {member.server_id}: {len(member.leases)} groups running, lease {lease.lease_id} (task "
             f"{lease.task_id}) since {now - lease.granted_at:.0f} s"
         )
-        if lease.min_version > member.loaded_version:
+        if lease.min_version > coordinator.book.published_version:
+            text += (
+                f", which needs snapshot {lease.min_version}; the learner's snapshot server has not published it yet"
+            )
+        elif lease.min_version > member.loaded_version:
             text += f", which needs snapshot {lease.min_version}; the server has {_version(member.loaded_version)}"
         silent_s = now - member.heard_at
         if silent_s > coordinator.settings.notice_timeout_s:

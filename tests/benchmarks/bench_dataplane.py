@@ -19,10 +19,10 @@ What is printed, as medians over the rounds:
   64 servers / 1     CPU per trajectory, groups of 4, with as many leases open in both cases
   memory             the learner has stopped; servers try to make ten times what the queue may hold, some send every
                      group again and again, others send what they have no lease for
-  control messages   milliseconds until a server has its answer while all of them send as fast as they can: from a
+  control messages   milliseconds until a server has its answer while data flows: from a
                      heartbeat to its pulse, from a group to its acknowledgement, from a completed step to the leases
-                     that it made room for. In a closed loop every acknowledgement waits for the leases before it, so
-                     few are open here (--latency-trajectories): enough to keep the coordinator at full speed.
+                     that it made room for. At full speed an acknowledgement tells how many leases are open before it
+                     (--latency-trajectories), by Little's law; --load 0.7 is 0.7 of the rate at full speed.
 
 All processes share the machine's cores: on two of them the senders and the learner take time from the coordinator.
 Run it on a quiet machine. Run as `python -m tests.benchmarks.bench_dataplane`, or with --only for a part of it.
@@ -198,7 +198,7 @@ def bench_latency(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
     rounds: list[Latencies] = []
     for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory(prefix="countercurrent-bench-") as name:
-            rounds.append(run_latency(case, Path(name)))
+            rounds.append(run_latency(case, Path(name), load=arguments.load))
         print(f"    round {number + 1}  {rounds[-1].flow.rate:8.0f} trajectories/s", flush=True)
     measured: dict[str, Callable[[Latencies], list[float]]] = {
         "pulse": lambda one: one.pulse_ms,
@@ -227,6 +227,12 @@ def main() -> int:
         type=int,
         default=512,
         help="leased or queued at once for control messages (default: 512)",
+    )
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=1.0,
+        help="for control messages, as a share of the rate at full speed (default: 1, full speed)",
     )
     arguments = parser.parse_args()
     verdicts = Verdicts()

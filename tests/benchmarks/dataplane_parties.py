@@ -180,10 +180,13 @@ class FakeLearner:
         if self.version % CHECKPOINT_EVERY_STEPS == 0:
             self.say(CheckpointSaved(version=self.version))
 
-    def train_for(self, seconds: float, coordinator_pid: int) -> Flow:
-        """From one completed batch to another."""
+    def train_for(self, seconds: float, coordinator_pid: int, *, step_s: float = 0.0) -> Flow:
+        """From one completed batch to another. `step_s`: a step is begun no earlier than that after the one before."""
         began, cpu_before, before = time.monotonic(), cpu_s(coordinator_pid), self.trajectories
+        next_s = began
         while (now := time.monotonic()) < began + seconds:
+            time.sleep(max(0.0, next_s - now))
+            next_s = max(next_s, now) + step_s
             self.step()
         now = time.monotonic()
         return Flow(

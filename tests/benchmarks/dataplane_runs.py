@@ -91,7 +91,8 @@ class Latencies:
     lease_ms: list[float]
 
 
-def run_latency(case: Case, directory: Path) -> Latencies:
+def run_latency(case: Case, directory: Path, *, load: float) -> Latencies:
+    """`load`: share of the rate that the same processes reach at full speed just before."""
     settings = settings_for(case, directory)
     with ExitStack() as stack:
         running = stack.enter_context(a_coordinator(case.journal, settings, directory))
@@ -107,18 +108,27 @@ def run_latency(case: Case, directory: Path) -> Latencies:
         )
         probing = stack.enter_context(senders("servers", probes, directory))
         running.learner.train_for(case.warm_up_s, running.pid)
-        flow = running.learner.train_for(case.measured_s, running.pid)
+        step_s = 0.0
+        if load < 1.0:
+            full = running.learner.train_for(case.measured_s, running.pid)
+            step_s = case.step_trajectories / full.rate / load
+        measured_from = time.monotonic()
+        flow = running.learner.train_for(case.measured_s, running.pid, step_s=step_s)
         report = end_and_read(running, probing, Path(probes.report))
         return Latencies(
-            flow=flow, pulse_ms=report.pulse_ms, ack_ms=report.ack_ms, lease_ms=lease_ms(case, running, report)
+            flow=flow,
+            pulse_ms=[ms for at, ms in report.pulse_ms if at >= measured_from],
+            ack_ms=[ms for at, ms in report.ack_ms if at >= measured_from],
+            lease_ms=lease_ms(case, running, report, measured_from),
         )
 
 
-def lease_ms(case: Case, running: Running, report: Report) -> list[float]:
+def lease_ms(case: Case, running: Running, report: Report, measured_from: float) -> list[float]:
     """From the completed step that made room for it. The first leases were granted without one."""
     per_step, completed_at = case.groups_per_step, running.learner.completed_at
     first = (case.max_staleness + 1) * per_step
     steps = [((lease_id - first) // per_step, at) for lease_id, at in report.leases if lease_id >= first]
+    steps = [(step, at) for step, at in steps if at >= measured_from]
     return [(at - completed_at[step]) * 1e3 for step, at in steps if step < len(completed_at)]
 
 

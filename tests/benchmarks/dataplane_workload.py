@@ -53,10 +53,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """Milliseconds from what was said to its answer, in the order of the answers."""
+    """When an answer came, in seconds of the monotonic clock, and milliseconds from what was said to it."""
 
-    pulse_ms: list[float] = []
-    ack_ms: list[float] = []
+    pulse_ms: list[tuple[float, float]] = []
+    ack_ms: list[tuple[float, float]] = []
     leases: list[tuple[int, float]] = []  # lease id, and when it came, in seconds of the monotonic clock
     waiting_for: set[str] = set()  # all that servers were told about that
 
@@ -103,7 +103,7 @@ class FakeServer:
                 self._early.append(message)
                 self._fulfil()
             case GroupAccepted():
-                self._report.ack_ms.append((now - self._sent_at.pop(message.lease_id)) * 1e3)
+                self._report.ack_ms.append((now, (now - self._sent_at.pop(message.lease_id)) * 1e3))
             case Pulse():
                 self._pulse(message, now)
             case Welcome():
@@ -131,7 +131,7 @@ class FakeServer:
             self._beat(now)
             self._fulfil()
         elif self._asked_at:
-            self._report.pulse_ms.append((now - self._asked_at.popleft()) * 1e3)
+            self._report.pulse_ms.append((now, (now - self._asked_at.popleft()) * 1e3))
 
     def _fulfil(self) -> None:
         while self._early and self._early[0].min_version <= self._loaded:

@@ -24,12 +24,12 @@ EXAMPLES = """examples:
 
 def equal_capacity(servers: int) -> Scenario:
     """The same 10,000 places for groups, on more and more servers."""
-    return Scenario(servers=servers, groups_per_server=10_000 // servers, groups_per_step=5_000, steps=16)
+    return Scenario(servers=servers, groups_per_server=10_000 // servers, groups_per_step=5_000, steps=12)
 
 
 def growing_capacity(servers: int) -> Scenario:
     """Four places a server: what is too little for the learner becomes far too much."""
-    return Scenario(servers=servers, groups_per_server=4, groups_per_step=256, steps=40)
+    return Scenario(servers=servers, groups_per_server=4, groups_per_step=256, steps=12)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,11 +90,17 @@ def page_of(equal: list[Outcome], growing: list[Outcome], by_action: list[Outcom
     return f"""# More servers
 
 What `make simulate-scaling` wrote: the coordinator's own rules under a virtual clock, with simulated rollout servers.
-A group takes {scenario.median_s:.0f} s in the median and ten times as long at the 99th percentile; an optimizer step
-takes {scenario.training_s:.0f} s; max_staleness is {scenario.max_staleness}. Staleness is the mean over trained tokens,
-in policy versions, and its two parts: until the group was accepted, and from then on. Tokens that were never trained
-are those of leases that were taken away, and those that the action `mask` gives no gradient. CPU is the coordinator's
-rules alone, on one core of the machine that wrote this.
+A group takes {scenario.median_s:.0f} s in the median, ten times as long at the 99th percentile, and at most
+{scenario.max_s:.0f} s; an optimizer step takes {scenario.training_s:.0f} s; max_staleness is {scenario.max_staleness}.
+Staleness is the mean over trained tokens, in policy versions, and its two parts: until the group was accepted, and from
+then on. Tokens that were never trained are those of leases that were taken away, and those that the action `mask` gives
+no gradient. CPU is the coordinator's rules alone, on one core of the machine that wrote this, the heartbeats of all
+servers included: with 10,000 servers and 256 groups a step nearly all of it is heartbeats.
+
+Once there are places enough, more servers change nothing: the learner waits for the slowest of the groups that are due,
+whose first tokens would be too old after another step. With `wait` nothing that was sampled is lost; the price is the
+idle learner, which is the higher the longer the slowest group takes over `max_staleness + 1` steps. `mask` pays with
+tokens instead, and `requeue` with both.
 
 ![learner idle and staleness over the number of servers](scaling.png)
 

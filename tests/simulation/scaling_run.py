@@ -31,7 +31,8 @@ class Scenario:
     stale_action: StaleAction = "wait"
     max_staleness: int = 2
     median_s: float = 20.0  # to sample a group
-    training_s: float = 20.0
+    max_s: float = 320.0  # no group takes longer: max_new_tokens ends it
+    training_s: float = 60.0
     publishing_s: float = 1.0
     pulling_s: float = 2.0
     warmup_steps: int = 4  # that are not counted
@@ -43,7 +44,7 @@ class Scenario:
 
     def length_s(self, task_id: int) -> float:
         """How long a group of the task takes, each time it is sampled."""
-        return self.median_s * random.Random(task_id).lognormvariate(0.0, SIGMA)
+        return min(self.max_s, self.median_s * random.Random(task_id).lognormvariate(0.0, SIGMA))
 
     def with_action(self, action: StaleAction) -> "Scenario":
         return replace(self, stale_action=action)

@@ -8,9 +8,11 @@ from learner.coordinator.settings import CoordinatorSettings
 from tests.simulation.scaling_run import ScalingRun, Scenario, run
 
 MAX_NEVER_TRAINED = 0.05  # of the sampled tokens
-LONG_TAILED = Scenario(servers=16, groups_per_server=4, groups_per_step=16, steps=30)
-SAMPLING_IS_SHORT = Scenario(servers=8, groups_per_server=4, groups_per_step=8, steps=30, median_s=4.0)
-SAMPLING_IS_LONG = Scenario(servers=16, groups_per_server=4, groups_per_step=8, steps=30, median_s=60.0)
+LONG_TAILED = Scenario(servers=16, groups_per_server=4, groups_per_step=16, steps=30, max_s=1e9, training_s=20.0)
+SAMPLING_IS_SHORT = Scenario(servers=8, groups_per_server=4, groups_per_step=8, steps=30, median_s=4.0, training_s=20.0)
+SAMPLING_IS_LONG = Scenario(
+    servers=16, groups_per_server=4, groups_per_step=8, steps=30, median_s=60.0, max_s=1e9, training_s=20.0
+)
 
 
 @pytest.mark.parametrize("scenario", [LONG_TAILED, SAMPLING_IS_SHORT, SAMPLING_IS_LONG])

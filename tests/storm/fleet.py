@@ -86,8 +86,8 @@ class Fleet:
     async def run(self) -> None:
         """Returns when the learner has finished, and the servers were told so."""
         async with asyncio.TaskGroup() as tasks:
-            servers = [tasks.create_task(self._keep_server(number)) for number in range(self._num_servers)]
-            while await self._once(self.stack.learner, self._learner_flags, "learner.log") != 0:
+            servers = [tasks.create_task(self.keep_server(number)) for number in range(self._num_servers)]
+            while await self.live_learner() != 0:
                 await asyncio.sleep(RESTART_PAUSE_S)
             self.is_done.set()
             with suppress(TimeoutError):
@@ -96,7 +96,12 @@ class Fleet:
             for server in servers:
                 server.cancel()
 
-    async def _keep_server(self, number: int) -> None:
+    async def live_learner(self) -> int:
+        """One life of the learner; returns its exit code."""
+        return await self._once(self.stack.learner, self._learner_flags, "learner.log")
+
+    async def keep_server(self, number: int) -> None:
+        """A rollout server, started again whenever it ends."""
         flags = (*self._server_flags, "--name", f"server-{number}", "--run-dir", f"server-{number}")
         while not self.is_done.is_set():
             await self._once(self.stack.rollout_server, flags, f"server-{number}.log")

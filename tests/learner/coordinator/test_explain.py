@@ -39,6 +39,16 @@ def test_a_server_that_lacks_the_snapshot_it_needs_is_named():
     )
 
 
+def test_a_snapshot_that_is_not_published_is_the_learners_own_matter():
+    coordinator = a_coordinator(groups_per_step=1, max_staleness=0)
+    join(coordinator)
+    coordinator.book.published_version = -1
+    coordinator.heartbeat("a", progress=1, loaded_version=-1, now=0.0)
+    assert learner_waits_for(coordinator, now=2.0).endswith(
+        "which needs snapshot 0; the learner's snapshot server has not published it yet"
+    )
+
+
 def test_a_server_that_only_fails_is_named_with_its_last_failure_and_parked_tasks_too():
     coordinator = a_coordinator(groups_per_step=1, max_staleness=0, failures_before_pause=2, max_task_failures=2)
     for lease_id in range(2):
