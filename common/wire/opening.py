@@ -41,7 +41,7 @@ async def open_router(
         memory=MemoryBound(max_growth_bytes) if max_growth_bytes is not None else None,
     )
     options.hide_routing_ids()
-    with _open_context() as context, context.socket(zmq.ROUTER) as socket:
+    with open_context() as context, context.socket(zmq.ROUTER) as socket:
         options.set_options(socket, address, max_frame_bytes, encrypted=encrypted)
         socket.set(zmq.SNDHWM, send_queue_messages)
         socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -82,7 +82,7 @@ async def open_dealer(
     if max_frame_bytes is None:
         max_frame_bytes = -1 if is_local(address) else REMOTE_FRAME_BYTES
     with (
-        _open_context() as context,
+        open_context() as context,
         context.socket(zmq.DEALER) as socket,
         closing(Lifeline(context, socket, address)) as lifeline,
     ):
@@ -108,7 +108,7 @@ async def open_dealer(
 
 
 @contextmanager
-def _open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+def open_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
     """A context per socket: each has an allow-list of its own, and they end independently."""
     options.check_library()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

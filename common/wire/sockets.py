@@ -44,7 +44,7 @@ class Incoming(NamedTuple):
     frames: Frames
 
 
-class _Socket:
+class EventLoopSocket:
     """A ZeroMQ socket in an event loop.
 
     The descriptor is edge-triggered: it says once that something changed, in either direction, and any call on the
@@ -143,11 +143,11 @@ class _Socket:
         return SendResult.SENT
 
 
-def _body(frames: Sequence[zmq.Frame]) -> Frames:
+def body_of(frames: Sequence[zmq.Frame]) -> Frames:
     return [frame.buffer if len(frame) >= ZERO_COPY_BYTES else frame.bytes for frame in frames]
 
 
-class Router(_Socket):
+class Router(EventLoopSocket):
     """Binds, and talks to every peer that connects."""
 
     _frames_per_message = 3  # routing id, header, payload
@@ -184,7 +184,7 @@ class Router(_Socket):
 
     def _incoming(self, frames: list[zmq.Frame]) -> Incoming:
         routing_id, *body = frames
-        return Incoming(Peer(routing_id.bytes, self._key_of(routing_id)), _body(body))
+        return Incoming(Peer(routing_id.bytes, self._key_of(routing_id)), body_of(body))
 
     def _key_of(self, routing_id: zmq.Frame) -> str:
         # The doorkeeper set User-Id to the key that the peer has proven to hold.
@@ -217,7 +217,7 @@ class Router(_Socket):
         return True
 
 
-class Dealer(_Socket):
+class Dealer(EventLoopSocket):
     """Connects to one router, and again when the connection breaks, or is not answered: it may be half-open.
 
     Only over TCP everything is expected to be answered: of a path the kernel knows who is there.
@@ -256,7 +256,7 @@ class Dealer(_Socket):
         """The next message."""
         if not self._received:
             self._received.extend(await self._wait_for_messages())
-        return _body(self._received.popleft())
+        return body_of(self._received.popleft())
 
     def try_send(self, frames: Frames) -> bool:
         """False when the router takes nothing more at the moment. Large frames are not copied, as in Router.send."""

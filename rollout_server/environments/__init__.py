@@ -21,6 +21,7 @@ ENVIRONMENTS = {
     "agent+http": "agent_http:AgentHttp",
     "agent+https": "agent_http:AgentHttp",
     "agent": "agent_pull:AgentPull",
+    "verifiers+tcp": "verifiers_tcp:VerifiersTcp",
 }
 """Scheme -> module of this package and class, imported only when a run has such an environment."""
 
