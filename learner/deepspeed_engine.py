@@ -140,6 +140,7 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
         trains_entropy=settings.entropy_coefficient > 0,
         lora=settings.lora,
         attention=settings.engine.attention,
+        has_value_head=settings.value_head,
     )
     critic = None
     if settings.critic_model is not None:
