@@ -51,7 +51,7 @@ class LiveEngine:
         return await self.engine.load_weights(self.next_snapshot())
 
 
-async def _live_engine(
+async def live_engine(
     directory: Path, *, tied: bool, tensor_parallel_size: int = 1, **shape: int
 ) -> AsyncIterator[LiveEngine]:
     model = save_model(directory / "model", a_model(0, tied=tied, **shape))
@@ -63,7 +63,7 @@ async def _live_engine(
 @pytest_asyncio.fixture(scope="session", loop_scope="session", params=["tied", "untied"])
 async def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveEngine]:
     """One engine per kind of embedding for the whole session; every test loads the weights that it wants."""
-    async for engine in _live_engine(tmp_path_factory.mktemp(request.param), tied=request.param == "tied"):
+    async for engine in live_engine(tmp_path_factory.mktemp(request.param), tied=request.param == "tied"):
         yield engine
 
 
@@ -78,7 +78,7 @@ async def faulty(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arg_utils, "AsyncEngineArgs", FaultyArgs)
-        async for engine in _live_engine(tmp_path_factory.mktemp("faulty"), tied=True):
+        async for engine in live_engine(tmp_path_factory.mktemp("faulty"), tied=True):
             yield engine
 
 
@@ -90,7 +90,7 @@ async def set_fault(engine: VllmEngine, fault: str) -> None:
 @pytest_asyncio.fixture(loop_scope="session")
 async def disposable(tmp_path: Path) -> AsyncIterator[LiveEngine]:
     """An engine for one test, which may break it."""
-    async for engine in _live_engine(tmp_path, tied=True):
+    async for engine in live_engine(tmp_path, tied=True):
         yield engine
 
 
@@ -101,5 +101,5 @@ async def sharded(
     """An engine of two ranks. A single head of keys and values is on both; of two heads each rank has one."""
     directory = tmp_path_factory.mktemp("sharded")
     heads = request.param
-    async for engine in _live_engine(directory, tied=heads == 1, tensor_parallel_size=2, num_key_value_heads=heads):
+    async for engine in live_engine(directory, tied=heads == 1, tensor_parallel_size=2, num_key_value_heads=heads):
         yield engine
