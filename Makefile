@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm sigterm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-apply bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm sigterm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -60,6 +60,9 @@ bench-weights: venv ## weight deltas beside what others do, of a real training r
 	$(VENV)/python -m tests.benchmarks.record_deltas
 	$(VENV)/python -m tests.benchmarks.bench_push
 	$(VENV)/python -m tests.benchmarks.bench_push --megabytes 8 --servers 16 64 --rounds 3
+
+bench-apply: venv ## what a weight update costs real vLLM: its pause, tokens lost, the KV cache kept or cleared, joining
+	$(VENV)/python -m tests.benchmarks.bench_apply
 
 bench-canary: venv ## how far a right engine is from the learner on the canary, how far a wrong one, and what it costs
 	$(VENV)/python -m tests.benchmarks.bench_canary

@@ -12,7 +12,15 @@ from learner.coordinator.settings import StaleAction
 from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.evaluation_settings import EvaluationSettings
 from learner.lora_settings import LoraSettings, lora_settings
-from learner.loss_settings import OnNonfinite, Proximal, check_critic_warmup, check_proximal, check_strengths
+from learner.loss_settings import (
+    CriticKind,
+    OnNonfinite,
+    Proximal,
+    check_critic_warmup,
+    check_proximal,
+    check_strengths,
+    check_value_head,
+)
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
 
 COUNTS = (
@@ -45,7 +53,7 @@ class LearnerConfig:
         "docs/environments.md",
     )
     critic_model: str | None = option(
-        None, help="network the critic starts from, for --advantage gae or vtrace; default: model"
+        None, help="network that a critic of its own starts from, for --advantage gae or vtrace; default: model"
     )
 
     # Adapters in place of the whole policy
@@ -100,6 +108,12 @@ class LearnerConfig:
     aggregation: str = option("token_mean", help="what share in the loss each token has")
     entropy_coefficient: float = option(0.0, help="reward for one nat of entropy per token, in the loss; 0: none")
     value_clip: float = option(0.5, help="how far a value may move in a step before the critic's loss is clipped")
+    critic: CriticKind = option(
+        "own",
+        help="for --advantage gae or vtrace: a network of its own, or a value head on the policy's trunk, which takes "
+        "no memory worth naming and learns at the policy's learning rate",
+    )
+    value_coefficient: float = option(0.1, help="what the loss of a value head counts for beside the policy's")
     advantage: str = option(
         "grpo",
         help="advantages: grpo, dr_grpo, rloo, reinforce_plus_plus_baseline (all relative to the group), "
@@ -173,7 +187,7 @@ class LearnerConfig:
 
     # The optimizer
     learning_rate: float = option(1e-6, help="peak learning rate of the policy")
-    critic_learning_rate: float = option(1e-5, help="peak learning rate of the critic")
+    critic_learning_rate: float = option(1e-5, help="peak learning rate of a critic of its own")
     critic_warmup_steps: int = option(
         0, help="first steps of the run in which the critic learns alone and the policy stays as it is"
     )
@@ -274,7 +288,9 @@ class LearnerConfig:
         self.reward_settings.check_advantage(self.advantage)
         check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
-        check_strengths(self.entropy_coefficient, self.value_clip)
+        if self.critic == "value_head":
+            check_value_head(self.critic_model, self.critic_warmup_steps, self.advantage)
+        check_strengths(self.entropy_coefficient, self.value_clip, self.value_coefficient)
         self._check_adapters()
         self.engine_settings.check_stage(self.zero_stage)
         self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible

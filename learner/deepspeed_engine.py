@@ -139,6 +139,7 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
         temperature=settings.temperature,
         trains_entropy=settings.entropy_coefficient > 0,
         lora=settings.lora,
+        has_value_head=settings.value_head,
     )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
     for body in [policy.model, *([critic.body] if critic is not None else [])]:

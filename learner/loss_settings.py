@@ -13,6 +13,9 @@ OnNonfinite = Literal["stop", "skip"]
 WITH_CRITIC = ("gae", "vtrace")
 """The advantages that need a critic."""
 
+CriticKind = Literal["own", "value_head"]
+"""A network of its own, or a head on the policy's trunk."""
+
 
 def check_proximal(proximal: Proximal, loss: str) -> None:
     """Raises ValueError when the loss has no use for it."""
@@ -30,9 +33,24 @@ def check_critic_warmup(critic_warmup_steps: int, advantage: str) -> None:
         )
 
 
-def check_strengths(entropy_coefficient: float, value_clip: float) -> None:
+def check_value_head(critic_model: str | None, critic_warmup_steps: int, advantage: str) -> None:
+    """Of a policy with a value head. Raises ValueError for what it cannot have."""
+    if advantage not in WITH_CRITIC:
+        raise ValueError(f"critic value_head: advantage {advantage} has no critic; use {' or '.join(WITH_CRITIC)}")
+    if critic_model is not None:
+        raise ValueError(f"critic value_head stands on the policy's trunk: critic_model {critic_model} goes with own")
+    if critic_warmup_steps:
+        raise ValueError(
+            f"critic_warmup_steps {critic_warmup_steps}: a value head shares the policy's trunk and cannot learn while "
+            "that stays as it is; take --critic own"
+        )
+
+
+def check_strengths(entropy_coefficient: float, value_clip: float, value_coefficient: float) -> None:
     """Raises ValueError for what is no number that makes sense."""
     if not 0 <= entropy_coefficient < math.inf:
         raise ValueError(f"entropy_coefficient must be finite and >= 0, got {entropy_coefficient}; 0 is no bonus")
     if not value_clip > 0:
         raise ValueError(f"value_clip must be > 0, got {value_clip}; inf does not clip")
+    if not 0 < value_coefficient < math.inf:
+        raise ValueError(f"value_coefficient must be finite and > 0, got {value_coefficient}")

@@ -40,11 +40,16 @@ class PolicyNetwork(nn.Module):
         temperature: float,
         trains_entropy: bool = False,
         adapters: "Adapters | None" = None,
+        has_value_head: bool = False,
     ) -> None:
-        """trains_entropy: the entropy carries grad. adapters: those in the model, where they alone are trained."""
+        """trains_entropy: the entropy carries grad. adapters: those in the model, where they alone are trained.
+
+        has_value_head: it also says what the states are worth, by a head that is not published.
+        """
         super().__init__()
         self.model: Any = model
         self.adapters = adapters
+        self.value_head = a_value_head(self.model) if has_value_head else None  # beside the model, not in it
         self.packs = False  # see learner/packing.py
         self._temperature = temperature
         self._trains_entropy = trains_entropy
@@ -59,35 +64,53 @@ class PolicyNetwork(nn.Module):
         finally:
             self._temperature = usual
 
-    def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT."""
+    def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor, loss_mask_BT: Tensor) -> tuple[Tensor, ...]:
+        """(logprobs_BT, entropy_BT) at the policy's temperature, float32; 0 outside loss_mask_BT.
+
+        With a value head values_BT follows, everywhere: see CriticNetwork.forward().
+        """
         predicted_BT = loss_mask_BT[:, 1:]
         targets_N = token_ids_BT[:, 1:][predicted_BT]
         head = self.model.get_output_embeddings()
-        if self._changes_logits or type(head) is not nn.Linear:
-            logits_NV = self._logits(head, token_ids_BT, attention_mask_BT, predicted_BT).float() / self._temperature
-            values = from_logits(logits_NV, targets_N, trains_entropy=self._trains_entropy)
+        if self._changes_logits:
+            logits, hidden = self._whole_forward(token_ids_BT, attention_mask_BT)
+            said = self._from_logits(logits.before(predicted_BT), targets_N)
         else:
             hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
-            values = token_logprobs(
-                hidden.before(predicted_BT),
-                head.weight,
-                head.bias,
-                targets_N,
-                temperature=self._temperature,
-                trains_entropy=self._trains_entropy,
-            )
-        logprobs_N, entropy_N = values
-        return self._place(logprobs_N, loss_mask_BT), self._place(entropy_N, loss_mask_BT)
+            hidden_NH = hidden.before(predicted_BT)
+            if type(head) is not nn.Linear:
+                said = self._from_logits(head(hidden_NH), targets_N)
+            else:
+                said = token_logprobs(
+                    hidden_NH,
+                    head.weight,
+                    head.bias,
+                    targets_N,
+                    temperature=self._temperature,
+                    trains_entropy=self._trains_entropy,
+                )
+        placed = tuple(self._place(each_N, loss_mask_BT) for each_N in said)
+        return placed if self.value_head is None else (*placed, values_before(self.value_head, hidden))
 
-    def _logits(self, head: nn.Module, token_ids_BT: Tensor, attention_mask_BT: Tensor, predicted_BT: Tensor) -> Tensor:
-        """[N, V], all at once: from a head that does more than a product with a matrix."""
-        if not self._changes_logits:
-            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
-            logits_NV: Tensor = head(hidden.before(predicted_BT))
-            return logits_NV
+    def values(self, forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """What a critic of its own would be called as; `forward` calls this network, which has a value head."""
+        assert self.value_head is not None
+
+        def values_alone(token_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, ...]:
+            return forward(token_ids_BT, attention_mask_BT, torch.zeros_like(attention_mask_BT))[2:]
+
+        return values_alone
+
+    def _from_logits(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all logits at once: from a head that does more than a product with a matrix."""
+        return from_logits(logits_NV.float() / self._temperature, targets_N, trains_entropy=self._trains_entropy)
+
+    def _whole_forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[HiddenStates, HiddenStates]:
+        """(logits, last hidden states): the model's own forward knows what is done to its logits."""
         inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
-        return HiddenStates(self.model(**inputs).logits.flatten(0, 1), places_BT).before(predicted_BT)
+        output = self.model(**inputs, output_hidden_states=self.value_head is not None)
+        hidden = output.hidden_states[-1] if self.value_head is not None else output.logits
+        return HiddenStates(output.logits.flatten(0, 1), places_BT), HiddenStates(hidden.flatten(0, 1), places_BT)
 
     def published_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         """What a snapshot consists of: parameters by Hugging Face name, tied ones once, each with its adapter added.
@@ -123,19 +146,35 @@ class CriticNetwork(nn.Module):
         super().__init__()
         self.body: Any = body
         self.packs = False  # see learner/packing.py
-        self.head = nn.Linear(self.body.config.hidden_size, 1, bias=True, dtype=next(body.parameters()).dtype)
-        nn.init.zeros_(self.head.weight)  # every state is worth nothing yet, rather than something random
-        nn.init.zeros_(self.head.bias)
+        self.head = a_value_head(body)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs)
-        values_P = self.head(hidden.flat_PH).squeeze(-1).float()
-        return torch.nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
+        return values_before(self.head, run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs))
+
+
+def a_value_head(model: Any) -> nn.Linear:
+    """Every state is worth nothing yet, rather than something random."""
+    head = nn.Linear(model.config.hidden_size, 1, bias=True, dtype=next(model.parameters()).dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def values_before(head: nn.Module, hidden: HiddenStates) -> Tensor:
+    """values_BT float32 of the state before each token; position 0 has seen nothing: 0."""
+    values_P = head(hidden.flat_PH).squeeze(-1).float()
+    return nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
 
 
 def load_policy(
-    model: str, *, dtype: str, temperature: float, trains_entropy: bool = False, lora: LoraSettings | None = None
+    model: str,
+    *,
+    dtype: str,
+    temperature: float,
+    trains_entropy: bool = False,
+    lora: LoraSettings | None = None,
+    has_value_head: bool = False,
 ) -> PolicyNetwork:
     """With lora, adapters are put into it and alone are trained. Raises UserError when there is no such model."""
     network = _load(AutoModelForCausalLM, model, dtype)
@@ -144,7 +183,13 @@ def load_policy(
         from learner.lora import Adapters  # imports peft: seconds, only when used
 
         adapters = Adapters(network, lora)
-    return PolicyNetwork(network, temperature=temperature, trains_entropy=trains_entropy, adapters=adapters)
+    return PolicyNetwork(
+        network,
+        temperature=temperature,
+        trains_entropy=trains_entropy,
+        adapters=adapters,
+        has_value_head=has_value_head,
+    )
 
 
 def load_critic(model: str, *, dtype: str) -> CriticNetwork:

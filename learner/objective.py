@@ -5,8 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learner.algorithms import WEIGHTED_LOSSES, WHOLE_BATCH_LOSSES, build_aggregation, build_corrections, build_loss
-from learner.algorithms.aggregation import BatchCounts, aggregate
+from learner.algorithms import (
+    WEIGHTED_LOSSES,
+    WHOLE_BATCH_LOSSES,
+    build_aggregation,
+    build_corrections,
+    build_loss,
+    value_loss,
+)
+from learner.algorithms.aggregation import BatchCounts, aggregate, token_mean
 from learner.algorithms.corrections import Evidence, apply_corrections
 from learner.algorithms.health import policy_health, weight_health
 from learner.algorithms.losses import entropy_losses
@@ -90,6 +97,30 @@ class PolicyObjective:
         # One optimizer step per batch: the parameters before it are the ones just used, so the proximal policy
         # needs no forward pass of its own.
         return logprobs_BT.detach()
+
+
+def value_objective(
+    values_BT: Tensor,  # of the critic being trained, carries grad
+    micro: MicroBatch,  # on any device, like target
+    target: Targets,
+    counts: BatchCounts,
+    *,
+    value_clip: float,
+) -> tuple[Tensor, dict[str, Metric]]:
+    """(the micro-batch's part in the critic's loss of the batch, metrics)."""
+    assert target.old_values_BT is not None
+    assert target.returns_BT is not None
+    device = values_BT.device
+    loss_mask_BT = micro.loss_mask_BT.to(device)
+    token_losses = value_loss(
+        values_BT,
+        target.old_values_BT.to(device),
+        target.returns_BT.to(device),
+        loss_mask_BT,
+        value_clip=value_clip,
+    )
+    loss = aggregate(token_losses.losses_BT, token_mean(loss_mask_BT, counts))
+    return loss, {**token_losses.metrics, "value_loss": Sum(float(loss.detach()))}
 
 
 def batch_ratios(

@@ -57,7 +57,7 @@ def ask_networks(
 
 
 def _logprobs(policy: Forward, micro: MicroBatch) -> Tensor:
-    logprobs_BT, _ = policy(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
+    logprobs_BT, *_ = policy(micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
     return logprobs_BT.cpu()
 
 

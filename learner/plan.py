@@ -40,9 +40,11 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         build_advantages(config.advantage, config.advantage_setting)
     except ValueError as error:
         raise UserError(str(error)) from error
+    has_own_critic = config.advantage in WITH_CRITIC and config.critic == "own"
     return TrainSettings(
         model=model,
-        critic_model=(config.critic_model or model) if config.advantage in WITH_CRITIC else None,
+        critic_model=(config.critic_model or model) if has_own_critic else None,
+        value_head=config.critic == "value_head",
         lora=config.lora_settings,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
@@ -68,6 +70,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         aggregation=config.aggregation,
         entropy_coefficient=config.entropy_coefficient,
         value_clip=config.value_clip,
+        value_coefficient=config.value_coefficient,
         max_new_tokens=config.max_new_tokens,
         advantage=config.advantage,
         advantage_settings=config.advantage_setting,

@@ -1,7 +1,10 @@
-"""PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine."""
+"""PpoEngine: one optimizer step of PPO on a policy and, with GAE, a critic; the networks may be on any engine.
+
+The critic is a network of its own, or a head of the policy's.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from learner.algorithms import OFF_POLICY_ADVANTAGES, build_advantages, value_loss
-from learner.algorithms.aggregation import BatchCounts, aggregate, token_mean
+from learner.algorithms import OFF_POLICY_ADVANTAGES, build_advantages
+from learner.algorithms.aggregation import BatchCounts
 from learner.algorithms.health import trajectory_health
 from learner.algorithms.kl import kl_metrics
 from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
@@ -23,7 +26,7 @@ from learner.kl_control import KlControl
 from learner.lora_settings import check_adapters_note, write_adapters_note
 from learner.metric_codec import merged_over
 from learner.networks import CriticNetwork, PolicyNetwork
-from learner.objective import PolicyObjective, batch_ratios
+from learner.objective import PolicyObjective, batch_ratios, value_objective
 from learner.opinions import Opinions, ask_networks
 from learner.packing import FLASH
 from learner.ranks import Alone, Ranks, concatenated
@@ -72,7 +75,10 @@ class Trainable(Protocol):
 
 
 class PpoEngine:
-    """A TrainEngine. `critic` is given exactly when the advantages need one, `reference` when the settings name one."""
+    """A TrainEngine. `critic` is given when the advantages need one that is a network of its own.
+
+    `reference` is given when the settings name one.
+    """
 
     def __init__(
         self,
@@ -162,11 +168,17 @@ class PpoEngine:
         return ask_networks(
             batch,
             policy=self._policy.forward,
-            critic=self._critic.forward if self._critic is not None else None,
+            critic=self._values(),
             reference=self._reference,
             kl=self._kl,
             asks_policy=self._objective.needs_batch_ratios or self._settings.advantage in OFF_POLICY_ADVANTAGES,
         )
+
+    def _values(self) -> Callable[..., tuple[Tensor, ...]] | None:
+        """What says what states are worth, if anything does."""
+        if self._network.value_head is not None:
+            return self._network.values(self._policy.forward)
+        return self._critic.forward if self._critic is not None else None
 
     def _batch_ratios(self, batch: TrainBatch, opinions: Opinions, targets: list[Targets]) -> BatchRatios | None:
         if not self._objective.needs_batch_ratios:
@@ -185,13 +197,16 @@ class PpoEngine:
     ) -> tuple[dict[str, Metric], tuple[int, ...]]:
         """(metrics, ranks whose loss is not finite): with one, no rank's is propagated, since all do so together."""
         with torch.set_grad_enabled(self._trains_policy):
-            logprobs_BT, entropy_BT = self._policy.forward(
+            logprobs_BT, entropy_BT, *values = self._policy.forward(
                 micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT
             )
         loss, metrics = self._objective.loss(logprobs_BT, entropy_BT, micro, target, counts, ratios)
         cost, distances = self._distance_to_reference(logprobs_BT, micro, target, counts)
         if cost is not None:
             loss = loss + cost
+        for values_BT in values:  # of the value head, if there is one
+            part, of_values = value_objective(values_BT, micro, target, counts, value_clip=self._settings.value_clip)
+            loss, distances = loss + self._settings.value_coefficient * part, distances | of_values
         metrics |= {**distances, "loss": Sum(float(loss.detach()))}
         if infinite := self._ranks.saying(not _is_finite(metrics)):
             return metrics, infinite
@@ -232,20 +247,8 @@ class PpoEngine:
         self, micro: MicroBatch, target: Targets, counts: BatchCounts, *, is_last: bool
     ) -> tuple[dict[str, Metric], tuple[int, ...]]:
         assert self._critic is not None
-        assert target.old_values_BT is not None
-        assert target.returns_BT is not None
         [values_BT] = self._critic.forward(micro.token_ids_BT, micro.attention_mask_BT)
-        device = values_BT.device
-        loss_mask_BT = micro.loss_mask_BT.to(device)
-        token_losses = value_loss(
-            values_BT,
-            target.old_values_BT.to(device),
-            target.returns_BT.to(device),
-            loss_mask_BT,
-            value_clip=self._settings.value_clip,
-        )
-        loss = aggregate(token_losses.losses_BT, token_mean(loss_mask_BT, counts))
-        metrics = {**token_losses.metrics, "value_loss": Sum(float(loss.detach()))}
+        loss, metrics = value_objective(values_BT, micro, target, counts, value_clip=self._settings.value_clip)
         infinite = self._ranks.saying(not _is_finite(metrics))
         if not infinite:
             self._critic.backward(loss, is_last=is_last)
@@ -281,7 +284,7 @@ class PpoEngine:
         asked_1T[:, 0] = False
         assert isinstance(self._policy.module, PolicyNetwork)
         with torch.no_grad(), self._policy.module.at_temperature(1.0):
-            logprobs_1T, _ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
+            logprobs_1T, *_ = self._policy.forward(token_ids_1T, sees_1T, asked_1T)
         return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
     def copy_state(self) -> WriteState:

@@ -66,7 +66,7 @@ class BaseReference:
     def _ask(self, micro: MicroBatch) -> Tensor:
         inputs = (micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
         logprobs_BT: Tensor
-        logprobs_BT, _ = self._policy(*(each.to(self._device) for each in inputs))
+        logprobs_BT, *_ = self._policy(*(each.to(self._device) for each in inputs))
         return logprobs_BT
 
 

@@ -47,7 +47,7 @@ STEP_METRICS: Mapping[str, str] = {
     "masked_fraction": "share of the tokens that corrections left out, all of them together",
     "clip_fraction": "share of the tokens whose gradient the loss clipped away",
     "entropy": "nats per token of the distribution it was sampled from",
-    "loss": "what is differentiated: of the policy, with entropy bonus and KL",
+    "loss": "what is differentiated: of the policy, with entropy bonus, KL and a value head's part",
     "policy_loss": "the policy's own part in it",
     "entropy_loss": "the entropy bonus in it",
     "kl_loss": "the cost of the distance to the reference in it, per token",

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from learner.engine_settings import EngineSettings, ZeroStage
 from learner.lora_settings import LoraSettings
-from learner.loss_settings import WITH_CRITIC, OnNonfinite, Proximal, check_critic_warmup, check_proximal
+from learner.loss_settings import (
+    WITH_CRITIC,
+    OnNonfinite,
+    Proximal,
+    check_critic_warmup,
+    check_proximal,
+    check_value_head,
+)
 from learner.reward_settings import KlSettings, RewardSettings
 
 
@@ -19,7 +26,8 @@ class TrainSettings:
     """What the training engines depend on."""
 
     model: str  # Hugging Face name or directory
-    critic_model: str | None = None  # None: no critic
+    critic_model: str | None = None  # None: no critic of its own
+    value_head: bool = False  # on the policy's trunk: the critic
     lora: LoraSettings | None = None  # None: the whole policy is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: ZeroStage = 1
@@ -45,6 +53,7 @@ class TrainSettings:
     aggregation: str = "token_mean"
     entropy_coefficient: float = 0.0
     value_clip: float = 0.5
+    value_coefficient: float = 0.1  # of a value head's loss beside the policy's
     max_new_tokens: int = 256  # of a trajectory
     advantage: str = "grpo"
     advantage_settings: Mapping[str, float] = field(default_factory=dict)
@@ -53,7 +62,9 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.critic_model is not None) != (self.advantage in WITH_CRITIC):
+        if self.value_head:
+            check_value_head(self.critic_model, self.critic_warmup_steps, self.advantage)
+        elif (self.critic_model is not None) != (self.advantage in WITH_CRITIC):
             raise ValueError(
                 f"advantage {self.advantage} and critic_model {self.critic_model}: {' and '.join(WITH_CRITIC)} need "
                 "one, the others none"

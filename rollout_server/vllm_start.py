@@ -18,6 +18,7 @@ from rollout_server.model_tensors import checkpoint_dtype
 
 CPU_KV_CACHE_BYTES = 256 << 20
 SHUTDOWN_S = 0.5  # the engine has nothing to save
+RANKS_SHUTDOWN_S = 10.0  # at most; with several ranks it has to give back the shared memory that they talk through
 KILLED_S = 5.0  # until a process is gone that was killed
 
 
@@ -71,7 +72,8 @@ async def stop_vllm(llm: Any) -> None:
     if llm.output_handler is not None:  # it takes the end of the engine for a failure, and says so
         llm.output_handler.cancel()
     processes = llm.engine_core.resources.engine_manager.processes
-    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
+    ranks = llm.vllm_config.parallel_config.world_size
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S if ranks == 1 else RANKS_SHUTDOWN_S)
     for process in processes:
         await asyncio.to_thread(process.join, KILLED_S)  # vLLM does not wait for those that it kills
     context = llm.engine_core.ctx

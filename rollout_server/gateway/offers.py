@@ -33,10 +33,7 @@ class Offers:
         async with self._new:
             self._waiting.setdefault(queue, deque()).append(offer)
             self._new.notify_all()
-        try:
-            await offer.taken
-        finally:
-            offer.taken.cancel()
+        await offer.taken
 
     async def take(self, queue: str, *, timeout_s: float) -> Invitation | None:
         """The episode that has waited longest; None when none came in time."""

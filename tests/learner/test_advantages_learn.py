@@ -53,7 +53,7 @@ def a_sampled_trajectory(ids: np.ndarray, logprobs: np.ndarray, version: int) ->
 
 
 def rewards_over_training(model: str, **overrides) -> list[float]:
-    critic = model if overrides.get("advantage") in WITH_CRITIC else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC and not overrides.get("value_head") else None
     engine = open_torch_engine(
         some_train_settings(
             model, critic_model=critic, learning_rate=2e-3, critic_learning_rate=1e-2, warmup_steps=0,
@@ -76,6 +76,11 @@ def gain(rewards: list[float]) -> float:
 @pytest.mark.parametrize("advantage", sorted(ADVANTAGES))
 def test_the_policy_learns(model, advantage):
     assert gain(rewards_over_training(model, advantage=advantage)) > 0.25
+
+
+@pytest.mark.parametrize("advantage", WITH_CRITIC)
+def test_the_policy_learns_with_a_value_head(model, advantage):
+    assert gain(rewards_over_training(model, advantage=advantage, value_head=True)) > 0.25
 
 
 @pytest.mark.parametrize("place", ["loss", "reward"])

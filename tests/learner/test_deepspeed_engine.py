@@ -166,6 +166,22 @@ def test_a_critic_on_deepspeed_equals_one_on_plain_torch(checkpoint_after_two_st
     assert largest_difference(critic_weights(engine), critic_weights(twin)) < 1e-5
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_value_head_on_deepspeed_equals_one_on_plain_torch_and_resumes(stage, model, tmp_path):
+    settings = some_train_settings(
+        model, learning_rate=1e-3, advantage="gae", value_head=True, value_coefficient=0.5, zero_stage=stage
+    )
+    engine, twin = open_deepspeed_engine(settings), open_torch_engine(settings)
+    train(engine, steps=1)
+    engine.copy_state()(tmp_path)
+    assert_close_metrics(train(engine, steps=2), train(twin, steps=3)[1:])
+    assert largest_difference(weights_of(engine), weights_of(twin)) < 1e-5
+    resumed = open_deepspeed_engine(replace(settings, seed=99))
+    resumed.load(tmp_path)
+    train(resumed, steps=2)
+    assert largest_difference(weights_of(resumed), weights_of(engine)) == 0.0
+
+
 def test_a_resumed_engine_continues_bit_identically(checkpoint_after_two_steps, model):
     directory, engine, expected_results = checkpoint_after_two_steps
     resumed = open_deepspeed_engine(gae_settings(model, zero_stage=1, seed=99))

@@ -96,6 +96,20 @@ def test_a_fresh_critic_finds_every_state_worth_nothing():
     assert not CriticNetwork(a_tiny_model(0, tied=True).model)(*INPUTS[:2]).any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_value_head_says_what_a_critic_of_the_same_weights_says(kind):
+    model = MODELS[kind]()
+    critic, policy = CriticNetwork(model.base_model), PolicyNetwork(model, temperature=1.0, has_value_head=True)
+    torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+    policy.value_head.load_state_dict(critic.head.state_dict())
+    logprobs_BT, _, values_BT = policy(*INPUTS)
+    seen_BT = MICRO.attention_mask_BT
+    torch.testing.assert_close(values_BT[seen_BT], critic(*INPUTS[:2])[seen_BT], atol=1e-5, rtol=0)
+    torch.testing.assert_close(policy.values(policy)(*INPUTS[:2])[0], values_BT, atol=1e-6, rtol=0)
+    assert torch.equal(logprobs_BT, PolicyNetwork(model, temperature=1.0)(*INPUTS)[0])
+
+
 LOADERS = {"policy": partial(load_policy, temperature=1.0), "critic": load_critic}
 
 

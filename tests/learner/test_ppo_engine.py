@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.fingerprint import fingerprint_tokenizer
+from common.lifecycle import UserError
+from learner.config import LearnerConfig
 from learner.loss_settings import WITH_CRITIC
 from learner.ppo_engine import PpoEngine
 from learner.torch_engine import open_torch_engine
@@ -29,6 +31,7 @@ from tests.builders_learner import (
 from tests.models import save_tiny_model
 
 GAE = {"advantage": "gae", "advantage_settings": {"gamma": 0.9, "gae_lambda": 0.8}}
+HEAD = GAE | {"value_head": True, "value_coefficient": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def model(tmp_path_factory) -> str:
 
 
 def an_engine(model: str, **overrides) -> PpoEngine:
-    critic = model if overrides.get("advantage") in WITH_CRITIC else None
+    critic = model if overrides.get("advantage") in WITH_CRITIC and not overrides.get("value_head") else None
     return open_torch_engine(some_train_settings(model, critic_model=critic, **overrides))
 
 
@@ -50,7 +53,7 @@ def all_weights(engine: PpoEngine) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("algorithm", [{}, {"loss": "ppo"}, GAE], ids=["grpo", "ppo", "gae"])
+@pytest.mark.parametrize("algorithm", [{}, {"loss": "ppo"}, GAE, HEAD], ids=["grpo", "ppo", "gae", "value head"])
 def test_the_size_of_micro_batches_does_not_change_the_update(model, algorithm):
     groups = random_groups(0)
     after = []
@@ -125,7 +128,7 @@ def test_a_batch_without_a_fresh_token_is_refused(model):
     assert engine.version == 0
 
 
-@pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])
+@pytest.mark.parametrize("algorithm", [{}, GAE, HEAD], ids=["grpo", "gae", "value head"])
 @pytest.mark.parametrize("field", ["behavior_logprobs_BT", "rewards_N"])
 def test_a_loss_that_is_not_finite_is_refused_and_no_weight_moves(model, algorithm, field):
     engine = an_engine(model, **algorithm)
@@ -153,7 +156,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name_and_no_weight_moves(mo
     assert largest_difference(all_weights(engine), before) == 0.0
 
 
-@pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])
+@pytest.mark.parametrize("algorithm", [{}, GAE, HEAD], ids=["grpo", "gae", "value head"])
 @pytest.mark.parametrize("breaks", BREAKS)
 def test_after_a_refused_batch_training_goes_on_as_if_it_had_never_been_there(model, algorithm, breaks):
     engine, undisturbed = an_engine(model, **algorithm), an_engine(model, **algorithm)
@@ -245,7 +248,7 @@ def test_without_a_critic_there_is_nothing_to_warm_up(model):
         some_train_settings(model, critic_warmup_steps=3)
 
 
-@pytest.mark.parametrize("algorithm", [{}, GAE], ids=["grpo", "gae"])
+@pytest.mark.parametrize("algorithm", [{}, GAE, HEAD], ids=["grpo", "gae", "value head"])
 def test_a_resumed_engine_continues_bit_identically(model, algorithm, tmp_path):
     engine = an_engine(model, **algorithm)
     train(engine, steps=2)
@@ -286,6 +289,50 @@ def test_a_snapshot_names_tied_parameters_once_and_shares_the_memory_that_is_tra
 def test_the_learning_rate_of_a_step_is_the_one_reported(model):
     rates = [result.metrics["learning_rate"] for result in train(an_engine(model), steps=3)]
     assert rates == pytest.approx([0.005, 0.01, 0.01 * 8 / 9])
+
+
+def test_the_gradient_with_a_value_head_is_that_of_the_policy_and_so_much_of_the_values(model):
+    """The twin: policy and critic as two networks of equal weights, whose gradients are then added."""
+    batch = a_batch(random_groups(0), micro_batch_tokens=40)
+    shared, own = an_engine(model, **HEAD, max_grad_norm=1e9), an_engine(model, **GAE, max_grad_norm=1e9)
+    weight_1H = torch.randn(own._critic.module.head.weight.shape, generator=torch.Generator().manual_seed(0))
+    for head in (shared._network.value_head, own._critic.module.head):
+        head.weight.data.copy_(weight_1H)
+    of_both, of_each = gradients_of_one_step(shared, batch), gradients_of_one_step(own, batch)
+    assert of_both.keys() - of_each.keys() == {"0 value_head.weight", "0 value_head.bias"}
+    for name, gradient in of_both.items():
+        critic_name = name.replace("0 value_head.", "1 head.").replace("0 model.model.", "1 body.")
+        expected = of_each.get(name, torch.zeros(())) + 0.5 * of_each[critic_name]
+        assert float((gradient - expected).abs().max()) < 1e-6 * max(1.0, float(expected.abs().max()))
+    assert max(float(of_each[name].abs().max()) for name in of_each if name.startswith("1 body.")) > 1e-3
+
+
+def test_a_value_head_is_trained_and_checkpointed_and_stays_at_home(model, tmp_path):
+    engine = an_engine(model, **HEAD)
+    train(engine, steps=2)
+    assert engine._network.value_head.weight.any()
+    assert weights_of(engine).keys() == weights_of(an_engine(model)).keys()
+    engine.copy_state()(tmp_path / "checkpoint")
+    engine.export_huggingface(tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert largest_difference(dict(exported.named_parameters()), weights_of(engine)) == 0.0
+    with pytest.raises(UserError, match=r"value_head\.\w+ is in one of them only"):
+        an_engine(model).load(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"advantage": "grpo"}, "critic value_head: advantage grpo has no critic; use gae or vtrace"),
+        ({"advantage": "gae", "critic_model": "m"}, "critic_model m goes with own"),
+        ({"advantage": "gae", "critic_warmup_steps": 2}, "take --critic own"),
+    ],
+)
+def test_what_a_value_head_cannot_have_is_refused(overrides, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        some_train_settings("m", value_head=True, **overrides)
+    with pytest.raises(ValueError, match=complaint):
+        LearnerConfig(critic="value_head", **overrides)
 
 
 def test_gae_needs_a_critic_and_grpo_none():

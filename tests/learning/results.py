@@ -1,5 +1,6 @@
 """Table and picture of a campaign."""
 
+import csv
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,17 @@ def _row(arm: str, max_staleness: int, cell: list[Mapping[str, Any]], base: floa
         f"| {max_staleness} | {arm} | {len(cell)} | {age:.2f} | {mean:.3f} ± {np.std(finals):.3f} | "
         f"{mean / base:.3f} | {min(finals):.3f} | {right:.1%} | {steps:.0f} |"
     )
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """What the picture is drawn of, a line for each evaluation."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "max_staleness", "seed", "step", "reward", "accuracy"])
+        for run, result in sorted(results.items(), key=lambda item: (item[0].seed, item[0].max_staleness, item[0].arm)):
+            for each in result["evaluations"]:
+                values = (each["version"], f"{each['reward']:.4f}", f"{each['accuracy']:.4f}")
+                writer.writerow([run.arm, run.max_staleness, run.seed, *values])
 
 
 def draw(results: Results, path: Path) -> None:

@@ -90,6 +90,8 @@ RICHER = {
         "rewards": RewardSettings(normalization="running", clip=2.0),
     },
     "V-trace": {"advantage": "vtrace"},
+    "a value head beside adapters": {"advantage": "gae", "value_head": True, "lora": LoraSettings(rank=4, alpha=8.0)},
+    "V-trace with a value head": {"advantage": "vtrace", "value_head": True},
     "a loss over the whole batch": {"loss": "m2po"},
     "a reference with an adaptive coefficient": {"kl": "reward"},
     "dropped groups": {"rewards": RewardSettings(drop_truncated=True)},
@@ -100,7 +102,7 @@ RICHER = {
 @pytest.mark.parametrize("what", RICHER)
 def test_what_looks_at_the_whole_batch_looks_at_both_ranks(what: str, model: str, pair: Pair, tmp_path: Path):
     overrides: dict[str, Any] = dict(RICHER[what])
-    if overrides.get("advantage") in ("gae", "vtrace"):
+    if overrides.get("advantage") in ("gae", "vtrace") and not overrides.get("value_head"):
         overrides["critic_model"] = model
     if "kl" in overrides:
         other = str(save_tiny_model(tmp_path / "other", seed=1, tied=True))

@@ -3,49 +3,29 @@
 import asyncio
 import itertools
 import random
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from common.canary import TOLERANCES, Canary, canary_prompt, make_canary
+from common.canary import canary_prompt
 from rollout_server import pulled_snapshots
 from rollout_server.nearest_snapshots import TransportName
 from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs
 from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine
 from tests.rollout_server.test_vllm_engine import TOLERANCE, a_prompt, a_sampling
-from tests.weights.fleet import Weights, a_fleet
+from tests.weights.fleet import a_fleet
+from tests.weights.model_weights import ModelWeights
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PATIENCE_S = 90.0
 PUSHES = 20
 FIRST_VERSION = 10_000  # whatever other tests have loaded
+JOINING_S = 2.0  # a copy of this model takes microseconds
+JOINS = 3  # on a busy machine any one may be delayed
 PROMPT = canary_prompt(VOCAB_SIZE, MAX_MODEL_LEN)
-
-
-class ModelWeights(Weights):
-    """The parameters of a model that changes a little, as training would have it, or everywhere."""
-
-    def __init__(self, *, tied: bool) -> None:
-        super().__init__()
-        self.model = a_tiny_model(7, tied=tied)
-        self.tensors = [(name, parameter.data) for name, parameter in self.model.named_parameters()]
-        self._generator = torch.Generator().manual_seed(0)
-
-    def change(self, share: float) -> None:
-        for _, tensor in self.tensors:
-            is_changed = torch.rand(tensor.shape, generator=self._generator) < share
-            tensor += is_changed * 0.02 * torch.randn(tensor.shape, generator=self._generator)
-
-    def replace(self) -> None:
-        self.change(1.0)
-
-    def remember(self, version: int) -> None: ...
-
-    def canary(self) -> Canary | None:
-        return make_canary(PROMPT.tolist(), forward_logprobs(self.model, PROMPT), TOLERANCES["float32"])
 
 
 async def keep_busy(live: LiveEngine, seed: int) -> None:
@@ -58,7 +38,7 @@ async def test_twenty_versions_reach_a_busy_engine_whole_whatever_is_cut(
     live: LiveEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: TransportName
 ):
     monkeypatch.setattr(pulled_snapshots, "REPLY_TIMEOUT_S", 0.1)
-    randomness, weights = random.Random(3), ModelWeights(tied=live.tied)
+    randomness, weights = random.Random(3), ModelWeights(a_tiny_model(7, tied=live.tied), PROMPT)
     async with a_fleet(tmp_path, num_members=0, patience_s=PATIENCE_S, weights=weights) as fleet:
         fleet.version = FIRST_VERSION - 1
         member = await fleet.join(transport, live.engine)
@@ -81,3 +61,25 @@ async def test_twenty_versions_reach_a_busy_engine_whole_whatever_is_cut(
             assert (member.receiver.full_loaded, member.receiver.deltas_loaded) == (4, 16)
         else:
             assert member.receiver.received_bytes == 0
+
+
+@pytest.mark.parametrize("transport", ["zeromq", "shared_memory"])
+async def test_a_server_that_joins_generates_within_two_seconds_of_its_engine_being_up(
+    live: LiveEngine, tmp_path: Path, transport: TransportName
+):
+    weights = ModelWeights(a_tiny_model(8, tied=live.tied), PROMPT)
+    async with a_fleet(tmp_path, num_members=0, patience_s=PATIENCE_S, weights=weights) as fleet:
+        fleet.version = max(live.engine.loaded_version, 0)
+        took_s = []
+        for _ in range(JOINS):
+            fleet.stop_following()
+            await fleet.publish(None)
+            start_s = time.perf_counter()
+            member = await fleet.join(transport, live.engine)
+            await member.receiver.announce(fleet.version)
+            await member.receiver.wait_for_version(fleet.version)
+            completion = await live.engine.generate(a_prompt(10), a_sampling(max_new_tokens=1), "first")
+            took_s.append(time.perf_counter() - start_s)
+            assert completion.token_versions.tolist() == [fleet.version]
+            assert (member.receiver.full_loaded, member.receiver.canaries_failed) == (1, 0)
+        assert min(took_s) < JOINING_S

@@ -1,6 +1,9 @@
 """Real vLLM on two ranks: every bit of both and every token is the loaded version's, by deltas and by fulls."""
 
 import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from rollout_server.inference import Completion
-from tests.rollout_server.conftest import LiveEngine
+from rollout_server.vllm_engine import open_vllm_engine
+from tests.models import save_tiny_model
+from tests.rollout_server.conftest import LiveEngine, tiny_settings
 from tests.rollout_server.test_changes_on_vllm import PADDED_VOCAB_SIZE, load_changed, under_load
 from tests.rollout_server.test_vllm_engine import TOLERANCE, a_prompt, a_sampling, logprob_error
 
@@ -76,3 +81,13 @@ async def test_on_two_ranks_every_bit_and_every_token_is_the_loaded_versions_wha
     assert len(done) > 8
     assert sum(len(set(completion.token_versions.tolist())) > 1 for _, completion in done) > 4
     assert max(logprob_error(sharded, *one) for one in done) < TOLERANCE
+
+
+async def test_closing_an_engine_of_two_ranks_leaves_none_of_their_shared_memory(tmp_path: Path):
+    settings = replace(tiny_settings(save_tiny_model(tmp_path, tied=True)), tensor_parallel_size=RANKS)
+    async with open_vllm_engine(settings) as engine:
+        [pid] = engine.process_ids()
+        paths = {Path(name) for name in re.findall(r"/dev/shm/psm_\w+", Path(f"/proc/{pid}/maps").read_text())}
+        assert paths
+        assert all(path.exists() for path in paths)
+    assert not any(path.exists() for path in paths)

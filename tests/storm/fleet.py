@@ -92,7 +92,7 @@ class Fleet:
             self.is_done.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(10):
-                    await asyncio.wait(servers)
+                    await asyncio.gather(*servers)
             for server in servers:
                 server.cancel()
 

@@ -12,13 +12,16 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from tests.storm.faults import LONGEST_END_S
+from tests.storm.faults import LONGEST_END_S, LOOK_EVERY_S
 from tests.storm.fleet import Fleet
 
 ROLES = ("learner", "rollout server", "coordinator", "snapshot server", "environment worker")
-LONGEST_PAUSE_S = 8.0  # a process has joined and works by then, on a machine that is not too busy
+LONGEST_PAUSE_S = 2.0
+STEPS_BETWEEN = (0, 0, 1, 1, 5)  # 0: while those start that were hit before
+PATIENCE_S = 60.0  # for a step
 MANY_STEPS = 1_000_000
 FLAGS = (
     "--groups-per-step", 4, "--group-size", 2, "--max-staleness", 1, "--total-steps", MANY_STEPS,
@@ -35,7 +38,7 @@ async def terminate_at_random(
     running = asyncio.create_task(fleet.run())
     try:
         for _ in range(points):
-            await asyncio.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
+            await until_a_random_instant(fleet, rng)
             found = sorted((role, pid) for pid, role in fleet.processes().items() if role in roles)
             if not found:
                 complaints.append("nothing was running")
@@ -47,6 +50,15 @@ async def terminate_at_random(
         left = await fleet.ends_everywhere()
         fleet.kill_all()
     return [*complaints, *(f"left behind: {role}" for role in left)]
+
+
+async def until_a_random_instant(fleet: Fleet, rng: random.Random) -> None:
+    goal = fleet.last_step() + rng.choice(STEPS_BETWEEN)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            while fleet.last_step() < goal:
+                await asyncio.sleep(LOOK_EVERY_S)
+    await asyncio.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
 
 
 async def terminate(fleet: Fleet, role: str, pid: int) -> list[str]:

@@ -48,3 +48,14 @@ async def test_every_twenty_versions_held_out_tasks_are_evaluated_with_that_vers
     held_out = {answered[f"{number}="] for number in range(TASKS)}
     assert held_out == {SAMPLES * len(evaluations)}
     assert "evaluation of version 60: mean reward" in (tmp_path / "learner.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_without_servers_a_run_ends_all_the_same_and_says_that_its_last_version_is_not_evaluated(tmp_path):
+    flags = ("--max-staleness", 2, "--evaluation-timeout-s", 3)
+    await run(tmp_path, *flags)
+    events = await run(tmp_path, *flags, servers=0)  # resumed when every step is taken: only the evaluation is left
+    last = [event for event in events if event["kind"] == "evaluation"][-1]
+    assert (last["asked_version"], last["complete"], last["reason"]) == (STEPS, False, "it was not done within 3 s")
+    assert (tmp_path / "learner.log").read_text().count("finished; the policy is in") == 2

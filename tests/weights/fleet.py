@@ -213,6 +213,7 @@ async def a_fleet(
     weights: Weights | None = None,
     transport: TransportName = "zeromq",
     run_id: str = RUN_ID,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> AsyncIterator[Fleet]:
     weights = weights or Weights()
     with tempfile.TemporaryDirectory() as private:  # a socket's path must be short
@@ -224,7 +225,7 @@ async def a_fleet(
                 listen="tcp://127.0.0.1:0",
                 keys=None,
                 private_directory=Path(private),
-                chunk_bytes=CHUNK_BYTES,
+                chunk_bytes=chunk_bytes,
             ) as publisher,
             asyncio.TaskGroup() as tasks,
         ):

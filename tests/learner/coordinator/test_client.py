@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from common.messages import Finished, GroupAccepted, GroupRefused, HeldLease, Lease, Refused, Welcome
+from learner.coordinator import client as client_module
 from learner.coordinator.client import CoordinatorClient, CoordinatorLostError
 from learner.coordinator.leases import LEASE_ID_LEAP
 from tests.builders_coordinator import a_heartbeat, a_hello, a_ready, an_open_run
@@ -172,3 +173,21 @@ async def test_lease_ids_go_on_though_coordinators_are_killed_before_they_have_d
         await kill(client)
         async with a_server(address) as server:
             assert (await server.expect(Lease)).lease_id >= 2 * LEASE_ID_LEAP
+
+
+async def test_a_coordinator_that_hangs_is_named_until_it_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(client_module, "SAY_IT_EVERY_S", 0.2)
+    caplog.set_level("INFO")
+    async with a_client(settings_in(tmp_path), tmp_path) as (client, address), asyncio.TaskGroup() as tasks:
+        batch = tasks.create_task(client.take_batch(0))
+        while "no rollout server has joined" not in caplog.text:
+            await asyncio.sleep(0.05)
+        os.kill(client.pid, signal.SIGSTOP)
+        while caplog.text.count(f"the coordinator, process {client.pid}: nothing heard of it for") < 2:
+            await asyncio.sleep(0.05)
+        os.kill(client.pid, signal.SIGCONT)
+        async with a_server(address) as server:
+            for _ in range(2):
+                await finish(server, await server.expect(Lease))
+            assert len(await batch) == 2
+        await client.close_run("enough")

@@ -297,9 +297,10 @@ def test_a_run_that_has_no_evaluations_cannot_be_asked_for_one():
 
 def test_a_closed_run_grants_no_evaluation_tasks():
     coordinator = an_evaluating_coordinator()
-    join(coordinator, groups=16)
+    coordinator.evaluate(0, now=1.0)
     coordinator.close("done")
-    assert evaluations(coordinator.evaluate(0, now=1.0)) == []
+    join(coordinator, groups=16)
+    assert evaluations(holds(coordinator)) == []
 
 
 @pytest.mark.parametrize("name", ["num_tasks", "samples", "group_size", "max_begun", "max_task_failures"])

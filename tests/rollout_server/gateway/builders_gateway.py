@@ -111,7 +111,7 @@ class SayingEngine:
 
 def a_client(url: str, api_key: str = "") -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=10, verify=False, trust_env=False)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=60, verify=False, trust_env=False)
 
 
 Agent = Callable[[Session, httpx.AsyncClient], Awaitable[Any]]
@@ -140,7 +140,7 @@ class AgentHere:
 
 @asynccontextmanager
 async def a_gateway(**settings: Any) -> AsyncIterator[Gateway]:
-    async with asyncio.timeout(20), Gateway(GatewaySettings(**settings)) as gateway:
+    async with asyncio.timeout(60), Gateway(GatewaySettings(**settings)) as gateway:
         yield gateway
 
 

@@ -29,7 +29,7 @@ CHAT = {"messages": [user("2+3")]}
 @asynccontextmanager
 async def an_agent_server(handler: Handler, **settings: Any) -> AsyncIterator[Any]:
     """(environment, gateway) with an agent server behind them."""
-    values = {"episode_timeout_s": 5.0, "step_timeout_s": 1.0, "tries": 1} | settings
+    values = {"episode_timeout_s": 60.0, "step_timeout_s": 60.0, "tries": 1} | settings
     async with an_http_server(handler) as server, a_gateway() as gateway:
         url = f"agent+http://127.0.0.1:{server.port}/run"
         async with environment_at(url, EnvironmentSettings(**values)) as environment:
@@ -75,7 +75,7 @@ async def test_an_agent_server_plays_the_row_through_the_gateway_and_its_reply_i
     assert (asked[0]["task"], asked[0]["seed"], asked[0]["model"]) == ({"prompt": "2+3"}, 13, "policy")
     assert asked[0]["api_key"] != asked[1]["api_key"]
     assert asked[0]["session_url"] == f"{gateway.address}/session/{asked[0]['api_key']}/v1"
-    assert asked[0]["timeout_s"] == 5.0
+    assert asked[0]["timeout_s"] == 60.0
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"null", b'{"reward": null, "notes": [1]}'])
@@ -219,7 +219,7 @@ async def uses_a_wrong_key(request: Request) -> bytes:
     ],
 )
 async def test_an_agent_that_fails_is_no_reward_0(agent, kind, reason):
-    timeout_s = 0.5 if "returns" in agent.__name__ else 5.0
+    timeout_s = 0.5 if "returns" in agent.__name__ else 60.0
     failure = await failure_of(agent, episode_timeout_s=timeout_s)
     assert failure.kind == kind
     assert reason in failure.reason
@@ -289,10 +289,14 @@ async def test_episodes_of_a_good_and_of_a_bad_agent_do_not_disturb_each_other()
     assert {episode.result() for episode in failing} == {"environment_timeout"}
 
 
-async def failing_episode(environment: Any, gateway: Any) -> str:
+async def failure_in(environment: Any, gateway: Any) -> LeaseFailure:
     with pytest.raises(LeaseFailure) as caught:
         await episode_of(environment, gateway, "5")
-    return caught.value.kind
+    return caught.value
+
+
+async def failing_episode(environment: Any, gateway: Any) -> str:
+    return (await failure_in(environment, gateway)).kind
 
 
 async def test_leaving_the_environment_ends_its_episodes():
@@ -320,7 +324,7 @@ async def test_a_url_that_can_be_no_agent_is_refused(url):
 
 @asynccontextmanager
 async def pulling(url: str = "agent:pull", key: str | None = None, **settings: Any) -> AsyncIterator[Any]:
-    values = {"episode_timeout_s": 5.0, "step_timeout_s": 5.0, "capacity_timeout_s": 5.0} | settings
+    values = {"episode_timeout_s": 60.0, "step_timeout_s": 60.0, "capacity_timeout_s": 60.0} | settings
     async with a_gateway(agent_key=key) as gateway, environment_at(url, EnvironmentSettings(**values)) as environment:
         yield environment, gateway
 
@@ -370,13 +374,14 @@ async def test_tasks_are_asked_for_by_queue_and_with_the_key():
 
 @pytest.mark.parametrize("num_answers", [0, 1])
 async def test_an_agent_that_dies_is_noticed_by_its_silence(num_answers):
-    async with pulling(step_timeout_s=0.3) as (environment, gateway), asyncio.TaskGroup() as tasks:
-        episode = tasks.create_task(failing_episode(environment, gateway))
+    async with pulling(step_timeout_s=2.0) as (environment, gateway), asyncio.TaskGroup() as tasks:
+        episode = tasks.create_task(failure_in(environment, gateway))
         asked = (await start(gateway)).json()
         async with client_of(asked) as client:
             for _ in range(num_answers):
                 await say(client, [user("x")])
-    assert episode.result() == "environment_timeout"
+    assert episode.result().kind == "environment_timeout"
+    assert "said nothing for 2 s" in episode.result().reason
 
 
 async def test_an_agent_that_ends_without_a_reward_has_none():

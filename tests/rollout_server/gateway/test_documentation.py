@@ -42,7 +42,7 @@ async def test_the_agent_server_plays_with_its_tool_through_the_gateway():
     async with (
         served(example("agent_server").app) as address,
         a_gateway() as gateway,
-        environment_at(f"agent+{address}/run", EnvironmentSettings(episode_timeout_s=15)) as environment,
+        environment_at(f"agent+{address}/run", EnvironmentSettings(episode_timeout_s=60)) as environment,
     ):
         trajectories = await episode_of(environment, gateway, CALL, "It is 42.", lease={"row": ROW})
     assert [sampled_text(one) for one in trajectories] == [f"{CALL}<|im_end|>It is 42.<|im_end|>"]
@@ -57,7 +57,7 @@ async def test_the_agent_that_asks_for_tasks_is_given_them_and_ends_them():
 
     async with (
         a_gateway() as gateway,
-        environment_at("agent:pull", EnvironmentSettings(episode_timeout_s=15)) as environment,
+        environment_at("agent:pull", EnvironmentSettings(episode_timeout_s=60)) as environment,
         asyncio.TaskGroup() as tasks,
     ):
         episode = tasks.create_task(episode_of(environment, gateway, "42", lease={"row": ROW}))
