@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-apply bench-canary bench-stale-actions test-environments real-model learn storm storm-real push-storm sigterm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-apply bench-canary bench-stale-actions bench-learner test-environments real-model learn storm storm-real push-storm sigterm resume fuzz simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -69,6 +69,9 @@ bench-canary: venv ## how far a right engine is from the learner on the canary, 
 
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
+
+bench-learner: venv ## a step on DeepSpeed over plain torch, packed over padded, and its peak memory: docs/learner.md
+	$(VENV)/python -m tests.benchmarks.bench_learner
 
 learn: venv ## staleness 0 to 8, corrected and not, 5 seeds of the demo (an hour; goes on where it was): docs/learning.md
 	$(VENV)/python -m tests.learning --plot docs/learning.png

@@ -36,7 +36,7 @@ from learner.observers import StepLog
 from learner.plan import coordinator_settings, model_of, train_settings
 from learner.progress import Progress, ProgressDisplay
 from learner.publisher import Publisher, lay_out, open_publisher
-from learner.rank_orders import LeadingEngine, lead
+from learner.rank_orders import LeadingEngine, dismiss, lead
 from learner.rank_processes import run_follower, supervise_ranks
 from learner.refusals import Refusals
 from learner.refused_batches import RefusedBatches
@@ -172,8 +172,15 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
 def open_default_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
     """DeepSpeed's, on all ranks that were started with this one."""
     from learner.deepspeed_engine import open_ranks, open_resumed_engine  # seconds, and --help needs none of it
+    from learner.memory_check import check_memory
 
-    ranks, writing = open_ranks(launched_place(os.environ), timeout_s=settings.engine.rank_timeout_s)
+    place = launched_place(os.environ)
+    ranks, writing = open_ranks(place, timeout_s=settings.engine.rank_timeout_s)
+    try:
+        check_memory(settings, place)
+    except UserError:
+        dismiss(ranks)
+        raise
     directory = checkpoint.directory if checkpoint is not None else None
     return lead(settings, directory, open_resumed_engine, ranks, writing)
 

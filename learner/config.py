@@ -9,7 +9,7 @@ from common.config import option
 from common.environments import Environments
 from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
-from learner.engine_settings import EngineSettings, Offload, ZeroStage, read_deepspeed_file
+from learner.engine_settings import Attention, EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.evaluation_settings import EvaluationSettings
 from learner.lora_settings import LoraSettings, lora_settings
 from learner.loss_settings import (
@@ -223,8 +223,16 @@ class LearnerConfig:
     packing: bool = option(
         True, help="several trajectories in a row, next to no padding; models that cannot are padded all the same"
     )
+    attention: Attention = option(
+        "auto",
+        help="how attention is computed; auto: flash_attention_2 where it is installed, on a GPU, in bfloat16, and "
+        "elsewhere what transformers takes, which is sdpa for most models",
+    )
     activation_checkpointing: bool = option(
         False, help="compute activations anew in the backward pass: a third slower, far less memory"
+    )
+    check_memory: bool = option(
+        True, help="refuse to start when parameters, gradients and the optimizer's state cannot fit into memory"
     )
     deepspeed_config: Path | None = option(
         None, help="a JSON file of DeepSpeed's, merged with what the settings here say; a conflict is refused"
@@ -371,6 +379,8 @@ class LearnerConfig:
             activation_checkpointing=self.activation_checkpointing,
             packing=self.packing,
             rank_timeout_s=self.rank_timeout_s,
+            attention=self.attention,
+            check_memory=self.check_memory,
             deepspeed=read_deepspeed_file(self.deepspeed_config),
             deepspeed_file=str(self.deepspeed_config or ""),
         )

@@ -139,9 +139,12 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
         temperature=settings.temperature,
         trains_entropy=settings.entropy_coefficient > 0,
         lora=settings.lora,
+        attention=settings.engine.attention,
         has_value_head=settings.value_head,
     )
-    critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None
+    critic = None
+    if settings.critic_model is not None:
+        critic = load_critic(settings.critic_model, dtype=settings.dtype, attention=settings.engine.attention)
     for body in [policy.model, *([critic.body] if critic is not None else [])]:
         if settings.engine.activation_checkpointing:
             compute_activations_twice(body)

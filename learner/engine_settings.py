@@ -9,6 +9,7 @@ import msgspec
 
 Offload = Literal["none", "optimizer", "all"]
 ZeroStage = Literal[0, 1, 2, 3]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,8 @@ class EngineSettings:
     activation_checkpointing: bool = False
     packing: bool = True  # where the model allows it, see learner/packing.py
     rank_timeout_s: float = 600.0
+    attention: Attention = "auto"
+    check_memory: bool = True  # refuse what cannot fit
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own configuration
     deepspeed_file: str = ""  # where it was read
 

@@ -64,6 +64,16 @@ def launched_place(environ: Mapping[str, str]) -> Place | None:
     return None
 
 
+def ranks_here(environ: Mapping[str, str], place: Place) -> int:
+    """How many of the ranks are on this node, as the launcher said; 1 where it did not."""
+    if place.address == "127.0.0.1":
+        return place.num_ranks
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):  # torchrun, deepspeed, srun: 8(x2)
+        if (match := re.match(r"\d+", environ.get(name, ""))) is not None:
+            return int(match[0])
+    return 1
+
+
 def without_local_rank(words: Sequence[str]) -> list[str]:
     """The deepspeed launcher adds what it says in the environment as well."""
     return [word for word in words if not re.fullmatch(r"--local[_-]rank=\d+", word)]

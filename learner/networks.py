@@ -1,18 +1,20 @@
 """The networks that are trained: a policy that gives log-probabilities, and a critic that gives values."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from common.lifecycle import UserError
+from learner.engine_settings import Attention
 from learner.lora_settings import LoraSettings
-from learner.packing import HiddenStates, body_inputs, run_body
+from learner.packing import FLASH, HiddenStates, body_inputs, run_body
 from learner.token_logprobs import from_logits, token_logprobs
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 
 Gather = Callable[[Sequence[tuple[str, nn.Parameter]]], Iterator[tuple[str, Tensor]]]
 """Named parameters, whole, one after the other: see Trainable.gathered()."""
+
+
+def changes_logits(config: Any) -> bool:
+    return any(getattr(config, name, None) for name in _LOGIT_CHANGES)
 
 
 class PolicyNetwork(nn.Module):
@@ -53,7 +59,7 @@ class PolicyNetwork(nn.Module):
         self.packs = False  # see learner/packing.py
         self._temperature = temperature
         self._trains_entropy = trains_entropy
-        self._changes_logits = any(getattr(self.model.config, name, None) for name in _LOGIT_CHANGES)
+        self._changes_logits = changes_logits(self.model.config)
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -174,10 +180,11 @@ def load_policy(
     temperature: float,
     trains_entropy: bool = False,
     lora: LoraSettings | None = None,
+    attention: Attention = "auto",
     has_value_head: bool = False,
 ) -> PolicyNetwork:
     """With lora, adapters are put into it and alone are trained. Raises UserError when there is no such model."""
-    network = _load(AutoModelForCausalLM, model, dtype)
+    network = _load(AutoModelForCausalLM, model, dtype, attention)
     adapters = None
     if lora is not None:
         from learner.lora import Adapters  # imports peft: seconds, only when used
@@ -192,15 +199,20 @@ def load_policy(
     )
 
 
-def load_critic(model: str, *, dtype: str) -> CriticNetwork:
+def load_critic(model: str, *, dtype: str, attention: Attention = "auto") -> CriticNetwork:
     """Raises UserError when there is no such model."""
-    return CriticNetwork(_load(AutoModel, model, dtype))
+    return CriticNetwork(_load(AutoModel, model, dtype, attention))
 
 
-def _load(kind: Any, model: str, dtype: str) -> nn.Module:
+def _load(kind: Any, model: str, dtype: str, attention: Attention) -> nn.Module:
+    """Raises UserError when there is no such model, or no such attention for it."""
+    if attention == "auto" and dtype == "bfloat16" and is_flash_attn_2_available():
+        with suppress(UserError):  # a model that cannot is computed as transformers would
+            return _load(kind, model, dtype, FLASH)
+    how = {} if attention == "auto" else {"attn_implementation": attention}
     try:
-        loaded: nn.Module = kind.from_pretrained(model, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
+        loaded: nn.Module = kind.from_pretrained(model, dtype=DTYPES[dtype], **how)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model {model}: {error}") from error
     # Dropout would make the log-probabilities of the same parameters differ from those the server sampled with.
     return loaded.eval()

@@ -7,12 +7,12 @@ silently be read as one long text each. B = trajectories, T = tokens (padded), R
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-FLASH = "flash_attention_2"
+FLASH: Final = "flash_attention_2"
 _CHECKED_LENGTHS = (5, 3, 2)
 _TOLERANCE = {
     torch.float32: 1e-3,

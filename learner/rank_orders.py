@@ -76,6 +76,11 @@ def lead(
     return LeadingEngine(engine, ranks, writing)
 
 
+def dismiss(ranks: Ranks) -> None:
+    """On rank 0, in place of lead(): there is nothing to do, and the others end."""
+    _say(ranks, Stop())
+
+
 def follow(open_engine: OpenEngine, ranks: Ranks, writing: Ranks) -> None:
     """On every other rank: obey until told to stop. Raises RuntimeError when another rank is gone."""
     order = _decoder.decode(ranks.broadcast())

@@ -77,7 +77,9 @@ def open_reference(settings: TrainSettings, device: torch.device, policy: Policy
         return None
     if name == settings.model and policy.adapters is not None:
         return BaseReference(policy, device=device)
-    network = load_policy(name, dtype=settings.dtype, temperature=settings.temperature)
+    network = load_policy(
+        name, dtype=settings.dtype, temperature=settings.temperature, attention=settings.engine.attention
+    )
     if name != settings.model and _token_ids(name) != _token_ids(settings.model):
         raise UserError(
             f"the reference model {name} has another tokenizer than {settings.model}: its token ids mean other words"

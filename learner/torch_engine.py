@@ -78,6 +78,7 @@ def open_torch_engine(settings: TrainSettings) -> PpoEngine:
         temperature=settings.temperature,
         trains_entropy=settings.entropy_coefficient > 0,
         lora=settings.lora,
+        attention=settings.engine.attention,
         has_value_head=settings.value_head,
     )
     critic = load_critic(settings.critic_model, dtype=settings.dtype) if settings.critic_model is not None else None

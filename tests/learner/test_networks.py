@@ -6,9 +6,10 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from common.lifecycle import UserError
+from learner import networks
 from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
 from tests.builders_learner import a_batch, random_groups
-from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs
+from tests.models import VOCAB_SIZE, a_tiny_model, forward_logprobs, save_tiny_model
 
 MICRO = a_batch(random_groups(0, group_size=2)).micro_batches[0]
 INPUTS = (MICRO.token_ids_BT, MICRO.attention_mask_BT, MICRO.loss_mask_BT)
@@ -117,3 +118,35 @@ LOADERS = {"policy": partial(load_policy, temperature=1.0), "critic": load_criti
 def test_a_model_that_does_not_exist_is_named(kind, tmp_path):
     with pytest.raises(UserError, match=f"cannot load the model {tmp_path}/nowhere: "):
         LOADERS[kind](str(tmp_path / "nowhere"), dtype="float32")
+
+
+def test_attention_is_computed_as_the_setting_says_and_by_sdpa_where_no_flash_attention_is_installed(tmp_path):
+    model = str(save_tiny_model(tmp_path, tied=True))
+    implementations = [
+        load_policy(model, dtype="bfloat16", temperature=1.0, attention=attention).model.config._attn_implementation
+        for attention in ("auto", "sdpa", "eager")
+    ]
+    assert implementations == ["sdpa", "sdpa", "eager"]
+    with pytest.raises(UserError, match=r"cannot load the model .*[Ff]lash"):
+        load_policy(model, dtype="bfloat16", temperature=1.0, attention="flash_attention_2")
+
+
+def test_flash_attention_is_taken_by_itself_where_it_is_installed_and_the_model_can(tmp_path, monkeypatch):
+    model = str(save_tiny_model(tmp_path, tied=True))
+    asked: list[object] = []
+    load = networks.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(name, **settings):
+        asked.append(settings.pop("attn_implementation", None))
+        if asked[-1] == networks.FLASH and "can" not in asked:
+            raise ValueError("it cannot")
+        return load(name, **settings)
+
+    monkeypatch.setattr(networks, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(networks.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_policy(model, dtype="bfloat16", temperature=1.0)
+    assert asked == ["flash_attention_2", None]  # this one could not
+    asked[:] = ["can"]
+    load_policy(model, dtype="bfloat16", temperature=1.0)
+    load_policy(model, dtype="float32", temperature=1.0)  # which flash attention does not compute in
+    assert asked == ["can", "flash_attention_2", None]
