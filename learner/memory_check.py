@@ -128,6 +128,9 @@ def _left_in_container(cgroup: Path) -> float:
 def shapes_of(settings: TrainSettings) -> Models:
     """From the models' configurations alone; raises UserError when there is no such model."""
     policy = model_shape(settings.model, lora=settings.lora)
+    if settings.value_head:
+        head = policy.hidden + 1
+        policy = replace(policy, parameters=policy.parameters + head, trained=policy.trained + head)
     critic = model_shape(settings.critic_model, kind=AutoModel) if settings.critic_model is not None else None
     reference = settings.kl.reference_model
     if reference is None or (reference == settings.model and settings.lora is not None):

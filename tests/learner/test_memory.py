@@ -76,6 +76,8 @@ def test_shapes_are_those_of_the_models_that_would_be_loaded(model: str):
     assert models.critic.parameters == models.policy.parameters  # its embeddings are tied
     assert models.reference == replace(models.policy, trained=0)
     assert models.reference.is_frozen
+    with_head = shapes_of(some_train_settings(model, advantage="gae", value_head=True)).policy
+    assert (with_head.parameters, with_head.trained) == (models.policy.parameters + 65, models.policy.trained + 65)
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "down_proj")])
