@@ -18,6 +18,10 @@ PREFIX = "verifiers+tcp://"
 ASK_AFTER_S = 5.0  # without a word, while something is waited for
 CUT_OFF = 4  # times max_reply_bytes: what is larger is not even received, and ends the connection
 
+NOBODYS = b"nobody-"
+
+_NOTHING = b"\x80"  # an empty map
+
 OnDelta = Callable[[Frame], None]
 
 
@@ -111,7 +115,7 @@ class VerifiersServer:
 
     def _abort(self, request_id: str) -> None:
         try:
-            self._send(uuid.uuid4().hex, b"cancel", cancel_request(request_id))
+            self._send(_nobodys(), b"cancel", cancel_request(request_id))
         except ConnectionBroken:
             return  # and with it whoever ran
 
@@ -183,12 +187,12 @@ class VerifiersServer:
         elif now - self._heard_at > limit_s + ASK_AFTER_S:
             raise ConnectionBroken(f"{self.address} said nothing for {limit_s:g} s (step_timeout_s), though asked")
         else:
-            dealer.send([uuid.uuid4().hex.encode(), b"health", _NOTHING])
+            dealer.send([_nobodys().encode(), b"health", _NOTHING])
 
     def _take(self, request_id: Frame, kind: Frame, payload: Frame) -> None:
         pending = self._pending.get(bytes(request_id))
         if pending is None or pending.reply.done():
-            self.dropped += 1
+            self.dropped += not bytes(request_id).startswith(NOBODYS)
         elif len(payload) > self.settings.max_reply_bytes:
             most = self.settings.max_reply_bytes
             reason = f"{self.address} sent {len(payload)} bytes, at most {most} are allowed: max_reply_bytes"
@@ -204,4 +208,6 @@ class VerifiersServer:
             pending.fail(EnvironmentFailure("environment_error", f"{self.address} sent what is no answer"))
 
 
-_NOTHING = b"\x80"  # an empty map
+def _nobodys() -> str:
+    """The id of a request whose reply nobody waits for. A pool tells requests apart by their ids alone."""
+    return NOBODYS.decode() + uuid.uuid4().hex

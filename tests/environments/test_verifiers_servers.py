@@ -20,7 +20,7 @@ from tests.environments.__main__ import HERE
 from tests.environments.servers import a_free_port, answers_verifiers, running
 from tests.models import forward_logprobs
 from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine, live_engine
-from tests.rollout_server.gateway.builders_gateway import a_gateway, a_runner, episode_of, sampled_text
+from tests.rollout_server.gateway.builders_gateway import a_runner, episode_of, sampled_text
 from tests.rollout_server.gateway.test_gateway_on_vllm import TOLERANCE, words
 from tests.rollout_server.test_episodes import a_lease
 
@@ -39,6 +39,7 @@ def a_row(does: str = "reward 1", **fields: Any) -> dict[str, Any]:
 async def playing(*flags: str, port: int = 0, **settings: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
     """(environment, gateway, the server's process)"""
     port = port or a_free_port()
+    settings = {"capacity_timeout_s": 240.0} | settings  # a pool answers before its workers can
     async with (
         running(NAME, SERVER, *flags, port=port, answers=answers_verifiers) as process,
         environment_at(f"verifiers+tcp://127.0.0.1:{port}", EnvironmentSettings(**settings)) as environment,
@@ -92,7 +93,7 @@ async def test_a_run_that_hangs_is_cancelled_at_its_deadline_and_a_gateway_that_
 async def test_a_server_that_is_killed_in_the_middle_fails_the_episode_and_the_next_one_is_well():
     port = a_free_port()
     url = f"verifiers+tcp://127.0.0.1:{port}"
-    async with environment_at(url, EnvironmentSettings()) as environment, a_gateway() as gateway:
+    async with environment_at(url, EnvironmentSettings()) as environment, Gateway(GatewaySettings()) as gateway:
         async with running(NAME, SERVER, port=port, answers=answers_verifiers) as process:
 
             async def kill() -> None:

@@ -278,8 +278,8 @@ async def test_a_reply_that_comes_too_late_or_to_another_request_is_nobodys():
         assert (await failure_at(environment, gateway)).kind == "environment_timeout"
         [trajectory] = await episode_of(environment, gateway, "6")
         assert trajectory.reward == 1.0
-        # Four of these, and two to the cancellation of the first run.
-        assert " 0 requests, 6 answers to nothing" in repr(environment)
+        # Four of these, and the reply to the first run, which was cancelled.
+        assert " 0 requests, 5 answers to nothing" in repr(environment)
 
 
 # --- down ------------------------------------------------------------------------------------------------------------
