@@ -6,6 +6,7 @@ from collections import Counter
 from tests.simulation import history as seen
 from tests.simulation.account import Account
 from tests.simulation.check import Check
+from tests.simulation.check_leases import PAUSE_SLACK_S
 
 LATE_S = 8.0  # a second beyond the longest pauses of coordinator and learner, in which nobody looks at the clock
 
@@ -53,7 +54,7 @@ class Evaluations(Check):
             self._version = event.version
         self.demand(event.version >= self._asked_at[0], event, "what is evaluated is no older than what is asked for")
         self.demand(event.version <= self.account.published, event, "what is evaluated is published")
-        is_heard = event.silent_s <= self.rules.notice_timeout_s
+        is_heard = event.silent_s <= self.rules.notice_timeout_s + PAUSE_SLACK_S
         self.demand(is_heard, event, "only servers that are heard of evaluate")
         self.demand(event.server not in self.account.life.quarantined, event, "the quarantined are granted nothing")
         held = Counter(server for server, _ in self._running)[event.server] + 1
