@@ -34,7 +34,8 @@ async def test_a_learner_alone_prints_the_command_that_joins_it_and_the_two_fini
     intervals = {event["kind"] for event in events if "t_end" in event}
     assert intervals >= {"train", "wait_batch", "generate", "weight_update", "publish", "save", "canary"}
     loaded = [event["version"] for event in events if event["kind"] == "weight_update"]
-    assert loaded == [event["version"] for event in events if event["kind"] == "canary" and event["ok"]]
+    judged = [event["version"] for event in events if event["kind"] == "canary" and event["ok"]]
+    assert judged in (loaded, loaded[:-1])  # the run may end before the last one is
     assert_transformers_loads(stage.path / "run/huggingface/step-000006")
 
 
