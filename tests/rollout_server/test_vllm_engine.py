@@ -339,11 +339,11 @@ async def test_closing_a_stalled_engine_ends_every_call_on_it(disposable: LiveEn
             disposable.engine.generate(a_prompt(9), a_sampling(), "r"),
             disposable.engine.check_health(60),
             disposable.load_next(),
-            disposable.engine.generate(a_prompt(9), a_sampling(), "waits for the update"),
+            disposable.engine.generate(a_prompt(9), a_sampling(), "beside the update"),
             disposable.engine.token_logprobs(a_prompt(9)),
         )
     ]
-    await until_calls(disposable, 3)  # the other two wait for the update
+    await until_calls(disposable, 4)  # the last one waits for the update
     async with asyncio.timeout(20):
         await disposable.engine.close()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
