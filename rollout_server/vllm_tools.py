@@ -37,12 +37,12 @@ class VllmTools:
         return f"<VllmTools {self._name}>"
 
     def parse(self, text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
-        """See ToolParser. A parser may raise for what no model of its kind says: that is then no call."""
+        """See ToolParser. Where a parser raises there is no call."""
         try:
             request = self._request(model="policy", messages=[], tools=[dict(tool) for tool in tools])
             found = self._kind(self._tokenizer, request.tools).extract_tool_calls(text, request=request)
-        except Exception:
-            logger.exception("vLLM's parser %s cannot read what the policy said", self._name)
+        except Exception as error:  # noqa: BLE001 - whatever a parser raises for what no model of its kind says
+            logger.warning("vLLM's parser %s cannot read what the policy said: %r", self._name, error)
             return Parsed(content=text)
         calls = tuple(Call(name=call.function.name, arguments=call.function.arguments) for call in found.tool_calls)
         if not found.tools_called or not calls:

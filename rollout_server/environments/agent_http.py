@@ -13,7 +13,7 @@ from rollout_server.environments.capacity import Capacity
 from rollout_server.environments.environment import EnvironmentFailure, FailureKind, Outcome, Row, check_reward
 from rollout_server.environments.health import Health, retry_delay_s
 from rollout_server.environments.http_server import HttpFailure, HttpServer
-from rollout_server.environments.replicas import least_busy
+from rollout_server.environments.replicas import least_busy, place_at
 from rollout_server.environments.scopes import Scopes
 
 if TYPE_CHECKING:
@@ -102,15 +102,12 @@ class AgentHttp:
         loop = asyncio.get_running_loop()
         sent_at = loop.time()
         try:
-            try:
-                async with replica.capacity.slot(timeout_s=max(0.0, deadline - loop.time())):
-                    sent_at = loop.time()
-                    if replica.health.is_open:  # an episode may take minutes; the others need not wait for its end
-                        await replica.server.connect(timeout_s=self.settings.step_timeout_s)
-                        replica.health.note_success(loop.time())
-                    content = await replica.ask(body, self.settings.episode_timeout_s)
-            except TimeoutError as error:
-                raise self._is_full(replica) from error
+            async with place_at(replica, replica.server.url, self.settings, deadline=deadline):
+                sent_at = loop.time()
+                if replica.health.is_open:  # an episode may take minutes; the others need not wait for its end
+                    await replica.server.connect(timeout_s=self.settings.step_timeout_s)
+                    replica.health.note_success(loop.time())
+                content = await replica.ask(body, self.settings.episode_timeout_s)
         except (asyncio.CancelledError, EnvironmentFailure):
             replica.health.note_nothing()
             raise
@@ -122,13 +119,6 @@ class AgentHttp:
             raise
         replica.health.note_success(loop.time())
         return content
-
-    def _is_full(self, replica: Replica) -> EnvironmentFailure:
-        reason = (
-            f"{self.settings.max_concurrent} episodes are under way (max_concurrent), and none ended within "
-            f"{self.settings.capacity_timeout_s:g} s (capacity_timeout_s)"
-        )
-        return EnvironmentFailure("environment_unavailable", f"{replica.server.url}: {reason}")
 
 
 def request_body(row: Row, session: "Session", *, seed: int, timeout_s: float) -> bytes:

@@ -15,7 +15,7 @@ from rollout_server.environments.health import Health, retry_delay_s
 from rollout_server.environments.http_server import HttpFailure, HttpServer
 from rollout_server.environments.lifeline import Lifeline
 from rollout_server.environments.nemo_gym_session import Session
-from rollout_server.environments.replicas import least_busy
+from rollout_server.environments.replicas import least_busy, place_at
 from rollout_server.environments.scopes import Scopes
 
 PREFIX = "nemo-gym+"
@@ -109,7 +109,7 @@ class NemoGymServers:
         sent_at = loop.time()
         try:
             async with AsyncExitStack() as stack:
-                await self._wait_for_place(replica, stack, deadline)
+                await stack.enter_async_context(place_at(replica, replica.url, self.settings, deadline=deadline))
                 sent_at = loop.time()
                 session, style, reply = await self._begin(replica, stack, row)
                 replica.health.note_success(loop.time())
@@ -123,17 +123,6 @@ class NemoGymServers:
             else:
                 replica.health.note_success(loop.time())  # it is up, and does not want this
             raise
-
-    async def _wait_for_place(self, replica: Replica, stack: AsyncExitStack, deadline: float) -> None:
-        try:
-            timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            await stack.enter_async_context(replica.capacity.slot(timeout_s=timeout_s))
-        except TimeoutError as error:
-            reason = (
-                f"{self.settings.max_concurrent} episodes are under way (max_concurrent), and none ended within "
-                f"{self.settings.capacity_timeout_s:g} s (capacity_timeout_s)"
-            )
-            raise EnvironmentFailure("environment_unavailable", f"{replica.url}: {reason}") from error
 
     async def _begin(
         self, replica: Replica, stack: AsyncExitStack, row: Mapping[str, Any]

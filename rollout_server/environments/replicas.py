@@ -1,9 +1,11 @@
-"""Which of several servers of one environment an episode begins at."""
+"""Which of several servers of one environment an episode begins at, and its place there."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol, TypeVar
 
+from common.environments import EnvironmentSettings
 from rollout_server.environments.capacity import Capacity
 from rollout_server.environments.environment import EnvironmentFailure
 from rollout_server.environments.health import Health
@@ -36,3 +38,21 @@ async def least_busy(replicas: Sequence[AnyReplica], *, deadline: float) -> AnyR
             reasons = "; ".join(replica.health.last_failure for replica in replicas)
             raise EnvironmentFailure("environment_unavailable", reasons)
         await asyncio.sleep(LOOK_EVERY_S)
+
+
+@asynccontextmanager
+async def place_at(
+    replica: Replica, address: str, settings: EnvironmentSettings, *, deadline: float
+) -> AsyncIterator[None]:
+    """One of the episodes that the server may have at once; raises EnvironmentFailure when none ends in time."""
+    async with AsyncExitStack() as stack:
+        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        try:
+            await stack.enter_async_context(replica.capacity.slot(timeout_s=timeout_s))
+        except TimeoutError as error:
+            reason = (
+                f"{settings.max_concurrent} episodes are under way (max_concurrent), and none ended within "
+                f"{settings.capacity_timeout_s:g} s (capacity_timeout_s)"
+            )
+            raise EnvironmentFailure("environment_unavailable", f"{address}: {reason}") from error
+        yield

@@ -10,7 +10,7 @@ from common.environments import EnvironmentSettings
 from common.wire.foreign import ConnectionBroken
 from rollout_server.environments.environment import BadRow, EnvironmentFailure, Outcome, Row
 from rollout_server.environments.health import retry_delay_s
-from rollout_server.environments.replicas import least_busy
+from rollout_server.environments.replicas import least_busy, place_at
 from rollout_server.environments.scopes import Scopes
 from rollout_server.environments.verifiers_episode import Record, run_request
 from rollout_server.environments.verifiers_server import VerifiersServer
@@ -71,8 +71,7 @@ class VerifiersTcp:
         sent_at = loop.time()
         record = Record()
         try:
-            async with AsyncExitStack() as stack:
-                await self._wait_for_place(server, stack, deadline)
+            async with place_at(server, server.address, self.settings, deadline=deadline):
                 sent_at = loop.time()
                 await server.check(timeout_s=self.settings.step_timeout_s)
                 server.health.note_success(loop.time())
@@ -84,14 +83,3 @@ class VerifiersTcp:
             server.health.note_failure(str(error), loop.time(), sent_at=sent_at)
             raise
         return outcome
-
-    async def _wait_for_place(self, server: VerifiersServer, stack: AsyncExitStack, deadline: float) -> None:
-        try:
-            timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            await stack.enter_async_context(server.capacity.slot(timeout_s=timeout_s))
-        except TimeoutError as error:
-            reason = (
-                f"{self.settings.max_concurrent} episodes are under way (max_concurrent), and none ended within "
-                f"{self.settings.capacity_timeout_s:g} s (capacity_timeout_s)"
-            )
-            raise EnvironmentFailure("environment_unavailable", f"{server.address}: {reason}") from error

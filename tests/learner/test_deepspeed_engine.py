@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from common.lifecycle import UserError
 from learner.deepspeed_engine import open_deepspeed_engine
 from learner.engine_settings import EngineSettings
+from learner.launch import launched_place
 from learner.ppo_engine import PpoEngine
 from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
@@ -85,6 +86,11 @@ def test_float32_deepspeed_equals_plain_torch(stage, model, twin):
     np.testing.assert_allclose(
         engine.token_logprobs(prompt), forward_logprobs(engine._network.model, prompt), atol=1e-5
     )
+
+
+def test_a_learner_of_one_rank_makes_no_ranks_of_the_processes_that_it_starts(model):
+    open_deepspeed_engine(some_train_settings(model))
+    assert launched_place(os.environ) is None
 
 
 def test_bfloat16_at_stage_1_stays_close_to_float32(model):
