@@ -97,7 +97,10 @@ class EpisodeRunner:
         return group
 
     async def run_evaluation(self, evaluate: Evaluate) -> Group:
-        """The episodes of an evaluation task, sampled at its own temperature; raises LeaseFailure."""
+        """The episodes of an evaluation task, sampled at its own temperature; raises LeaseFailure.
+
+        A runner of their own counts them: they are no tokens that training has sampled.
+        """
         runner = copy.copy(self)
         runner._temperature, runner._request_prefix = (
             evaluate.temperature,
