@@ -96,9 +96,7 @@ def test_advantages_match_the_formula_written_as_loops(name, episodes, gamma):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    episodes=episode_lists(), gamma=discounts, gae_lambda=discounts, whiten=st.booleans(), bootstrap=st.booleans()
-)
+@given(episodes=episode_lists(), gamma=discounts, gae_lambda=discounts, whiten=st.booleans(), bootstrap=st.booleans())
 def test_generalized_advantages_match_the_formula_written_as_loops(episodes, gamma, gae_lambda, whiten, bootstrap):
     chosen = {"gamma": gamma, "gae_lambda": gae_lambda, "bootstrap_truncated": bootstrap}
     got = estimate("gae", as_tensors(episodes), whiten=float(whiten), **chosen)
