@@ -21,7 +21,7 @@ from learner.loss_settings import (
     check_strengths,
     check_value_head,
 )
-from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings
+from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings, check_group_relative
 
 COUNTS = (
     "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
@@ -156,6 +156,11 @@ class LearnerConfig:
         "none", help="mean 0 and standard deviation 1, over each batch or over all rewards so far"
     )
     reward_clip: float | None = option(None, help="rewards are clipped to plus and minus this; default: not")
+    dynamic_sampling: int = option(
+        0,
+        help="groups that may be filtered for an optimizer step because their rewards are all equal (DAPO): other "
+        "tasks are sampled in their place; e.g. 4 * groups_per_step; then groups are taken as they come; 0: none",
+    )
     drop_equal_groups: bool = option(
         False, help="groups of equal rewards, which have no gradient, do not count among the tokens either (DAPO)"
     )
@@ -299,6 +304,7 @@ class LearnerConfig:
                 f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
             )
         self.reward_settings.check_advantage(self.advantage)
+        self._check_dynamic_sampling()
         check_critic_warmup(self.critic_warmup_steps, self.advantage)
         check_proximal(self.proximal, self.loss)
         if self.critic == "value_head":
@@ -326,6 +332,12 @@ class LearnerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+
+    def _check_dynamic_sampling(self) -> None:
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"dynamic_sampling must be >= 0, got {self.dynamic_sampling}; 0 filters nothing")
+        if self.dynamic_sampling > 0:
+            check_group_relative("dynamic_sampling", self.advantage)
 
     def _check_adapters(self) -> None:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:

@@ -91,6 +91,7 @@ def coordinator_settings(
         queue_bytes=config.queue_bytes,
         stale_action=config.stale_action,
         max_group_bytes=config.max_group_bytes,
+        max_filtered=config.dynamic_sampling,
         max_task_failures=config.max_attempts,
         server_timeout_s=config.server_timeout_s,
         environments=tuple(spec.name for spec in config.environment.specs),

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from common.messages import CoordinatorStatus, SnapshotReady
 from common.trajectory import Group
+from learner.coordinator.dynamic_sampling import EQUAL_REWARDS
 from learner.evaluation import Evaluation
 from learner.rates import FleetTotals, Rates, Sample, describe_bytes
 from learner.training import StepResult
@@ -109,6 +110,8 @@ class Progress:
         failed = [f"{count} {kind}" for kind, count in status.failed.items() if count]
         if failed:
             fields["failed"] = _first(failed)
+        if filtered := status.cancelled.get(EQUAL_REWARDS):
+            fields["filtered"] = f"{filtered} groups of equal rewards"
         if status.evaluation:
             fields["evaluating"] = status.evaluation
         if status.waiting_for:

@@ -45,11 +45,17 @@ class RewardSettings:
 
     def check_advantage(self, advantage: str) -> None:
         """Raises ValueError when these rewards and those advantages make no sense together."""
-        if self.drop_equal_groups and advantage not in GROUP_RELATIVE:
-            raise ValueError(
-                f"drop_equal_groups: with advantage {advantage} a group of equal rewards has a gradient; "
-                f"it has none with {', '.join(GROUP_RELATIVE)}"
-            )
+        if self.drop_equal_groups:
+            check_group_relative("drop_equal_groups", advantage)
+
+
+def check_group_relative(setting: str, advantage: str) -> None:
+    """Raises ValueError when the setting leaves out groups that have something to teach."""
+    if advantage not in GROUP_RELATIVE:
+        raise ValueError(
+            f"{setting}: with advantage {advantage} a group of equal rewards has a gradient; "
+            f"it has none with {', '.join(GROUP_RELATIVE)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

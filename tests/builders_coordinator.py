@@ -1,5 +1,6 @@
 """Builders for the coordinator's tests: valid by default, every value can be overridden."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -38,14 +39,16 @@ def a_coordinator(**overrides: object) -> Coordinator:
 
 
 def a_group(
-    lease_id: int = 0, task_id: int | None = None, *, oldest: int = 0, newest: int | None = None, payload_bytes: int = 0
-) -> FinishedGroup:
-    """By default of the task that has the lease's number, as long as nothing failed."""
+    lease_id: int = 0, task_id: int | None = None, *, oldest: int = 0, newest: int | None = None,
+    payload_bytes: int = 0, rewards: Sequence[float] = (1.0,),
+) -> FinishedGroup:  # fmt: skip
+    """By default of the task that has the lease's number, as long as nothing failed. A trajectory for each reward."""
     newest = oldest if newest is None else newest
-    trajectory = TrajectoryHeader(num_tokens=2, reward=1.0, terminated=True, turns=1, version_runs=((oldest, 1),))
-    header = GroupHeader(
-        lease_id=lease_id, task_id=lease_id if task_id is None else task_id, trajectories=(trajectory,)
+    trajectories = tuple(
+        TrajectoryHeader(num_tokens=2, reward=reward, terminated=True, turns=1, version_runs=((oldest, 1),))
+        for reward in rewards
     )
+    header = GroupHeader(lease_id=lease_id, task_id=lease_id if task_id is None else task_id, trajectories=trajectories)
     return FinishedGroup(
         header=header,
         payload=bytes(payload_bytes),
@@ -55,9 +58,11 @@ def a_group(
     )
 
 
-def group_for(grant: GrantLease, *, sampled_at: int | None = None, payload_bytes: int = 0) -> FinishedGroup:
+def group_for(
+    grant: GrantLease, *, sampled_at: int | None = None, payload_bytes: int = 0, rewards: Sequence[float] = (1.0,)
+) -> FinishedGroup:
     version = grant.min_version if sampled_at is None else sampled_at
-    return a_group(grant.lease_id, grant.task_id, oldest=version, payload_bytes=payload_bytes)
+    return a_group(grant.lease_id, grant.task_id, oldest=version, payload_bytes=payload_bytes, rewards=rewards)
 
 
 def join(

@@ -12,7 +12,6 @@ from common.environments import ENVIRONMENT_UNAVAILABLE
 from common.messages import EvaluatedEpisode
 from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
-    AcceptGroup,
     Decision,
     DeliverBatch,
     DropServer,
@@ -194,13 +193,13 @@ class Coordinator:
         fault = self.book.fault(lease, group)
         if fault is not None:
             return self.group_invalid(server_id, group.lease_id, *fault, now)
-        self.book.accept(lease, group)
+        taken = self.book.accept(lease, group)
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
         self._hung.forgive(server_id)
         self.failures_in_a_row = 0
-        return [AcceptGroup(server_id=server_id, group=group), *self._go_on(now)]
+        return [taken, *self._go_on(now)]
 
     def group_invalid(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:
         """What came for the lease cannot be used: the lease has failed, and the server is blamed for it."""

@@ -29,6 +29,17 @@ class AcceptGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilterGroup:
+    """The group teaches nothing and is not kept, see dynamic_sampling.py; once the journal says that, the server may
+    forget it. version: for whose step."""
+
+    server_id: str
+    lease_id: int
+    task_id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefuseGroup:
     """The group will never be taken. `kind` is one of a few fixed words, for metrics; `reason` is for people."""
 
@@ -122,6 +133,7 @@ class ReportEvaluation:
 Decision = (
     GrantLease
     | AcceptGroup
+    | FilterGroup
     | RefuseGroup
     | CancelLease
     | DropServer

@@ -29,10 +29,10 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
         silent_s = now - member.heard_at
         if silent_s > coordinator.settings.notice_timeout_s:
             text += f"; nothing heard of it for {silent_s:.0f} s"
-        return _cut(text + _parked(coordinator))
+        return _cut(text + _aside(coordinator))
     members = coordinator.members.values()
     reasons = [text for member in members if (text := _pause(coordinator, member, now))][:MAX_NAMED]
-    return _cut("; ".join(reasons or ["leases to be granted"]) + _parked(coordinator))
+    return _cut("; ".join(reasons or ["leases to be granted"]) + _aside(coordinator))
 
 
 def what_all_servers_wait_for(coordinator: Coordinator) -> str:
@@ -68,12 +68,14 @@ def _environments_down(coordinator: Coordinator, member: Member, now: float) -> 
     )
 
 
-def _parked(coordinator: Coordinator) -> str:
-    parked = coordinator.book.tasks.parked
-    if not parked:
-        return ""
-    task_id = next(reversed(parked))
-    return f" ({len(parked)} tasks parked, the last one: task {task_id}: {parked[task_id]})"
+def _aside(coordinator: Coordinator) -> str:
+    """What was sampled and will not be in the batch that is waited for."""
+    told = [coordinator.book.sampling.describe(coordinator.version)]
+    if parked := coordinator.book.tasks.parked:
+        task_id = next(reversed(parked))
+        told.append(f"{len(parked)} tasks parked, the last one: task {task_id}: {parked[task_id]}")
+    words = "; ".join(filter(None, told))
+    return f" ({words})" if words else ""
 
 
 def _version(version: int) -> str:

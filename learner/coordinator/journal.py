@@ -19,11 +19,12 @@ import xxhash
 from common.codec import Frame
 from common.lifecycle import UserError
 from common.messages import GroupHeader
+from learner.coordinator.dynamic_sampling import first_remembered
 from learner.coordinator.ledger import PastLeases
 from learner.coordinator.recovery import JournalContents
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 
-FORMAT = "2"
+FORMAT = "3"
 BUSY_TIMEOUT_S = 5.0
 PAGE_BYTES = 1 << 16
 LOG_PAGES = (16 << 20) // PAGE_BYTES
@@ -48,6 +49,7 @@ CREATE TABLE IF NOT EXISTS contents (
     digest BLOB NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS parked (task_id INTEGER PRIMARY KEY, reason TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS filtered (task_id INTEGER PRIMARY KEY, version INTEGER NOT NULL) STRICT;
 """
 
 
@@ -82,13 +84,21 @@ class ParkedRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilteredRecord:
+    """The task's group teaches nothing: it was left out of the step that updates `version`."""
+
+    task_id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetRecord:
-    """Batches of versions before this one are covered by a checkpoint."""
+    """Batches of versions before this one are covered by a checkpoint, and what was filtered before."""
 
     version: int
 
 
-Record = FinishedGroup | BatchRecord | ParkedRecord | ForgetRecord
+Record = FinishedGroup | BatchRecord | ParkedRecord | FilteredRecord | ForgetRecord
 
 
 class Journal:
@@ -127,6 +137,7 @@ class Journal:
         return JournalContents(
             groups=groups,
             parked=dict(self._database.execute("SELECT task_id, reason FROM parked")),
+            filtered=dict(self._database.execute("SELECT task_id, version FROM filtered")),
             past=msgspec.json.decode(past, type=PastLeases),
             forgotten_up_to=int(self._fact("forgotten_up_to", "0")),
         )
@@ -167,9 +178,8 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything: what is in here belongs to a life of the run that is not continued."""
-        self._database.executescript(
-            "BEGIN IMMEDIATE; DELETE FROM groups; DELETE FROM contents; DELETE FROM parked; COMMIT"
-        )
+        deletions = "; ".join(f"DELETE FROM {table}" for table in ("groups", "contents", "parked", "filtered"))
+        self._database.executescript(f"BEGIN IMMEDIATE; {deletions}; COMMIT")
         self._set_facts(past="{}", forgotten_up_to="0")
 
     def close(self) -> None:
@@ -204,17 +214,21 @@ class Journal:
         self._database.executemany("INSERT INTO contents VALUES (?, ?, ?, ?)", contents())
         self._database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, NULL)", known)
 
-    def _write(self, record: BatchRecord | ParkedRecord | ForgetRecord) -> None:
+    def _write(self, record: BatchRecord | ParkedRecord | FilteredRecord | ForgetRecord) -> None:
         match record:
             case BatchRecord():
                 changes = [(record.version, lease_id) for lease_id in record.lease_ids]
                 self._database.executemany("UPDATE groups SET batch_version = ? WHERE lease_id = ?", changes)
             case ParkedRecord():
                 self._database.execute("INSERT OR REPLACE INTO parked VALUES (?, ?)", (record.task_id, record.reason))
+            case FilteredRecord():
+                self._database.execute("INSERT INTO filtered VALUES (?, ?)", (record.task_id, record.version))
             case ForgetRecord():
                 trained = "SELECT lease_id FROM groups WHERE batch_version < ?"
                 self._database.execute(f"DELETE FROM contents WHERE lease_id IN ({trained})", (record.version,))
                 self._database.execute("DELETE FROM groups WHERE batch_version < ?", (record.version,))
+                first = first_remembered(record.version)
+                self._database.execute("DELETE FROM filtered WHERE version < ?", (first,))
                 self._set_facts(forgotten_up_to=str(record.version))
 
     def _check_format(self) -> None:

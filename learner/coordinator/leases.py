@@ -5,8 +5,9 @@ from typing import Literal
 
 from common.snapshot import NO_VERSION
 from learner.coordinator.batches import Batches
-from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
+from learner.coordinator.decisions import AcceptGroup, CancelLease, Decision, FilterGroup, GrantLease, ParkTask
 from learner.coordinator.depth import Depth
+from learner.coordinator.dynamic_sampling import EQUAL_REWARDS, DynamicSampling
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
 from learner.coordinator.members import Member, Members
 from learner.coordinator.mix import Mix
@@ -39,6 +40,7 @@ class LeaseBook:
         self.leased = recovered.past.leased
         self.endings = Endings(recovered.past)
         ceiling = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups)
+        self.sampling = DynamicSampling(settings.max_filtered, recovered.filtered, version=self.version)
         self.depth = Depth(groups_per_step=settings.groups_per_step, ceiling=ceiling)
         self.tasks.restore(recovered.tasks)
 
@@ -182,11 +184,20 @@ class LeaseBook:
             return "too_stale", f"a token is of version {group.oldest_version}, the lease demands {lease.min_version}"
         return None
 
-    def accept(self, lease: OpenLease, group: FinishedGroup) -> None:
+    def accept(self, lease: OpenLease, group: FinishedGroup) -> AcceptGroup | FilterGroup:
+        """The lease is fulfilled: the group is queued, unless it is one that dynamic sampling filters."""
         self._close(lease)
         self.members[lease.server_id].down.pop(self.mix.environment_of(lease.task_id), None)
         self.endings.note_accepted(lease.lease_id)
-        self.batches.put(group)
+        if not self.sampling.filters(group.header, version=self.version):
+            self.batches.put(group)
+            return AcceptGroup(server_id=lease.server_id, group=group)
+        self.endings.count_cancelled(EQUAL_REWARDS)
+        self.tasks.done(lease.task_id)
+        self.sampling.note_filtered(lease.task_id, version=self.version)
+        return FilterGroup(
+            server_id=lease.server_id, lease_id=lease.lease_id, task_id=lease.task_id, version=self.version
+        )
 
     def fail(self, lease: OpenLease, kind: str, reason: str, *, blame_task: bool) -> list[Decision]:
         """The lease failed; its task is leased again, unless it is to blame and has failed too often."""
@@ -239,12 +250,14 @@ class LeaseBook:
         """These groups were trained: their credits come back and the version grows by one."""
         trained = self.batches.consume(self.version, lease_ids)
         for group in trained:
-            self.tasks.trained(group.task_id)
+            self.tasks.done(group.task_id)
         self.endings.trained += len(trained)
         self.version += 1
+        self.sampling.reached(self.version)
 
     def frontier(self) -> bytes:
-        leased = (*self.batches.task_ids(), *(lease.task_id for lease in self.running.values()))
+        running = (lease.task_id for lease in self.running.values())
+        leased = (*self.batches.task_ids(), *running, *self.sampling.task_ids())
         return encode_frontier(
             FrontierState(
                 version=self.version,

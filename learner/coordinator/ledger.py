@@ -192,7 +192,8 @@ class TaskLedger:
     def requeues(self, task_id: int) -> int:
         return self._of(task_id).requeues
 
-    def trained(self, task_id: int) -> None:
+    def done(self, task_id: int) -> None:
+        """It is not leased again."""
         self._trouble.pop(task_id, None)
 
     def _of(self, task_id: int) -> OpenTask:

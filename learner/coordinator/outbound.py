@@ -26,6 +26,7 @@ from learner.coordinator.decisions import (
     Decision,
     DeliverBatch,
     DropServer,
+    FilterGroup,
     ForgetTrained,
     GrantEvaluation,
     GrantLease,
@@ -36,7 +37,7 @@ from learner.coordinator.decisions import (
     ReportEvaluation,
 )
 from learner.coordinator.explain import what_a_server_waits_for
-from learner.coordinator.journal import BatchRecord, ForgetRecord, ParkedRecord, Record
+from learner.coordinator.journal import BatchRecord, FilteredRecord, ForgetRecord, ParkedRecord, Record
 from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.sessions import Session, Sessions
@@ -44,7 +45,7 @@ from learner.coordinator.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-Promise = AcceptGroup | DeliverBatch | RefuseGroup
+Promise = AcceptGroup | FilterGroup | DeliverBatch | RefuseGroup
 
 MAX_BLOCKED = 1 << 12
 MAX_TEXT = 2000
@@ -87,7 +88,7 @@ class Outbound:
                     self.reports.append(_report(decision))
                 case HoldFor():
                     self._tell_hold(decision)
-                case AcceptGroup() | DeliverBatch() | ForgetTrained() | ParkTask():
+                case AcceptGroup() | FilterGroup() | DeliverBatch() | ForgetTrained() | ParkTask():
                     self._record(decision)
                 case Quarantine():
                     self._quarantine(decision)
@@ -177,17 +178,20 @@ class Outbound:
         self.records, self.promises = [], []
         return taken
 
-    def acknowledge(self, promise: AcceptGroup | RefuseGroup) -> None:
-        """The journal has the group: the server may forget it."""
-        if isinstance(promise, AcceptGroup):
-            self.say_to(promise.server_id, GroupAccepted(lease_id=promise.lease_id))
-        else:
+    def acknowledge(self, promise: AcceptGroup | FilterGroup | RefuseGroup) -> None:
+        """The journal has the group, or says that it is not needed: the server may forget it."""
+        if isinstance(promise, RefuseGroup):
             self._refuse(promise)
+        else:
+            self.say_to(promise.server_id, GroupAccepted(lease_id=promise.lease_id))
 
-    def _record(self, decision: AcceptGroup | DeliverBatch | ForgetTrained | ParkTask) -> None:
+    def _record(self, decision: AcceptGroup | FilterGroup | DeliverBatch | ForgetTrained | ParkTask) -> None:
         match decision:
             case AcceptGroup():
                 self.records.append(decision.group)
+                self.promises.append(decision)
+            case FilterGroup():
+                self.records.append(FilteredRecord(task_id=decision.task_id, version=decision.version))
                 self.promises.append(decision)
             case DeliverBatch():
                 lease_ids = tuple(group.lease_id for group in decision.groups)

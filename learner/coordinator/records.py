@@ -84,6 +84,10 @@ class Endings:
         count(self.cancelled, kind)
         self._remember(lease.lease_id, f"was cancelled ({kind})")
 
+    def count_cancelled(self, kind: str) -> None:
+        """Of a lease whose ending is noted otherwise."""
+        count(self.cancelled, kind)
+
     def note_expired(self, lease: OpenLease) -> None:
         self.expired += 1
         self._remember(lease.lease_id, f"{EXPIRED}: server {lease.server_id} was lost")

@@ -21,6 +21,7 @@ class JournalContents:
 
     groups: Sequence[JournaledGroup] = ()
     parked: dict[int, str] = field(default_factory=dict)  # task -> reason
+    filtered: dict[int, int] = field(default_factory=dict)  # task -> version for whose step its group was filtered
     past: PastLeases = field(default_factory=PastLeases)
     forgotten_up_to: int = 0  # batches of earlier versions were deleted: a checkpoint covered them
 
@@ -35,6 +36,7 @@ class Recovered:
     queued: tuple[JournaledGroup, ...]
     past: PastLeases
     next_lease_id: int
+    filtered: dict[int, int]  # task -> version for whose step its group was filtered
 
 
 def recover(frontier: FrontierState, journal: JournalContents, *, version: int) -> Recovered:
@@ -58,6 +60,7 @@ def recover(frontier: FrontierState, journal: JournalContents, *, version: int) 
         queued=queued,
         past=past,
         next_lease_id=past.next_lease_id,
+        filtered=journal.filtered,
     )
 
 
@@ -77,13 +80,13 @@ def _in_order(groups: list[JournaledGroup]) -> tuple[JournaledGroup, ...]:
 def _tasks(
     frontier: FrontierState, journal: JournalContents, *, trained: list[JournaledGroup], kept: list[JournaledGroup]
 ) -> FrontierState:
-    """The tasks to lease again, the oldest first: handed out before or since the frontier, and nowhere accepted."""
-    accepted = {group.task_id for group in (*trained, *kept)}
-    parked = {task_id: why for task_id, why in (frontier.parked | journal.parked).items() if task_id not in accepted}
-    next_task_id = max([frontier.next_task_id, *(task_id + 1 for task_id in (*accepted, *parked))])
+    """The tasks to lease again, the oldest first: handed out before or since the frontier, and nowhere fulfilled."""
+    fulfilled = {*(group.task_id for group in (*trained, *kept)), *journal.filtered}
+    parked = {task_id: why for task_id, why in (frontier.parked | journal.parked).items() if task_id not in fulfilled}
+    next_task_id = max([frontier.next_task_id, *(task_id + 1 for task_id in (*fulfilled, *parked))])
     since = (OpenTask(task_id) for task_id in range(frontier.next_task_id, next_task_id))
     open_tasks = tuple(
-        task for task in (*frontier.open_tasks, *since) if task.task_id not in accepted and task.task_id not in parked
+        task for task in (*frontier.open_tasks, *since) if task.task_id not in fulfilled and task.task_id not in parked
     )
     return msgspec.structs.replace(frontier, next_task_id=next_task_id, open_tasks=open_tasks, parked=parked)
 

@@ -35,6 +35,7 @@ class CoordinatorSettings:
     max_group_bytes: int
     source: str = ""  # names the data source and its seed; a checkpoint of another one is refused
     stale_action: StaleAction = "wait"  # to running groups whose tokens would be too old at the next step
+    max_filtered: int = 0  # groups of equal rewards for one step, see dynamic_sampling.py; 0: none
     max_requeues: int = 2  # of one task, with the stale action requeue; then it is waited for
     max_task_failures: int = 3  # then the task is parked
     max_task_losses: int = 16  # servers lost while they had the task; then it is parked
@@ -52,6 +53,8 @@ class CoordinatorSettings:
             raise ValueError(f"groups_per_step must be >= 1, got {self.groups_per_step}")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must be >= 0, got {self.max_staleness}; 0 means strictly on-policy")
+        if self.max_filtered < 0:
+            raise ValueError(f"max_filtered must be >= 0, got {self.max_filtered}; 0 filters nothing")
         if self.queue_groups < self.groups_per_step:
             raise ValueError(
                 f"a queue of {self.queue_groups} groups can never hold a batch of {self.groups_per_step}; "

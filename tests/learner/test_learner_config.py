@@ -56,6 +56,8 @@ def test_a_count_below_one_is_refused(name, value):
         ({"overlong_length": 0}, "overlong_length and overlong_penalty punish nothing while overlong_buffer is 0"),
         ({"reward_clip": -1.0}, "reward_clip must be finite and > 0, got -1.0"),
         ({"drop_equal_groups": True, "advantage": "gae"}, "drop_equal_groups: with advantage gae a group of equal"),
+        ({"dynamic_sampling": -1}, "dynamic_sampling must be >= 0, got -1; 0 filters nothing"),
+        ({"dynamic_sampling": 8, "advantage": "gae"}, "dynamic_sampling: with advantage gae a group of equal"),
         ({"evaluate_every_steps": -1}, "evaluate_every_steps must be >= 0, got -1; 0 means never"),
         ({"evaluate_every_steps": 1, "evaluation_tasks": 0}, "evaluation_tasks must be from 1 to 65536, got 0"),
         ({"evaluate_every_steps": 1, "evaluation_samples": 0}, "evaluation_samples must be from 1 to 4096, got 0"),

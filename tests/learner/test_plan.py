@@ -102,9 +102,10 @@ def test_an_algorithm_or_a_setting_that_does_not_exist_is_refused_before_any_mod
 
 
 def test_the_coordinator_is_told_the_bounds_and_names_of_this_lineage(run):
-    config = LearnerConfig(max_staleness=1, groups_per_step=4, listen="tcp://127.0.0.1:5557")
+    config = LearnerConfig(max_staleness=1, groups_per_step=4, listen="tcp://127.0.0.1:5557", dynamic_sampling=16)
     settings = plan.coordinator_settings(config, plan.train_settings(config, "m"), run, None)
     assert (settings.run_id, settings.model, settings.keys) == ("abc.2", "m", "")
     assert (settings.rules.queue_groups, settings.rules.max_group_bytes) == (12, config.max_group_bytes)
+    assert settings.rules.max_filtered == 16
     assert settings.event_log == str(run.path / "events-coordinator-2.jsonl")
     assert settings.learner_socket == f"ipc://{run.private}/coordinator"

@@ -105,6 +105,7 @@ def test_the_values_of_the_display():
         a_server(generated_tokens=2100, busy_s=5.0, paused_s=0.04, updates=4, pulled_bytes=6_000),
         a_server("node2", loaded_version=1, busy_s=3.0),
         failed={"timeout": 2, "hung": 0},
+        cancelled={"equal_rewards": 7, "restart": 1},
         waiting_for="server node1",
     )
     run.progress.observe(4.0)
@@ -118,6 +119,7 @@ def test_the_values_of_the_display():
         "queue": "3/8 groups, 1.5 MB, 2 running",
         "servers": "node1 2 behind, node2 4 behind",
         "failed": "2 timeout",
+        "filtered": "7 groups of equal rewards",
         "waiting for": "server node1",
     }
 

@@ -73,6 +73,7 @@ class Account:
         self.checkpoint = 0
         self.published = -1
         self.alive: dict[int, int] = {}  # task -> nonce, of every accepted group that no crash has undone
+        self.filtered: dict[int, seen.Filtered] = {}  # by task; likewise
         self.safe: set[int] = set()  # nonces
         self.promised: dict[int, int] = {}  # nonce -> lease
         self.promised_before_calm: set[int] = set()
@@ -96,7 +97,10 @@ class Account:
         undone = {task for task, nonce in self.alive.items() if nonce not in self.safe}
         for task in undone:
             del self.alive[task]
-        lost = sorted(undone | self.life.running_tasks)
+        unfiltered = {task for task, event in self.filtered.items() if event.nonce not in self.safe}
+        for task in unfiltered:
+            del self.filtered[task]
+        lost = sorted(undone | unfiltered | self.life.running_tasks)
         self.life = Life()
         for task in lost:
             self._give_back(task)
@@ -150,6 +154,11 @@ class Account:
         self.life.accepted[event.lease] = event.nonce
         self.alive[event.task] = event.nonce
 
+    def on_filtered(self, event: seen.Filtered) -> None:
+        self._close(event.lease)
+        self.life.accepted[event.lease] = event.nonce
+        self.filtered[event.task] = event
+
     def on_failed(self, event: seen.Failed) -> None:
         self.has_failures = True
         running = self.life.running.get(event.lease)
@@ -176,11 +185,12 @@ class Account:
 
     def on_committed(self, event: seen.Committed) -> None:
         self.safe.update(event.nonces)
+        self.safe.update(self.filtered[task].nonce for task in event.filtered)
         self.recorded.update(event.batches)
 
     def on_answered(self, event: seen.Answered) -> None:
         nonce = self.life.accepted.get(event.lease)
-        if nonce is not None:
+        if nonce is not None and self.leases.get(event.lease) not in self.filtered:
             self.promised[nonce] = event.lease
 
     # --- training --------------------------------------------------------------------------------------------------

@@ -47,24 +47,43 @@ class Leases(Check):
         task, account = event.task, self.account
         self.demand(task not in account.life.running_tasks, event, "a task runs once at a time")
         self.demand(task not in account.alive, event, "a task whose group was accepted is not done again")
+        self.demand(task not in account.filtered, event, "a task whose group was filtered is not done again")
         self.demand(task not in account.trained_tasks, event, "a trained task is not done again")
         self.demand(task not in account.life.parked, event, "a parked task is not done again")
 
     # --- accepting -------------------------------------------------------------------------------------------------
 
     def on_accepted(self, event: seen.Accepted) -> None:
+        self._demand_that_the_lease_is_fulfilled(event)
+        may_be_taken = not self.account.samples[event.nonce].is_equal or not self._filters_more(event.at_version)
+        self.demand(may_be_taken, event, "a group of equal rewards is filtered, as far as that is allowed")
+
+    def on_filtered(self, event: seen.Filtered) -> None:
+        self._demand_that_the_lease_is_fulfilled(event)
+        self.demand(self.account.samples[event.nonce].is_equal, event, "only groups of equal rewards are filtered")
+        self.demand(self._filters_more(event.at_version), event, "no more groups are filtered than the bound")
+
+    def _filters_more(self, version: int) -> bool:
+        filtered = sum(event.at_version == version for event in self.account.filtered.values())
+        return filtered < self.rules.max_filtered
+
+    def _demand_that_the_lease_is_fulfilled(self, event: seen.Accepted | seen.Filtered) -> None:
         account = self.account
         running = account.life.running.get(event.lease)
         self.demand(running is not None and running.server == event.server, event, "who has the lease fulfils it")
         assert running is not None
         self.demand(event.task == running.task, event, "a group is of its lease's task", running)
-        self.demand(event.task not in account.alive, event, "no task is in the queue twice")
+        self._demand_that_the_task_is_not_done(event)
         sample = account.samples[event.nonce]
         self.demand(sample.claimed_oldest >= running.min_version, event, "no token is older than the lease allows")
         self.demand(sample.claimed_newest <= account.published, event, "no token is from the future")
         confirmed = account.life.confirmed.get(event.server, -1)
         self.demand(sample.claimed_newest <= confirmed, event, "a server uses what it said it has", sample, confirmed)
         self.demand(sample.lie not in ("too_large", "not_finite"), event, "rubbish is not accepted")
+
+    def _demand_that_the_task_is_not_done(self, event: seen.Accepted | seen.Filtered) -> None:
+        self.demand(event.task not in self.account.alive, event, "no task is in the queue twice")
+        self.demand(event.task not in self.account.filtered, event, "no task is filtered twice")
 
     def on_answered(self, event: seen.Answered) -> None:
         nonce = self.account.life.accepted.get(event.lease)

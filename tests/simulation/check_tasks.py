@@ -38,8 +38,10 @@ class Tasks(Check):
 
     def _demand_that_none_is_skipped(self, event: seen.Checkpointed | seen.Ended) -> None:
         trained = [task for batch in self.account.lineage[: event.version] for task in batch.tasks]
-        everywhere = sorted([*trained, *event.open_tasks, *event.parked])
+        # Of what was filtered later than that, only the journal says that it is done.
+        filtered = [task for task, seen_ in self.account.filtered.items() if seen_.at_version < event.version - 1]
+        everywhere = sorted([*trained, *filtered, *event.open_tasks, *event.parked])
         is_whole = everywhere == list(range(event.next_task))
-        self.demand(is_whole, event, "every task is trained, open or parked, and only one of these", trained)
+        self.demand(is_whole, event, "every task is trained, filtered, open or parked, and only one of these", trained)
         surprising = set(event.parked) - self.account.parked
         self.demand(not surprising, event, "a task is named when it is parked", surprising)

@@ -15,6 +15,8 @@ class Training(Check):
         self.demand(list(event.tasks) == sorted(event.tasks), event, "a batch is in task order")
         unsafe = [nonce for nonce in event.nonces if nonce not in account.safe]
         self.demand(not unsafe and event.version in account.recorded, event, "a batch is safe before it leaves", unsafe)
+        filtered = account.filtered.keys() & set(event.tasks)
+        self.demand(not filtered, event, "what was filtered is not trained", filtered)
         batch = Batch(event.leases, event.tasks, event.nonces)
         before = account.delivered.get(event.version, batch)
         self.demand(batch == before, event, "a batch that was delivered is delivered again as it was", before)
@@ -24,7 +26,7 @@ class Training(Check):
                 if running.min_version + rules.max_staleness <= event.version
             ]  # fmt: skip
             self.demand(not overdue, event, "the slowest group is waited for", *overdue)
-        if rules.max_staleness == 0 and not account.has_failures:
+        if rules.max_staleness == 0 and not account.has_failures and not rules.max_filtered:
             first = event.version * rules.groups_per_step
             in_order = event.tasks == tuple(range(first, first + rules.groups_per_step))
             self.demand(in_order, event, "on-policy, batches are the tasks in order, whatever was killed")

@@ -28,7 +28,7 @@ from common.wire import Peer
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import DeliverBatch, GrantEvaluation
 from learner.coordinator.inbound import Inbound
-from learner.coordinator.journal import BatchRecord, Record
+from learner.coordinator.journal import BatchRecord, FilteredRecord, Record
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.ledger import PastLeases, decode_frontier
 from learner.coordinator.outbound import Promise
@@ -298,4 +298,5 @@ class SimulatedCoordinator:
     def _note_committed(self, records: list[Record]) -> None:
         nonces = tuple(nonce_of(record.payload) for record in records if isinstance(record, FinishedGroup))
         batches = tuple(record.version for record in records if isinstance(record, BatchRecord))
-        self.world.note(seen.Committed(self.world.clock.now, self.life, nonces, batches))
+        filtered = tuple(record.task_id for record in records if isinstance(record, FilteredRecord))
+        self.world.note(seen.Committed(self.world.clock.now, self.life, nonces, filtered, batches))

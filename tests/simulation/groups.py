@@ -1,4 +1,7 @@
-"""Groups as simulated servers sample them: one trajectory, whose prompt is a number that no other group has."""
+"""Groups as simulated servers sample them: two trajectories, and the first prompt is a number that no other group has.
+
+The second trajectory has one sampled token, of the same version as the last of the first.
+"""
 
 import struct
 from collections.abc import Sequence
@@ -12,22 +15,28 @@ Runs = tuple[tuple[int, int], ...]  # (version, number of tokens)
 _nonce = struct.Struct("<i")
 
 
-def header_of(lease_id: int, task_id: int, runs: Runs) -> GroupHeader:
-    num_tokens = 1 + sum(length for _, length in runs)
-    trajectory = TrajectoryHeader(num_tokens=num_tokens, reward=0.0, terminated=True, turns=1, version_runs=runs)
-    return GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=(trajectory,))
+def header_of(lease_id: int, task_id: int, runs: Runs, *, is_equal: bool) -> GroupHeader:
+    """is_equal: both trajectories have the same reward."""
+    last = ((runs[-1][0], 1),)
+    trajectories = tuple(
+        TrajectoryHeader(
+            num_tokens=1 + sum(length for _, length in each), reward=reward, terminated=True, turns=1, version_runs=each
+        )
+        for each, reward in ((runs, 0.0), (last, 0.0 if is_equal else 1.0))
+    )
+    return GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=trajectories)
 
 
 def payload_of(nonce: int, num_sampled: int, *, logprob: float = -0.5) -> bytes:
-    """The nonce as the prompt, then num_sampled tokens of the same log-probability."""
+    """The nonce as the prompt, then num_sampled tokens of the same log-probability; and the second trajectory."""
     return _nonce.pack(nonce) + _rest_of_payload(num_sampled, logprob)
 
 
 @cache
 def _rest_of_payload(num_sampled: int, logprob: float) -> bytes:
-    token_ids = struct.pack("<i", 1) * num_sampled
-    logprobs = struct.pack("<f", 0.0) + struct.pack("<f", logprob) * num_sampled
-    return token_ids + logprobs + b"\0" + b"\1" * num_sampled
+    token_ids = struct.pack("<i", 1) * (num_sampled + 2)
+    logprobs = struct.pack("<f", 0.0) + struct.pack("<f", logprob) * num_sampled + struct.pack("<2f", 0.0, -0.5)
+    return token_ids + logprobs + b"\0" + b"\1" * num_sampled + b"\0\1"
 
 
 def nonce_of(payload: bytes, offset: int = 0) -> int:

@@ -122,6 +122,7 @@ class Sampled(NamedTuple):
     claimed_oldest: int
     claimed_newest: int
     lie: str  # empty for a true group
+    is_equal: bool  # whether all its rewards are the same
 
 
 class Failed(NamedTuple):
@@ -142,6 +143,19 @@ class Accepted(NamedTuple):
     lease: int
     task: int
     nonce: int
+    at_version: int
+
+
+class Filtered(NamedTuple):
+    """Likewise: the lease is fulfilled by a group that teaches nothing, and is not trained."""
+
+    now: float
+    life: int
+    server: str
+    lease: int
+    task: int
+    nonce: int
+    at_version: int
 
 
 class Committed(NamedTuple):
@@ -150,6 +164,7 @@ class Committed(NamedTuple):
     now: float
     life: int
     nonces: tuple[int, ...]
+    filtered: tuple[int, ...]  # tasks
     batches: tuple[int, ...]  # versions
 
 
@@ -339,8 +354,8 @@ class Broke(NamedTuple):
 Event = (
     Planned | LearnerStarted | LearnerCrashed | CoordinatorOpened | CoordinatorPaused | CoordinatorCrashed
     | WentWrong | ServerStarted | ServerStopped | Joined | Confirmed | Granted | Adopted | Sampled | Failed
-    | Accepted | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered | Trained
-    | Published | Checkpointed | EvaluationAsked | EvaluationGranted | EvaluationSampled | EvaluationHeard
+    | Accepted | Filtered | Committed | Answered | Refused | Cancelled | Dropped | Quarantined | Parked | Delivered
+    | Trained | Published | Checkpointed | EvaluationAsked | EvaluationGranted | EvaluationSampled | EvaluationHeard
     | EvaluationReported | Observed | Calmed | Ended | Broke
 )  # fmt: skip
 

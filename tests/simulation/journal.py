@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from common.messages import GroupHeader
-from learner.coordinator.journal import BatchRecord, ForgetRecord, ParkedRecord, Record
+from learner.coordinator.dynamic_sampling import first_remembered
+from learner.coordinator.journal import BatchRecord, FilteredRecord, ForgetRecord, ParkedRecord, Record
 from learner.coordinator.ledger import PastLeases
 from learner.coordinator.recovery import JournalContents
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
@@ -33,6 +34,7 @@ class SimulatedJournal:
         self.lineage_before = ""
         self._groups: dict[int, StoredGroup] = {}  # by lease
         self._parked: dict[int, str] = {}
+        self._filtered: dict[int, int] = {}  # task -> version
         self._past = PastLeases()
         self._forgotten_up_to = 0
         self._lineage = ""
@@ -53,7 +55,11 @@ class SimulatedJournal:
             for lease_id, stored in sorted(self._groups.items())
         ]
         return JournalContents(
-            groups=groups, parked=dict(self._parked), past=self._past, forgotten_up_to=self._forgotten_up_to
+            groups=groups,
+            parked=dict(self._parked),
+            filtered=dict(self._filtered),
+            past=self._past,
+            forgotten_up_to=self._forgotten_up_to,
         )
 
     def commit(self, records: Iterable[Record], past: PastLeases) -> None:
@@ -69,6 +75,7 @@ class SimulatedJournal:
     def clear(self) -> None:
         self._groups.clear()
         self._parked.clear()
+        self._filtered.clear()
         self._past, self._forgotten_up_to = PastLeases(), 0
 
     def _write(self, record: Record) -> None:
@@ -83,12 +90,18 @@ class SimulatedJournal:
                     self._groups[lease_id].batch_version = record.version
             case ParkedRecord():
                 self._parked[record.task_id] = record.reason
+            case FilteredRecord():
+                if record.task_id in self._filtered:
+                    raise JournalBrokeError(f"task {record.task_id} was filtered already")
+                self._filtered[record.task_id] = record.version
             case ForgetRecord():
                 self._groups = {
                     lease_id: stored
                     for lease_id, stored in self._groups.items()
                     if stored.batch_version is None or stored.batch_version >= record.version
                 }
+                first = first_remembered(record.version)
+                self._filtered = {task: version for task, version in self._filtered.items() if version >= first}
                 self._forgotten_up_to = record.version
 
 

@@ -8,6 +8,7 @@ from learner.coordinator.decisions import (
     CancelLease,
     Decision,
     DropServer,
+    FilterGroup,
     GrantEvaluation,
     GrantLease,
     ParkTask,
@@ -99,7 +100,11 @@ class ObservedOutbound(Outbound):
             case AcceptGroup(server_id=server, group=group):
                 self.heard(server)
                 nonce = nonce_of(group.payload)
-                self._note(seen.Accepted(now, life, server, group.lease_id, group.task_id, nonce))
+                at_version = self.core.version
+                self._note(seen.Accepted(now, life, server, group.lease_id, group.task_id, nonce, at_version))
+            case FilterGroup(server_id=server, lease_id=lease, task_id=task):
+                self.heard(server)
+                self._note(seen.Filtered(now, life, server, lease, task, self.answering, self.core.version))
             case RefuseGroup(server_id=server, lease_id=lease, kind=kind):
                 if kind not in NO_FAULT:
                     self.heard(server)

@@ -54,6 +54,7 @@ class Plan:
     latency_s: float  # of one message, mean
     duplicated: float  # share of messages that arrive twice
     failing: float  # share of leases that servers cannot fulfil
+    equal: float  # share of tasks whose groups have equal rewards
     training_s: float
     publishing_s: float
     pulling_s: float
@@ -72,7 +73,8 @@ def plan_of(seed: int) -> Plan:
     """Small and fast configurations: what is rare at full size must happen often here."""
     rng = random.Random(seed)
     evaluate_every_steps, hold_s, evaluation = _evaluations(random.Random(f"evaluations {seed}"))
-    rules = replace(_rules(rng), evaluation=evaluation)
+    max_filtered, equal = _filtering(random.Random(f"filtering {seed}"))
+    rules = replace(_rules(rng), evaluation=evaluation, max_filtered=max_filtered)
     chaos_s = rng.uniform(8.0, 22.0)
     return Plan(
         seed=seed,
@@ -82,6 +84,7 @@ def plan_of(seed: int) -> Plan:
         latency_s=rng.choice([0.0005, 0.005, 0.05]),
         duplicated=rng.choice([0.0, 0.0, 0.05, 0.3]),
         failing=rng.choice([0.0, 0.0, 0.05, 0.25]),
+        equal=equal,
         training_s=rng.choice([0.05, 0.3, 1.0]),
         publishing_s=rng.choice([0.01, 0.1, 0.6]),
         pulling_s=rng.choice([0.02, 0.2, 0.8]),
@@ -117,6 +120,11 @@ def _rules(rng: random.Random) -> CoordinatorSettings:
         hang_timeout_s=8.0,
         max_offences=rng.choice([1, 3, 8]),
     )
+
+
+def _filtering(rng: random.Random) -> tuple[int, float]:
+    """Two thirds of the histories have none."""
+    return rng.choice([0, 0, 0, 0, 2, 8]), rng.choice([0.1, 0.5, 0.9])
 
 
 def _evaluations(rng: random.Random) -> tuple[int, float, EvaluationRules | None]:

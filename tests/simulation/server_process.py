@@ -287,13 +287,14 @@ class ServerProcess:
         said = runs if claimed is None else claimed
         nonce = self.world.new_nonce()
         oldest, newest = min(said)[0], max(said)[0]
+        is_equal = self.world.is_equal(lease.task_id)
         self.world.note(
             seen.Sampled(
                 self.world.clock.now, self.epoch, lease.lease_id, lease.task_id, nonce, runs[0][0], runs[-1][0],
-                oldest, newest, lie,
+                oldest, newest, lie, is_equal,
             )
         )  # fmt: skip
-        message = GroupFinished(group=header_of(lease.lease_id, lease.task_id, said))
+        message = GroupFinished(group=header_of(lease.lease_id, lease.task_id, said, is_equal=is_equal))
         payload = payload_of(nonce, sum(length for _, length in said), **how)
         if not once:
             self.unacknowledged[lease.lease_id] = SentGroup(message, payload, self.world.clock.now)

@@ -10,11 +10,12 @@ import msgspec
 import pytest
 
 from learner.coordinator import core as core_module
-from learner.coordinator import evaluations, records
+from learner.coordinator import dynamic_sampling, evaluations, records
 from learner.coordinator.batches import Batches
 from learner.coordinator.core import Coordinator
 from learner.coordinator.deadlines import Deadlines
-from learner.coordinator.decisions import AcceptGroup, ForgetTrained, RefuseGroup
+from learner.coordinator.decisions import AcceptGroup, FilterGroup, ForgetTrained, RefuseGroup
+from learner.coordinator.dynamic_sampling import DynamicSampling
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.leases import LeaseBook
 from learner.coordinator.ledger import TaskLedger
@@ -117,6 +118,51 @@ def a_lease_goes_on_after_its_group_was_accepted(monkeypatch):
         self.batches.put(group)
 
     monkeypatch.setattr(LeaseBook, "accept", accept)
+
+
+# --- dynamic sampling
+
+
+@mutation
+def groups_that_teach_something_are_filtered(monkeypatch):
+    monkeypatch.setattr(dynamic_sampling, "has_equal_rewards", lambda header: True)
+
+
+@mutation
+def filtering_has_no_bound(monkeypatch):
+    monkeypatch.setattr(DynamicSampling, "_num_filtered", lambda self, version: 0)
+
+
+@mutation
+def filtered_groups_are_acknowledged_before_the_journal_knows(monkeypatch):
+    record = Outbound._record
+
+    def hasty(self, decision):
+        record(self, decision)
+        if isinstance(decision, FilterGroup):
+            self.acknowledge(decision)
+
+    monkeypatch.setattr(Outbound, "_record", hasty)
+
+
+@mutation
+def filtered_tasks_are_sampled_again_after_a_crash(monkeypatch):
+    contents = JournalKeeper.contents
+
+    async def forgetful(self, frontier, *, is_new_run):
+        return replace(await contents(self, frontier, is_new_run=is_new_run), filtered={})
+
+    monkeypatch.setattr(JournalKeeper, "contents", forgetful)
+
+
+@mutation
+def a_checkpoint_says_that_a_task_is_done_before_the_journal_knows(monkeypatch):
+    monkeypatch.setattr(DynamicSampling, "task_ids", lambda self: ())
+
+
+@mutation
+def filtered_tasks_are_leased_again(monkeypatch):
+    monkeypatch.setattr(TaskLedger, "done", lambda self, task_id: self.give_back(task_id))
 
 
 # --- leases and credits --------------------------------------------------------------------------------------------

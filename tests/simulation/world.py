@@ -59,7 +59,7 @@ class World:
         lineage, evaluation = self.learner.lineage, self.plan.rules.evaluation
         held_out = HeldOut(samples=evaluation.samples if evaluation else 1, temperature=0.0, hold_s=self.plan.hold_s)
         return some_service_settings(
-            rules=self.plan.rules, run_id=self.run_id(lineage), lease_secret=f"{lineage:064x}", group_size=1,
+            rules=self.plan.rules, run_id=self.run_id(lineage), lease_secret=f"{lineage:064x}", group_size=2,
             evaluation=held_out if evaluation else None,
         )  # fmt: skip
 
@@ -82,6 +82,10 @@ class World:
         if task not in self._lengths:
             self._lengths[task] = random.Random(f"{self.plan.seed} {task}").lognormvariate(0.0, SIGMA)
         return self._lengths[task]
+
+    def is_equal(self, task: int) -> bool:
+        """A task that is too easy, or too hard, is so again."""
+        return random.Random(f"{self.plan.seed} equal {task}").random() < self.plan.equal
 
     def failing(self) -> float:
         """The share of leases that fail now."""

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from learner.coordinator.journal import BatchRecord, ForgetRecord, Journal, JournalError, ParkedRecord
+from learner.coordinator.journal import (
+    BatchRecord,
+    FilteredRecord,
+    ForgetRecord,
+    Journal,
+    JournalError,
+    ParkedRecord,
+)
 from learner.coordinator.ledger import PastLeases
 from tests.builders_coordinator import a_group
 
@@ -64,6 +71,16 @@ def test_a_batch_is_remembered_and_forgotten_once_a_checkpoint_covers_it(journal
     journal.commit([ForgetRecord(version=1)], PAST)
     assert index_of(journal) == [(1, 1, None), (3, 3, 1)]
     assert journal.contents().forgotten_up_to == 1
+
+
+def test_what_was_filtered_is_remembered_until_no_checkpoint_needs_to_be_told(journal):
+    """A checkpoint of version 3 does not say what was filtered for the step before it: see dynamic_sampling.py."""
+    journal.commit([FilteredRecord(task_id=10 + version, version=version) for version in range(4)], PAST)
+    assert journal.contents().filtered == {10: 0, 11: 1, 12: 2, 13: 3}
+    journal.commit([ForgetRecord(version=3)], PAST)
+    assert journal.contents().filtered == {12: 2, 13: 3}
+    journal.clear()
+    assert journal.contents().filtered == {}
 
 
 def test_a_commit_is_all_or_nothing(journal):
@@ -126,7 +143,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(path, damage):
 
 def test_a_journal_of_another_format_is_refused(path, journal):
     journal._set_facts(format="99")
-    with pytest.raises(JournalError, match="has format 99, this version reads 2"):
+    with pytest.raises(JournalError, match="has format 99, this version reads 3"):
         reopened(path, journal)
 
 

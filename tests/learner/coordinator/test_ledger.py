@@ -28,7 +28,7 @@ def test_a_trained_task_leaves_no_trace():
     ledger = a_ledger(max_failures=3)
     ledger.failed(ledger.next(), "boom")
     assert [task.failures for task in ledger.open_tasks(())] == [1]
-    ledger.trained(ledger.next())
+    ledger.done(ledger.next())
     assert [task.failures for task in ledger.open_tasks((0,))] == [0]
 
 
