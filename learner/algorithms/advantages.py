@@ -33,6 +33,11 @@ class Episodes:
     gaps_NK: Tensor | None = None  # tokens between a trained one and the next trained one; 0 after the last
     bootstrap_N: Tensor | None = None  # with a critic: V of the state after the last token; 0 where the episode ended
 
+    def worth_after_last_N(self, bootstrap_truncated: float) -> Tensor:
+        """[N]: of the state after the last token; only a truncated one can be worth something."""
+        assert self.bootstrap_N is not None
+        return self.bootstrap_N if bootstrap_truncated else torch.zeros_like(self.bootstrap_N)
+
     @property
     def totals_N(self) -> Tensor:
         """Undiscounted reward of each trajectory, what its tokens cost included."""
@@ -53,6 +58,14 @@ GaeLambda = Annotated[
 ]
 CountEnvironment = Annotated[
     float, Setting("1: also tokens that are not trained, such as an environment's, are time", at_least=0, at_most=1)
+]
+BootstrapTruncated = Annotated[
+    float,
+    Setting(
+        "1: what the critic says of the state where a trajectory was cut off is added to its reward",
+        at_least=0,
+        at_most=1,
+    ),
 ]
 Whiten = Annotated[float, Setting("1: mean 0 and deviation 1 over the batch's tokens", at_least=0, at_most=1)]
 
@@ -136,18 +149,20 @@ def generalized_advantages(
     gamma: Gamma = 1.0,
     gae_lambda: GaeLambda = 1.0,
     whiten: Whiten = 1.0,
+    bootstrap_truncated: BootstrapTruncated = 0.0,
     count_environment: CountEnvironment = 0.0,
 ) -> Estimate:
     """GAE: Schulman et al. 2015 (arXiv:1506.02438), equation 16, with a critic.
 
-    After its last token a terminated trajectory is worth 0, a truncated one what the critic says of the state it
-    stopped in. whiten 1: advantages, not returns, get mean 0 and standard deviation 1 over the tokens of the batch.
+    After its last token a trajectory is worth 0: its reward was for the whole of it. bootstrap_truncated 1: one that
+    was cut off is worth what the critic says of the state it stopped in (Pardo et al. 2018, arXiv:1712.00378).
+    whiten 1: advantages, not returns, get mean 0 and standard deviation 1 over the tokens of the batch.
     """
     assert episodes.values_NK is not None
-    assert episodes.bootstrap_N is not None
     mask_NK = episodes.mask_NK
     values_NK = torch.where(mask_NK, episodes.values_NK, 0.0)
-    following_NK = torch.where(_is_last(mask_NK), episodes.bootstrap_N.unsqueeze(1), values_NK.roll(-1, dims=1))
+    after_last_N1 = episodes.worth_after_last_N(bootstrap_truncated).unsqueeze(1)
+    following_NK = torch.where(_is_last(mask_NK), after_last_N1, values_NK.roll(-1, dims=1))
     rewards_NK = _token_rewards(episodes, episodes.rewards_N)
     discounts_NK = episodes.discounts_NK(gamma, count_environment)
     deltas_NK = torch.where(mask_NK, rewards_NK + discounts_NK * following_NK - values_NK, 0.0)

@@ -77,11 +77,13 @@ def targets_of(batch: TrainBatch, advantage: str, **settings: float) -> list[Tar
     return targets
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
 @pytest.mark.parametrize("size", [1, 40, 10_000])
-def test_a_critics_targets_are_those_of_the_formula_over_sampled_tokens_alone(size):
+def test_a_critics_targets_are_those_of_the_formula_over_sampled_tokens_alone(size, bootstrap):
     batch = a_batch(GROUPS, micro_batch_tokens=size)
-    targets = targets_of(batch, "gae", gamma=0.9, gae_lambda=0.8)
-    advantages, returns = oracles.gae(the_episodes(), gamma=0.9, gae_lambda=0.8)
+    chosen = {"gamma": 0.9, "gae_lambda": 0.8, "bootstrap_truncated": bootstrap}
+    targets = targets_of(batch, "gae", **chosen)
+    advantages, returns = oracles.gae(the_episodes(), **chosen)
     assert_close(by_trajectory(batch, [target.advantages_BT for target in targets]), oracles.whitened(advantages))
     assert_close(by_trajectory(batch, [target.returns_BT for target in targets]), returns)
     for target, values_BS in zip(targets, opinions_on(batch).values_BS, strict=True):

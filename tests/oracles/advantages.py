@@ -26,6 +26,10 @@ class Episode:
     def total(self) -> float:
         return self.reward + math.fsum(self.costs)
 
+    def worth_after(self, bootstrap_truncated: bool) -> float:
+        """Of the state after the last token."""
+        return self.after if bootstrap_truncated and not self.terminated else 0.0
+
     def rewards(self, reward: float | None = None) -> list[float]:
         """Token by token."""
         rewards = list(self.costs)
@@ -86,7 +90,7 @@ def returns_in_time(rewards: Row, places: Sequence[int], gamma: float, gae_lambd
 
 
 def gae_in_time(
-    episodes: Sequence[Episode], *, gamma: float, gae_lambda: float
+    episodes: Sequence[Episode], *, gamma: float, gae_lambda: float, bootstrap_truncated: bool = False
 ) -> tuple[list[list[float]], list[list[float]]]:
     """As gae(), with time running over all tokens: the next state is as many tokens away as there are between."""
     advantages, targets = [], []
@@ -94,7 +98,7 @@ def gae_in_time(
         rewards, last = episode.rewards(), len(episode.costs) - 1
         deltas = []
         for t, value in enumerate(episode.values):
-            following = episode.values[t + 1] if t < last else (0.0 if episode.terminated else episode.after)
+            following = episode.values[t + 1] if t < last else episode.worth_after(bootstrap_truncated)
             steps = episode.places[t + 1] - episode.places[t] if t < last else 1
             deltas.append(rewards[t] + gamma**steps * following - value)
         row = returns_in_time(deltas, episode.places, gamma, gae_lambda)
@@ -131,14 +135,16 @@ def reinforce_plus_plus_baseline(episodes: Sequence[Episode], *, gamma: float) -
     return whitened(rows)
 
 
-def gae(episodes: Sequence[Episode], *, gamma: float, gae_lambda: float) -> tuple[list[list[float]], list[list[float]]]:
+def gae(
+    episodes: Sequence[Episode], *, gamma: float, gae_lambda: float, bootstrap_truncated: bool = False
+) -> tuple[list[list[float]], list[list[float]]]:
     """(advantages, returns): Schulman et al. 2015, equation 16, the sum over l of (gamma lambda)^l delta_{t+l}."""
     advantages, targets = [], []
     for episode in episodes:
         rewards, last = episode.rewards(), len(episode.costs) - 1
         deltas = []
         for t, value in enumerate(episode.values):
-            following = episode.values[t + 1] if t < last else (0.0 if episode.terminated else episode.after)
+            following = episode.values[t + 1] if t < last else episode.worth_after(bootstrap_truncated)
             deltas.append(rewards[t] + gamma * following - value)
         row = returns(deltas, gamma * gae_lambda)
         advantages.append(row)

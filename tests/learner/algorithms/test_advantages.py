@@ -96,10 +96,11 @@ def test_advantages_match_the_formula_written_as_loops(name, episodes, gamma):
 
 
 @settings(max_examples=100, deadline=None)
-@given(episodes=episode_lists(), gamma=discounts, gae_lambda=discounts, whiten=st.booleans())
-def test_generalized_advantages_match_the_formula_written_as_loops(episodes, gamma, gae_lambda, whiten):
-    got = estimate("gae", as_tensors(episodes), gamma=gamma, gae_lambda=gae_lambda, whiten=float(whiten))
-    advantages, returns = oracles.gae(episodes, gamma=gamma, gae_lambda=gae_lambda)
+@given(episodes=episode_lists(), gamma=discounts, gae_lambda=discounts, whiten=st.booleans(), bootstrap=st.booleans())
+def test_generalized_advantages_match_the_formula_written_as_loops(episodes, gamma, gae_lambda, whiten, bootstrap):
+    chosen = {"gamma": gamma, "gae_lambda": gae_lambda, "bootstrap_truncated": bootstrap}
+    got = estimate("gae", as_tensors(episodes), whiten=float(whiten), **chosen)
+    advantages, returns = oracles.gae(episodes, **chosen)
     assert_equal(got.advantages_NK, oracles.whitened(advantages) if whiten else advantages)
     assert_equal(got.returns_NK, returns)
 
@@ -196,12 +197,22 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_tokens_and_not
         assert torch.equal(plain.returns_NK, white.returns_NK)
 
 
-def test_a_terminated_end_is_worth_nothing_and_a_truncated_one_what_the_critic_says_of_it():
-    ends = [
-        Episode(reward=1.0, group=0, costs=[0.0], values=[5.0], after=3.0, terminated=terminated)
-        for terminated in (True, False)
-    ]
-    got = estimate("gae", as_tensors(ends), whiten=0.0)
+ENDS = [
+    Episode(reward=1.0, group=0, costs=[0.0], values=[5.0], after=3.0, terminated=terminated)
+    for terminated in (True, False)
+]
+
+
+def test_the_reward_is_the_last_word_also_about_what_was_cut_off():
+    """Otherwise a policy whose critic hopes for more learns never to stop."""
+    for chosen in ({"name": "gae", "whiten": 0.0}, {"name": "vtrace"}):
+        got = estimate(episodes=as_tensors(ENDS), **chosen)
+        assert got.returns_NK[:, 0].tolist() == [1.0, 1.0]
+        assert got.advantages_NK[0] == got.advantages_NK[1]
+
+
+def test_where_a_setting_says_so_a_truncated_end_is_worth_what_the_critic_says_of_it():
+    got = estimate("gae", as_tensors(ENDS), whiten=0.0, bootstrap_truncated=1.0)
     assert got.advantages_NK[:, 0].tolist() == [1.0 - 5.0, 1.0 + 3.0 - 5.0]
     assert got.returns_NK[:, 0].tolist() == [1.0, 4.0]
 

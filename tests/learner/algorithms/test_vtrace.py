@@ -62,12 +62,14 @@ def as_tensors(some: list[Path], *, poison: float = math.nan) -> OffPolicyEpisod
     gae_lambda=discounts,
     max_rho=st.sampled_from([0.5, 1.0, 3.0]),
     max_c=st.sampled_from([0.5, 1.0, 2.0]),
+    bootstrap=st.booleans(),
 )
-def test_v_trace_matches_the_formula_written_as_loops(some, gamma, gae_lambda, max_rho, max_c):
+def test_v_trace_matches_the_formula_written_as_loops(some, gamma, gae_lambda, max_rho, max_c, bootstrap):
     chosen = {"gamma": gamma, "gae_lambda": gae_lambda, "max_rho": max_rho, "max_c": max_c}
-    got = build_advantages("vtrace", chosen)(as_tensors(some))
+    got = build_advantages("vtrace", chosen | {"bootstrap_truncated": float(bootstrap)})(as_tensors(some))
     for n, path in enumerate(some):
-        expected = oracles.vtrace(path.log_ratios, path.rewards, path.values, path.after, **chosen)
+        after = path.after if bootstrap else 0.0
+        expected = oracles.vtrace(path.log_ratios, path.rewards, path.values, after, **chosen)
         for table, row in zip((got.advantages_NK, got.returns_NK), expected, strict=True):
             assert table[n, : len(row)].tolist() == pytest.approx(row, rel=1e-9, abs=1e-9)
             assert not table[n, len(row) :].any()
