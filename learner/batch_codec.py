@@ -1,4 +1,4 @@
-"""A TrainBatch as bytes, one part for each rank: its micro-batches, and all that is said of the whole batch."""
+"""A TrainBatch as bytes, a part for each rank or for several: its micro-batches, and what is said of the batch."""
 
 from dataclasses import fields, replace
 
@@ -6,16 +6,17 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from learner.training import MicroBatch, TrainBatch
+from learner.training import BatchLayout, MicroBatch, TrainBatch
 
 _NUMBERS = ("num_loss_tokens", "num_over_stale_tokens")
 _TENSORS = tuple(field.name for field in fields(TrainBatch) if field.name not in (*_NUMBERS, "micro_batches"))
 _MICRO_TENSORS = tuple(field.name for field in fields(MicroBatch))
 
 
-def part_of(batch: TrainBatch, rank: int, num_ranks: int) -> TrainBatch:
-    """What one rank trains on; micro-batches are those of rank 0, 1, ... in turn."""
-    return replace(batch, micro_batches=batch.micro_batches[rank::num_ranks])
+def part_of(batch: TrainBatch, rank: int, layout: BatchLayout) -> TrainBatch:
+    """What one rank trains on; micro-batches are those of part 0, 1, ... in turn, parts those of consecutive ranks."""
+    part = rank // layout.ranks_per_part
+    return replace(batch, micro_batches=batch.micro_batches[part :: layout.num_parts])
 
 
 def encode_batch(batch: TrainBatch) -> bytes:

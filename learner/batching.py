@@ -1,4 +1,4 @@
-"""Batching: groups of trajectories -> micro-batches under a token budget, as many for each rank, of like size."""
+"""Batching: groups of trajectories -> micro-batches under a token budget, as many for each part, of like size."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,10 @@ def build_batch(
 ) -> TrainBatch:
     """The batch for the step that updates `version`.
 
-    Its micro-batches are those of rank 0, 1, ... in turn, as many for each: ranks go through them in lockstep, so those
-    of one turn are balanced. Where there are too few trajectories a rank gets one without any token to train.
+    Its micro-batches are those of part 0, 1, ... in turn, as many for each: ranks go through them in lockstep, so those
+    of one turn are balanced. Where there are too few trajectories a part gets one without any token to train.
+
+    micro_batch_tokens: of a rank, so that ranks which compute a micro-batch together get as many times more.
 
     Here the bound on staleness is enforced for every token, whatever happened before: one that is older than
     max_staleness optimizer steps stays as context and gets no gradient.
@@ -57,20 +59,21 @@ def _is_over_stale(trajectory: Trajectory, version: int, max_staleness: int) -> 
 
 
 def cut_into_micro_batches(lengths: Sequence[int], micro_batch_tokens: int, layout: BatchLayout) -> list[list[int]]:
-    """Places of trajectories, one list per micro-batch; those of the ranks in turn, the shortest first.
+    """Places of trajectories, one list per micro-batch; those of the parts in turn, the shortest first.
 
-    A turn holds trajectories of similar length, so that little is padded, each given to the rank with the fewest tokens
+    A turn holds trajectories of similar length, so that little is padded, each given to the part with the fewest tokens
     so far. A trajectory beyond the budget goes alone.
     """
+    budget = micro_batch_tokens * layout.ranks_per_part
     turns: list[list[_Bin]] = []
     # Ties by place, so that the cut depends on nothing else.
     for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each), reverse=True):
         if turns:
             bins = sorted(turns[-1], key=lambda each: each.num_tokens)
-            if any(each.takes(index, lengths[index], micro_batch_tokens) for each in bins):
+            if any(each.takes(index, lengths[index], budget) for each in bins):
                 continue
-        turns.append([_Bin(layout) for _ in range(layout.num_ranks)])
-        turns[-1][0].takes(index, lengths[index], micro_batch_tokens)
+        turns.append([_Bin(layout) for _ in range(layout.num_parts)])
+        turns[-1][0].takes(index, lengths[index], budget)
     return [each.indexes[::-1] for turn in reversed(turns) for each in turn]
 
 

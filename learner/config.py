@@ -252,6 +252,11 @@ class LearnerConfig:
         1,
         help="processes to train with on this machine, one per accelerator; elsewhere torchrun, deepspeed or srun say",
     )
+    sequence_parallel: int = option(
+        1,
+        help="ranks that compute each sequence together (Ulysses), a stretch of its tokens and some of the attention "
+        "heads each; a micro-batch then has so many times --micro-batch-tokens",
+    )
     max_restarts: int = option(3, help="how often in a row --ranks starts ranks anew that get no step further")
     rank_timeout_s: float = option(600.0, help="a rank whose node vanished is given up after so long")
 
@@ -404,6 +409,7 @@ class LearnerConfig:
             rank_timeout_s=self.rank_timeout_s,
             attention=self.attention,
             check_memory=self.check_memory,
+            sequence_parallel=self.sequence_parallel,
             deepspeed=read_deepspeed_file(self.deepspeed_config),
             deepspeed_file=str(self.deepspeed_config or ""),
         )

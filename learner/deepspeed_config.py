@@ -27,6 +27,7 @@ _FLAGS = {
 _REFUSED = {
     "train_batch_size": "--groups-per-step and --group-size say how much a step trains on",
     "scheduler": "--lr-schedule, --warmup-steps and --total-steps say how the learning rate goes",
+    "sequence_parallel_size": "--sequence-parallel says how many ranks share a sequence",
     "fp16": "--dtype bfloat16 is what trains in 16 bits",
     "tensor_parallel": "it is not supported: tensors that are split by it cannot be published",
 }

@@ -15,10 +15,12 @@ from common.lifecycle import UserError
 from learner.deepspeed_config import deepspeed_config
 from learner.launch import Place
 from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
-from learner.packing import can_pack
+from learner.packing import can_pack, can_spread
+from learner.parallelism import check_attention, check_parallelism, open_parts
 from learner.ppo_engine import PpoEngine
 from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
+from learner.sequence_parallel import SequenceRanks, let_rows_be_spread
 from learner.sharded_state import SavedState, ShardedState
 from learner.training import TrainSettings
 from learner.zero_gradients import discard_gradient
@@ -132,6 +134,7 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
     """
     if ranks is None:
         ranks, _ = open_ranks(None, timeout_s=settings.engine.rank_timeout_s)
+    check_parallelism(settings, ranks.size)
     torch.manual_seed(settings.seed)
     policy = load_policy(
         settings.model,
@@ -146,16 +149,20 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
     if settings.critic_model is not None:
         critic = load_critic(settings.critic_model, dtype=settings.dtype, attention=settings.engine.attention)
     for body in [policy.model, *([critic.body] if critic is not None else [])]:
+        check_attention(body, settings.engine)
         if settings.engine.activation_checkpointing:
             compute_activations_twice(body)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch
         trained_policy = DeepSpeedNetwork(policy, settings)
         trained_critic = DeepSpeedNetwork(critic, settings) if critic is not None else None
-    reference = open_reference(settings, trained_policy.device, policy)
     if settings.engine.packing:
         pack_where_possible(policy, critic, trained_policy.device)
-    return PpoEngine(settings, trained_policy, trained_critic, reference, ranks)
+    parts, sequence_ranks = open_parts(ranks, settings.engine)
+    if sequence_ranks is not None:
+        spread_sequences(policy, critic, trained_policy.device, sequence_ranks, ranks)
+    reference = open_reference(settings, trained_policy.device, policy)
+    return PpoEngine(settings, trained_policy, trained_critic, reference, ranks, parts)
 
 
 def compute_activations_twice(body: Any) -> None:
@@ -170,13 +177,32 @@ def compute_activations_twice(body: Any) -> None:
 
 def pack_where_possible(policy: PolicyNetwork, critic: CriticNetwork | None, device: torch.device) -> None:
     """A model that would mix up what lies in one row is given padded trajectories."""
-    bodies: list[tuple[PolicyNetwork | CriticNetwork, Any]] = [(policy, policy.model.base_model)]
-    if critic is not None:
-        bodies.append((critic, critic.body))
-    for network, body in bodies:
+    for network, body in _bodies(policy, critic):
         network.packs = can_pack(body, body.config.vocab_size, device)
         if not network.packs:
             logger.warning("%s mixes up trajectories in one row: they are padded instead", type(body).__name__)
+
+
+def spread_sequences(
+    policy: PolicyNetwork, critic: CriticNetwork | None, device: torch.device, ranks: SequenceRanks, all_ranks: Ranks
+) -> None:
+    """Over these ranks, from now on; raises UserError on all ranks for a model that would then say something else."""
+    let_rows_be_spread()
+    for network, body in _bodies(policy, critic):
+        can = can_spread(body, body.config.vocab_size, device, packs=network.packs, ranks=ranks)
+        if all_ranks.saying(not can):
+            raise UserError(
+                f"{type(body).__name__} says something else of sequences that are spread over ranks; without "
+                "--sequence-parallel it can be trained"
+            )
+        network.sequence_ranks = ranks
+
+
+def _bodies(policy: PolicyNetwork, critic: CriticNetwork | None) -> Iterator[tuple[PolicyNetwork | CriticNetwork, Any]]:
+    """What is trained, and the transformers model without its output layer in it."""
+    yield policy, policy.model.base_model
+    if critic is not None:
+        yield critic, critic.body
 
 
 def open_ranks(place: Place | None, *, timeout_s: float) -> tuple[Ranks, Ranks]:

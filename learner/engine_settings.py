@@ -20,12 +20,25 @@ class EngineSettings:
     rank_timeout_s: float = 600.0
     attention: Attention = "auto"
     check_memory: bool = True  # refuse what cannot fit
+    sequence_parallel: int = 1  # ranks that each compute a stretch of the same sequences
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own configuration
     deepspeed_file: str = ""  # where it was read
 
     def __post_init__(self) -> None:
         if not 0 < self.rank_timeout_s < float("inf"):
             raise ValueError(f"rank_timeout_s must be finite and > 0, got {self.rank_timeout_s}")
+        if self.sequence_parallel < 1:
+            raise ValueError(f"sequence_parallel must be at least 1, got {self.sequence_parallel}")
+
+    @property
+    def ranks_per_part(self) -> int:
+        """That compute the same part of a batch together."""
+        return self.sequence_parallel
+
+    @property
+    def parallel_flag(self) -> str:
+        """As it was set."""
+        return f"--sequence-parallel {self.sequence_parallel}"
 
     def check_stage(self, stage: ZeroStage) -> None:
         """Raises ValueError for what DeepSpeed cannot do at this stage."""

@@ -15,6 +15,7 @@ from common.lifecycle import UserError
 from learner.engine_settings import Attention
 from learner.lora_settings import LoraSettings
 from learner.packing import FLASH, HiddenStates, body_inputs, run_body
+from learner.sequence_parallel import SequenceRanks
 from learner.token_logprobs import from_logits, token_logprobs
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class PolicyNetwork(nn.Module):
         self.adapters = adapters
         self.value_head = a_value_head(self.model) if has_value_head else None  # beside the model, not in it
         self.packs = False  # see learner/packing.py
+        self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = changes_logits(self.model.config)
@@ -75,27 +77,17 @@ class PolicyNetwork(nn.Module):
 
         With a value head values_BT follows, everywhere: see CriticNetwork.forward().
         """
-        predicted_BT = loss_mask_BT[:, 1:]
-        targets_N = token_ids_BT[:, 1:][predicted_BT]
-        head = self.model.get_output_embeddings()
         if self._changes_logits:
             logits, hidden = self._whole_forward(token_ids_BT, attention_mask_BT)
-            said = self._from_logits(logits.before(predicted_BT), targets_N)
+            predicted_BT = logits.following(loss_mask_BT)
+            said = self._from_logits(logits.before(predicted_BT), token_ids_BT[predicted_BT])
         else:
-            hidden = run_body(self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs)
-            hidden_NH = hidden.before(predicted_BT)
-            if type(head) is not nn.Linear:
-                said = self._from_logits(head(hidden_NH), targets_N)
-            else:
-                said = token_logprobs(
-                    hidden_NH,
-                    head.weight,
-                    head.bias,
-                    targets_N,
-                    temperature=self._temperature,
-                    trains_entropy=self._trains_entropy,
-                )
-        placed = tuple(self._place(each_N, loss_mask_BT) for each_N in said)
+            hidden = run_body(
+                self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks
+            )
+            predicted_BT = hidden.following(loss_mask_BT)
+            said = self._from_hidden(hidden.before(predicted_BT), token_ids_BT[predicted_BT])
+        placed = tuple(hidden.of_all_ranks(self._place(each_N, predicted_BT)) for each_N in said)
         return placed if self.value_head is None else (*placed, values_before(self.value_head, hidden))
 
     def values(self, forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -107,16 +99,31 @@ class PolicyNetwork(nn.Module):
 
         return values_alone
 
+    def _from_hidden(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return self._from_logits(head(hidden_NH), targets_N)
+        return token_logprobs(
+            hidden_NH,
+            head.weight,
+            head.bias,
+            targets_N,
+            temperature=self._temperature,
+            trains_entropy=self._trains_entropy,
+        )
+
     def _from_logits(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Of all logits at once: from a head that does more than a product with a matrix."""
         return from_logits(logits_NV.float() / self._temperature, targets_N, trains_entropy=self._trains_entropy)
 
     def _whole_forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[HiddenStates, HiddenStates]:
         """(logits, last hidden states): the model's own forward knows what is done to its logits."""
-        inputs, places_BT = body_inputs(self.model, token_ids_BT, attention_mask_BT, packs=self.packs)
+        inputs, whereabouts = body_inputs(
+            self.model, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks
+        )
         output = self.model(**inputs, output_hidden_states=self.value_head is not None)
         hidden = output.hidden_states[-1] if self.value_head is not None else output.logits
-        return HiddenStates(output.logits.flatten(0, 1), places_BT), HiddenStates(hidden.flatten(0, 1), places_BT)
+        return HiddenStates(output.logits.flatten(0, 1), whereabouts), HiddenStates(hidden.flatten(0, 1), whereabouts)
 
     def published_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         """What a snapshot consists of: parameters by Hugging Face name, tied ones once, each with its adapter added.
@@ -141,8 +148,8 @@ class PolicyNetwork(nn.Module):
             self.adapters.save(directory / "adapter", adapters)
 
     @staticmethod
-    def _place(values_N: Tensor, loss_mask_BT: Tensor) -> Tensor:
-        return torch.zeros(loss_mask_BT.shape, device=values_N.device).masked_scatter(loss_mask_BT, values_N)
+    def _place(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+        return torch.zeros(mask_BT.shape, device=values_N.device).masked_scatter(mask_BT, values_N)
 
 
 class CriticNetwork(nn.Module):
@@ -152,11 +159,13 @@ class CriticNetwork(nn.Module):
         super().__init__()
         self.body: Any = body
         self.packs = False  # see learner/packing.py
+        self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
         self.head = a_value_head(body)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        return values_before(self.head, run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs))
+        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks)
+        return values_before(self.head, hidden)
 
 
 def a_value_head(model: Any) -> nn.Linear:
@@ -169,8 +178,8 @@ def a_value_head(model: Any) -> nn.Linear:
 
 def values_before(head: nn.Module, hidden: HiddenStates) -> Tensor:
     """values_BT float32 of the state before each token; position 0 has seen nothing: 0."""
-    values_P = head(hidden.flat_PH).squeeze(-1).float()
-    return nn.functional.pad(values_P[hidden.places_BT[:, :-1]], (1, 0))
+    values_BT = hidden.spread(head(hidden.flat_PH).squeeze(-1).float())
+    return nn.functional.pad(values_BT[:, :-1], (1, 0))
 
 
 def load_policy(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from learner.sequence_parallel import SequenceRanks, spread_inputs
 
 FLASH: Final = "flash_attention_2"
 _CHECKED_LENGTHS = (5, 3, 2)
@@ -35,13 +37,13 @@ class Places:
         return self.num_rows * self.row_length
 
 
-def lay_out_rows(lengths: Sequence[int], *, in_one_row: bool = False) -> Places:
-    """First fit, the longest first, into rows as long as the longest trajectory.
+def lay_out_rows(lengths: Sequence[int], *, in_one_row: bool = False, multiple: int = 1) -> Places:
+    """First fit, the longest first, into rows as long as the longest trajectory, or up to a multiple of `multiple`.
 
     So attention over whole rows costs no more than over padded trajectories. in_one_row: for attention that costs
     nothing between trajectories.
     """
-    row_length = sum(lengths) if in_one_row else max(lengths)
+    row_length = _rounded_up(sum(lengths) if in_one_row else max(lengths), multiple)
     rows, starts, filled = [0] * len(lengths), [0] * len(lengths), list[int]()
     for index in sorted(range(len(lengths)), key=lambda each: (-lengths[each], each)):
         row = next((row for row, used in enumerate(filled) if used + lengths[index] <= row_length), len(filled))
@@ -52,35 +54,94 @@ def lay_out_rows(lengths: Sequence[int], *, in_one_row: bool = False) -> Places:
     return Places(rows, starts, len(filled), row_length)
 
 
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where the tokens of a micro-batch are in what a model returns."""
+
+    places_BT: Tensor  # int64 in P = R * L; anything outside the attention mask
+    row_length: int
+    ranks: SequenceRanks | None = None  # that hold a stretch of each row, so that P = R * L / ranks.size
+
+    def on_this_rank(self) -> tuple[Tensor, Tensor]:
+        """(places_BT in what this rank returns, bool [B, T]: whether it is this rank that has the token)."""
+        if self.ranks is None:
+            return self.places_BT, torch.ones_like(self.places_BT, dtype=torch.bool)
+        length = self.row_length // self.ranks.size
+        rows_BT, columns_BT = self.places_BT // self.row_length, self.places_BT % self.row_length
+        return rows_BT * length + columns_BT % length, columns_BT // length == self.ranks.rank
+
+
 class HiddenStates:
     """What a model's body says of a micro-batch, to be asked for by the places of tokens in it."""
 
-    def __init__(self, hidden_PH: Tensor, places_BT: Tensor) -> None:
-        self.flat_PH = hidden_PH  # P = R * L, all places of all rows
-        self.places_BT = places_BT  # int64 in P; anything outside the attention mask
+    def __init__(self, hidden_PH: Tensor, whereabouts: Whereabouts) -> None:
+        self.flat_PH = hidden_PH  # P, all places of all rows, as far as this rank has them
+        self._ranks = whereabouts.ranks
+        self._places_BT, self.is_here_BT = whereabouts.on_this_rank()  # the second: bool, which tokens this rank has
+
+    def following(self, asked_BT: Tensor) -> Tensor:
+        """Those of the tokens in asked_BT whose predecessor is on this rank; the first column is left out."""
+        return nn.functional.pad(asked_BT[:, 1:] & self.is_here_BT[:, :-1], (1, 0))
 
     def before(self, predicted_BT: Tensor) -> Tensor:
-        """[N, H]: of the tokens that stand before those in predicted_BT, whose first column is left out."""
-        return self.flat_PH[self.places_BT[:, :-1][predicted_BT]]
+        """[N, H]: of the tokens that stand before those in predicted_BT, which this rank has."""
+        return self.flat_PH[self._places_BT[:, :-1][predicted_BT[:, 1:]]]
+
+    def at(self, mask_BT: Tensor) -> Tensor:
+        """[M, H]: of those tokens in mask_BT that are on this rank."""
+        return self.flat_PH[self._places_BT[mask_BT & self.is_here_BT]]
+
+    def spread(self, values_P: Tensor) -> Tensor:
+        """[B, T]: one value for each place, of all ranks, at its token."""
+        return self.of_all_ranks(torch.where(self.is_here_BT, values_P[self._places_BT], 0.0))
+
+    def of_all_ranks(self, values_BT: Tensor) -> Tensor:
+        """What each rank says of its tokens, being 0 elsewhere: on each rank all of it."""
+        return values_BT if self._ranks is None else self._ranks.summed(values_BT)
 
 
-def run_body(body: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool) -> HiddenStates:
-    """The last hidden states of a transformers model without its output layer."""
-    inputs, places_BT = body_inputs(body, token_ids_BT, attention_mask_BT, packs=packs)
-    return HiddenStates(body(**inputs).last_hidden_state.flatten(0, 1), places_BT)
+def run_body(
+    body: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool, ranks: SequenceRanks | None = None
+) -> HiddenStates:
+    """The last hidden states of a transformers model without its output layer; ranks: see body_inputs()."""
+    inputs, whereabouts = body_inputs(body, token_ids_BT, attention_mask_BT, packs=packs, ranks=ranks)
+    return HiddenStates(body(**inputs).last_hidden_state.flatten(0, 1), whereabouts)
 
 
 def body_inputs(
-    model: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool
-) -> tuple[dict[str, Any], Tensor]:
-    """(keyword arguments of a transformers model, places_BT of the tokens in what it returns)."""
-    if not packs:
-        places_BT = torch.arange(token_ids_BT.numel(), device=token_ids_BT.device).view_as(token_ids_BT)
+    model: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool, ranks: SequenceRanks | None = None
+) -> tuple[dict[str, Any], Whereabouts]:
+    """(keyword arguments of a transformers model, where the tokens are in what it returns).
+
+    ranks: that compute each row together, a stretch of its tokens each; None: this one computes all.
+    """
+    multiple = 1 if ranks is None else ranks.size
+    if packs:
+        return _packed_inputs(model, token_ids_BT, attention_mask_BT, multiple, ranks)
+    row_length = _rounded_up(token_ids_BT.shape[1], multiple)
+    places_BT = torch.arange(len(token_ids_BT) * row_length, device=token_ids_BT.device).view(-1, row_length)
+    whereabouts = Whereabouts(places_BT[:, : token_ids_BT.shape[1]], row_length, ranks)
+    if ranks is None:
         return {
             "input_ids": token_ids_BT, "attention_mask": attention_mask_BT.long(), "use_cache": False,
-        }, places_BT  # fmt: skip
+        }, whereabouts  # fmt: skip
+    missing = (0, row_length - token_ids_BT.shape[1])
+    ids_RL, mask_RL = (nn.functional.pad(each, missing) for each in (token_ids_BT, attention_mask_BT))
+    positions_RL = torch.arange(row_length, device=ids_RL.device).expand_as(ids_RL)
+    return spread_inputs(model, ranks, ids_RL, positions_RL, mask_RL), whereabouts
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _packed_inputs(
+    model: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, multiple: int, ranks: SequenceRanks | None
+) -> tuple[dict[str, Any], Whereabouts]:
+    """Rows are a multiple so long."""
     lengths_B = attention_mask_BT.sum(dim=1)
-    places = lay_out_rows(lengths_B.tolist(), in_one_row=model.config._attn_implementation == FLASH)
+    in_one_row = model.config._attn_implementation == FLASH
+    places = lay_out_rows(lengths_B.tolist(), in_one_row=in_one_row, multiple=multiple)
     firsts_B = torch.tensor(places.rows) * places.row_length + torch.tensor(places.starts)
     positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
     places_BT = (firsts_B.to(token_ids_BT.device).unsqueeze(1) + positions_T).clamp(max=places.num_tokens - 1)
@@ -88,20 +149,41 @@ def body_inputs(
     filled_M = places_BT[attention_mask_BT]
     ids_P[filled_M] = token_ids_BT[attention_mask_BT]
     positions_P[filled_M] = positions_T.expand_as(token_ids_BT)[attention_mask_BT]
-    shape = (places.num_rows, places.row_length)
-    return {
-        "input_ids": ids_P.view(shape), "position_ids": positions_P.view(shape), "use_cache": False,
-    }, places_BT  # fmt: skip
+    ids_RL, positions_RL = (each.view(places.num_rows, places.row_length) for each in (ids_P, positions_P))
+    whereabouts = Whereabouts(places_BT, places.row_length, ranks)
+    if ranks is not None:
+        return spread_inputs(model, ranks, ids_RL, positions_RL, None), whereabouts
+    return {"input_ids": ids_RL, "position_ids": positions_RL, "use_cache": False}, whereabouts
 
 
 def can_pack(body: Any, vocab_size: int, device: torch.device) -> bool:
     """Whether this model keeps trajectories in a row apart: packed, it says of each what it says of it alone."""
+    ids_BT, mask_BT = _checked_tokens(vocab_size, device)
+    with torch.no_grad():
+        packed, padded = (run_body(body, ids_BT, mask_BT, packs=packs) for packs in (True, False))
+    return _are_close(packed.at(mask_BT), padded.at(mask_BT))
+
+
+def can_spread(body: Any, vocab_size: int, device: torch.device, *, packs: bool, ranks: SequenceRanks) -> bool:
+    """Whether this model says of a rank's tokens, spread over several, what it says of them on one; all ranks ask."""
+    ids_BT, mask_BT = _checked_tokens(vocab_size, device)
+    with torch.no_grad():
+        spread = run_body(body, ids_BT, mask_BT, packs=packs, ranks=ranks)
+        whole = run_body(body, ids_BT, mask_BT, packs=packs)
+    here_BT = mask_BT & spread.is_here_BT
+    return _are_close(spread.at(here_BT), whole.at(here_BT))
+
+
+def _checked_tokens(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     lengths_B = torch.tensor(_CHECKED_LENGTHS, device=device)
     positions_T = torch.arange(int(lengths_B.max()), device=device)
     mask_BT = positions_T < lengths_B.unsqueeze(1)
-    ids_BT = (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab_size
-    with torch.no_grad():
-        packed, padded = (run_body(body, ids_BT, mask_BT, packs=packs) for packs in (True, False))
-    packed_MH, padded_MH = packed.flat_PH[packed.places_BT[mask_BT]], padded.flat_PH[padded.places_BT[mask_BT]]
-    tolerance = _TOLERANCE[padded_MH.dtype] * float(padded_MH.abs().max())
-    return float((packed_MH - padded_MH).abs().max()) <= tolerance
+    return (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab_size, mask_BT
+
+
+def _are_close(one_MH: Tensor, other_MH: Tensor) -> bool:
+    """Of hidden states; a rank may have none."""
+    if one_MH.numel() == 0:
+        return True
+    tolerance = _TOLERANCE[other_MH.dtype] * float(other_MH.abs().max())
+    return float((one_MH - other_MH).abs().max()) <= tolerance

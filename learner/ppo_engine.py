@@ -87,7 +87,12 @@ class PpoEngine:
         critic: Trainable | None,
         reference: Reference | None = None,
         ranks: Ranks | None = None,
+        parts: Ranks | None = None,
     ) -> None:
+        """ranks: all that train together. parts: those with other parts of a batch than this one's; default: all.
+
+        So ranks.size / parts.size ranks have the same part, and whatever they conclude from it is the same.
+        """
         assert isinstance(policy.module, PolicyNetwork)
         assert critic is None or isinstance(critic.module, CriticNetwork)
         self._settings = settings
@@ -95,6 +100,7 @@ class PpoEngine:
         self._critic = critic
         self._reference = reference
         self._ranks = ranks or Alone()
+        self._parts = parts or self._ranks
         self._shaper = RewardShaper(settings.rewards)
         self._kl = KlControl(settings.kl)
         self._network = policy.module
@@ -113,7 +119,12 @@ class PpoEngine:
     @property
     def layout(self) -> BatchLayout:
         one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
-        return BatchLayout(num_ranks=self._ranks.size, packs=self._network.packs, in_one_row=one_row)
+        return BatchLayout(
+            num_parts=self._parts.size,
+            ranks_per_part=self._ranks.size // self._parts.size,
+            packs=self._network.packs,
+            in_one_row=one_row,
+        )
 
     @property
     def _trains_policy(self) -> bool:
@@ -145,7 +156,7 @@ class PpoEngine:
             return StepResult(metrics=metrics, refusal="none of its tokens is fresh enough to be trained")
         batch, shaping_metrics = self._shaper.shape(batch)
         opinions = self._ask_networks(batch)
-        targets, target_metrics = build_targets(batch, opinions, self._advantages, self._ranks)
+        targets, target_metrics = build_targets(batch, opinions, self._advantages, self._parts)
         metrics |= shaping_metrics | target_metrics
         counts, ratios = self._objective.counts(batch), self._batch_ratios(batch, opinions, targets)
         parts: dict[str, Metric] = {}
@@ -153,12 +164,13 @@ class PpoEngine:
         for index, (micro_batch, target) in enumerate(zip(batch.micro_batches, targets, strict=True)):
             partial, infinite = self._accumulate(micro_batch, target, counts, ratios, is_last=index == last)
             if infinite:
-                refusal = f"the loss of micro-batch {index * self._ranks.size + infinite[0]} is not finite"
+                place = index * self._parts.size + infinite[0] // self.layout.ranks_per_part
+                refusal = f"the loss of micro-batch {place} is not finite"
                 return StepResult(metrics=metrics, refusal=refusal)
             parts = merge([parts, partial])
         if (complaint := self._complaint()) is not None:
             return StepResult(metrics=metrics, refusal=complaint)
-        parts = merged_over(self._ranks, parts)
+        parts = merged_over(self._parts, parts)
         metrics |= self._observe_kl(parts, batch)
         metrics |= report(parts)
         metrics |= self._update()
@@ -184,7 +196,7 @@ class PpoEngine:
         if not self._objective.needs_batch_ratios:
             return None
         assert opinions.logprobs_BT is not None
-        return batch_ratios(batch, opinions.logprobs_BT, targets, self._ranks)
+        return batch_ratios(batch, opinions.logprobs_BT, targets, self._parts)
 
     def _complaint(self) -> str | None:
         """What was not finite in any rank's gradient."""
@@ -256,7 +268,7 @@ class PpoEngine:
 
     def _batch_metrics(self, batch: TrainBatch) -> dict[str, float]:
         staleness_M = torch.cat([micro.staleness_BT[micro.loss_mask_BT] for micro in batch.micro_batches])
-        staleness_M = concatenated(self._ranks, staleness_M)
+        staleness_M = concatenated(self._parts, staleness_M)
         return {
             **report(trajectory_health(batch.rewards_N, batch.lengths_N, batch.terminated_N, staleness_M)),
             "trained_tokens": float(batch.num_loss_tokens),

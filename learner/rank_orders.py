@@ -158,9 +158,8 @@ class LeadingEngine:
         return self._engine.layout
 
     def step(self, batch: TrainBatch) -> StepResult:
-        size = self._ranks.size
         _say(self._ranks, Step())
-        own, *others = (part_of(batch, rank, size) for rank in range(size))
+        own, *others = (part_of(batch, rank, self.layout) for rank in range(self._ranks.size))
         self._ranks.scatter([b"", *map(encode_batch, others)])
         return self._engine.step(own)
 

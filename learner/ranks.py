@@ -73,32 +73,36 @@ class GlooRanks:
     A rank whose process died is noticed by the others at their next call; one whose node vanished, after timeout_s.
     """
 
-    def __init__(self, *, timeout_s: float) -> None:
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+    def __init__(self, *, timeout_s: float, members: Sequence[Sequence[int]] | None = None) -> None:
+        """members: of several such groups beside one another, of which this rank is in one; None: one of all ranks.
+
+        All ranks of all groups call this.
+        """
+        self._group = new_group(members or [range(dist.get_world_size())], timeout_s=timeout_s, backend="gloo")
+        self.rank = dist.get_rank(self._group)
+        self.size = dist.get_world_size(self._group)
 
     def __repr__(self) -> str:
         return f"<GlooRanks {self.rank} of {self.size}>"
 
     def broadcast(self, data: bytes = b"") -> bytes:
         length = torch.tensor([len(data)])
-        dist.broadcast(length, src=0, group=self._group)
+        dist.broadcast(length, group_src=0, group=self._group)
         content = _tensor(data) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
         if int(length):
-            dist.broadcast(content, src=0, group=self._group)
+            dist.broadcast(content, group_src=0, group=self._group)
         return bytes(content.numpy())
 
     def scatter(self, parts: Sequence[bytes] = ()) -> bytes:
         if self.rank == 0:
             for other in range(1, self.size):
-                dist.send(torch.tensor([len(parts[other])]), dst=other, group=self._group)
-                dist.send(_tensor(parts[other]), dst=other, group=self._group)
+                dist.send(torch.tensor([len(parts[other])]), group_dst=other, group=self._group)
+                dist.send(_tensor(parts[other]), group_dst=other, group=self._group)
             return parts[0]
         length = torch.tensor([0])
-        dist.recv(length, src=0, group=self._group)
+        dist.recv(length, group_src=0, group=self._group)
         content = torch.empty(int(length), dtype=torch.uint8)
-        dist.recv(content, src=0, group=self._group)
+        dist.recv(content, group_src=0, group=self._group)
         return bytes(content.numpy())
 
     def gather(self, data: bytes) -> list[bytes]:
@@ -118,6 +122,14 @@ class GlooRanks:
 
     def saying(self, flag: bool) -> tuple[int, ...]:
         return tuple(rank for rank, said in enumerate(self.gather(bytes([flag]))) if said == b"\1")
+
+
+def new_group(members: Sequence[Sequence[int]], *, timeout_s: float, backend: str | None = None) -> Any:
+    """Of the process groups of these ranks, which all ranks make together, this rank's; backend: None for the usual."""
+    timeout = timedelta(seconds=timeout_s)
+    made = [dist.new_group(list(each), backend=backend, timeout=timeout) for each in members]
+    [own] = [group for each, group in zip(members, made, strict=True) if dist.get_rank() in each]
+    return own
 
 
 def concatenated(ranks: Ranks, tensor_M: Tensor) -> Tensor:

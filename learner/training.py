@@ -83,7 +83,8 @@ class TrainSettings:
 class BatchLayout:
     """How a batch has to be cut for an engine."""
 
-    num_ranks: int = 1
+    num_parts: int = 1  # each for ranks of its own
+    ranks_per_part: int = 1  # which compute it together, and so more tokens at once
     packs: bool = False  # see learner/packing.py
     in_one_row: bool = False  # likewise
 

@@ -45,17 +45,22 @@ def a_group(*trajectories: Trajectory, task_id: int = 0) -> Group:
     return Group(lease_id=task_id, task_id=task_id, trajectories=trajectories)
 
 
-def random_groups(seed: int, *, num_groups: int = 3, group_size: int = 4, version: int = 0) -> tuple[Group, ...]:
-    """Prompts, completions and environment tokens of random lengths, some of them sampled a version earlier."""
+def random_groups(
+    seed: int, *, num_groups: int = 3, group_size: int = 4, version: int = 0, sampled_tokens: int | None = None
+) -> tuple[Group, ...]:
+    """Prompts, completions and environment tokens of random lengths, some of them sampled a version earlier.
+
+    sampled_tokens: of the first answer in each; default: a few.
+    """
     rng = np.random.default_rng(seed)
     return tuple(
-        a_group(*(_random_trajectory(rng, version) for _ in range(group_size)), task_id=index)
+        a_group(*(_random_trajectory(rng, version, sampled_tokens) for _ in range(group_size)), task_id=index)
         for index in range(num_groups)
     )
 
 
-def _random_trajectory(rng: np.random.Generator, version: int) -> Trajectory:
-    mask = [0] * rng.integers(2, 5) + [1] * rng.integers(1, 8)
+def _random_trajectory(rng: np.random.Generator, version: int, sampled_tokens: int | None) -> Trajectory:
+    mask = [0] * rng.integers(2, 5) + [1] * (sampled_tokens or rng.integers(1, 8))
     if rng.random() < 0.5:
         mask += [0] * 2 + [1] * rng.integers(1, 4)
     num_sampled = sum(mask)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2Model
 
+from learner.batch_codec import part_of
 from learner.batching import cut_into_micro_batches
 from learner.networks import CriticNetwork, PolicyNetwork
-from learner.packing import body_inputs, can_pack, lay_out_rows
+from learner.packing import HiddenStates, body_inputs, can_pack, can_spread, lay_out_rows
 from learner.training import BatchLayout
 from tests.builders_learner import a_batch, random_groups
 from tests.models import VOCAB_SIZE, a_tiny_model
@@ -61,6 +62,47 @@ def test_packing_computes_less():
     assert inputs["use_cache"] is False
 
 
+class SecondOfTwo:
+    """Ranks that nobody exchanges anything with."""
+
+    rank, size = 1, 2
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_of_rows_that_are_spread_a_rank_computes_its_stretch_alone(packs):
+    model, (ids_BT, mask_BT, loss_mask_BT) = a_tiny_model(0, tied=True), INPUTS
+    inputs, whereabouts = body_inputs(model, ids_BT, mask_BT, packs=packs, ranks=SecondOfTwo())
+    rows, length = inputs["input_ids"].shape
+    assert inputs["position_ids"].shape == (rows, length)
+    assert length == -(-ids_BT.shape[1] // 2)
+    places_BT, is_here_BT = whereabouts.on_this_rank()
+    here_BT = is_here_BT & mask_BT
+    assert torch.equal(inputs["input_ids"].flatten()[places_BT[here_BT]], ids_BT[here_BT])
+    positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    assert torch.equal(inputs["position_ids"].flatten()[places_BT[here_BT]], positions_BT[here_BT])
+    assert 0 < int(here_BT.sum()) < int(mask_BT.sum())
+    hidden = HiddenStates(torch.zeros(rows * length, 1), whereabouts)
+    asked_BT = hidden.following(loss_mask_BT)
+    assert torch.equal(asked_BT[:, 1:], loss_mask_BT[:, 1:] & is_here_BT[:, :-1])
+
+
+def test_a_model_whose_attention_does_not_ask_other_ranks_is_found_out():
+    body = a_tiny_model(0, tied=True).base_model
+    body.config._attn_implementation = "eager"
+    assert not can_spread(body, VOCAB_SIZE, CPU, packs=True, ranks=SecondOfTwo())
+
+
+def test_ranks_that_share_a_micro_batch_get_as_many_times_more_tokens_and_the_same_part():
+    layout = BatchLayout(num_parts=2, ranks_per_part=3)
+    usual = cut_into_micro_batches(LENGTHS, 60, BatchLayout(num_parts=2))
+    assert cut_into_micro_batches(LENGTHS, 20, layout) == usual
+    batch = a_batch(random_groups(0), micro_batch_tokens=10, layout=layout)
+    parts = [[id(micro) for micro in part_of(batch, rank, layout).micro_batches] for rank in range(6)]
+    assert parts[0] == parts[1] == parts[2]
+    assert parts[3] == parts[4] == parts[5]
+    assert sorted(parts[0] + parts[3]) == sorted(id(micro) for micro in batch.micro_batches)
+
+
 def test_a_model_that_keeps_trajectories_apart_may_be_packed():
     assert can_pack(a_tiny_model(0, tied=True).base_model, VOCAB_SIZE, CPU)
 
@@ -87,7 +129,7 @@ LENGTHS = [((index * 37) % 41) + 1 for index in range(60)]
 @pytest.mark.parametrize("budget", [1, 50, 200, 100_000])
 @pytest.mark.parametrize("packs", [False, True])
 def test_every_trajectory_is_in_one_micro_batch_and_ranks_have_as_many(num_ranks, budget, packs):
-    cut = cut_into_micro_batches(LENGTHS, budget, BatchLayout(num_ranks=num_ranks, packs=packs))
+    cut = cut_into_micro_batches(LENGTHS, budget, BatchLayout(num_parts=num_ranks, packs=packs))
     assert sorted(index for indexes in cut for index in indexes) == list(range(60))
     assert len(cut) % num_ranks == 0
     for indexes in cut:
@@ -98,7 +140,7 @@ def test_every_trajectory_is_in_one_micro_batch_and_ranks_have_as_many(num_ranks
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_ranks_of_a_turn_have_about_as_many_tokens(num_ranks):
-    cut = cut_into_micro_batches(LENGTHS * 10, 400, BatchLayout(num_ranks=num_ranks, packs=True))
+    cut = cut_into_micro_batches(LENGTHS * 10, 400, BatchLayout(num_parts=num_ranks, packs=True))
     tokens = [sum((LENGTHS * 10)[index] for index in indexes) for indexes in cut]
     whole_turns = [tokens[start : start + num_ranks] for start in range(num_ranks, len(tokens), num_ranks)]
     assert len(whole_turns) > 3

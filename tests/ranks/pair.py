@@ -16,8 +16,9 @@ import msgspec
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.lifecycle import UserError
 from learner.launch import Place, free_port
-from learner.training import TrainSettings
+from learner.training import BatchLayout, TrainSettings
 from tests.ranks.worker import Scenario
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ class Outcome:
     metrics: list[dict[str, float]]
     refusals: list[str | None]
     version: int
-    packs: bool
+    layout: BatchLayout
 
 
 class Pair:
@@ -39,7 +40,10 @@ class Pair:
         self._directory = directory
 
     def play(self, settings: TrainSettings, *, patience_s: float = ANSWER_S, **fields: Any) -> Outcome:
-        """See Scenario; raises AssertionError with what the ranks printed when there is no answer in time."""
+        """See Scenario; raises UserError when the ranks do.
+
+        Raises AssertionError with what they printed when there is no answer in time.
+        """
         path = self._directory / "weights.safetensors"
         line = msgspec.json.encode(Scenario(settings=settings, weights=str(path), **fields)).decode()
         for process in self._processes:
@@ -47,12 +51,14 @@ class Pair:
             process.stdin.write(line + "\n")
             process.stdin.flush()
         answer = self._answer(patience_s)
+        if "user_error" in answer:
+            raise UserError(answer["user_error"])
         return Outcome(
             weights=load_file(path),
             metrics=[result["metrics"] for result in answer["results"]],
             refusals=[result["refusal"] for result in answer["results"]],
             version=answer["version"],
-            packs=answer["packs"],
+            layout=BatchLayout(**answer["layout"]),
         )
 
     def _answer(self, patience_s: float) -> dict[str, Any]:

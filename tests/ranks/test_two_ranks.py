@@ -1,12 +1,10 @@
 """Two real ranks on DeepSpeed: what they make of a batch is what one rank on plain torch does."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.lifecycle import UserError
@@ -14,41 +12,17 @@ from learner.engine_settings import EngineSettings
 from learner.lora_settings import LoraSettings
 from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
-from learner.training import StepResult, TrainSettings
-from tests.builders_learner import largest_difference, some_train_settings, train, weights_of
+from tests.builders_learner import largest_difference, train, weights_of
 from tests.models import save_tiny_model
-from tests.ranks.pair import Pair, a_pair
+from tests.ranks.pair import Pair
+from tests.ranks.rank_settings import one_rank, settings_for
 
 STAGES = (0, 1, 2, 3)
 STEPS = 3
 
 
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Pair]:
-    with a_pair() as pair:
-        yield pair
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True))
-
-
-def settings_for(model: str, **overrides: Any) -> TrainSettings:
-    """Adam's usual epsilon would make updates of a learning rate each out of the rounding errors of tiny gradients, and
-    hide a gradient that is wrong by a factor."""
-    values: dict[str, Any] = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    return some_train_settings(model, **(values | overrides))
-
-
-def one_rank(settings: TrainSettings, steps: int) -> tuple[dict[str, Tensor], list[StepResult]]:
-    engine = open_torch_engine(settings)
-    results = train(engine, steps=steps)
-    return weights_of(engine), results
-
-
 @pytest.fixture(scope="module")
-def alone(model: str) -> tuple[dict[str, Tensor], list[StepResult]]:
+def alone(model: str) -> Any:
     return one_rank(settings_for(model), STEPS)
 
 
@@ -59,7 +33,7 @@ def test_two_ranks_update_as_one_rank_does_at_every_stage(stage: int, model: str
     assert largest_difference(outcome.weights, weights) < 1e-6
     for metrics, expected in zip(outcome.metrics, results, strict=True):
         assert metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
-    assert (outcome.version, outcome.packs) == (STEPS, True)
+    assert (outcome.version, outcome.layout.packs) == (STEPS, True)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +44,7 @@ def test_the_first_update_is_the_same_to_1e_6_however_a_batch_is_cut_and_packed(
 ):
     settings = settings_for(model, warmup_steps=9, zero_stage=stage, engine=EngineSettings(packing=packing))
     outcome = pair.play(settings, steps=1, micro_batch_tokens=micro_batch_tokens)
-    assert outcome.packs == packing
+    assert outcome.layout.packs == packing
     weights, _ = one_rank(settings, 1)
     assert largest_difference(outcome.weights, weights) < 1e-6
     start = weights_of(open_torch_engine(settings))

@@ -8,12 +8,15 @@ import math
 import os
 import sys
 import warnings
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from safetensors.torch import save_file
 
+from common.lifecycle import UserError
 from learner.deepspeed_engine import open_ranks, open_resumed_engine
 from learner.launch import launched_place
 from learner.rank_orders import LeadingEngine, follow, lead
@@ -36,6 +39,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     micro_batch_tokens: int = 40
     num_groups: int = 3
+    sampled_tokens: int | None = None  # of each trajectory, more than it would have
     nan: str = ""  # field of the last micro-batch, which is rank 1's
     nan_in_backward_of_rank: int | None = None
 
@@ -49,7 +53,9 @@ def play(scenario: Scenario, ranks: Ranks, writing: Ranks) -> dict[str, Any]:
         if scenario.save and step == scenario.save_after:
             write = engine.copy_state()
         version = engine.version
-        groups = random_groups(version, num_groups=scenario.num_groups, version=version)
+        groups = random_groups(
+            version, num_groups=scenario.num_groups, version=version, sampled_tokens=scenario.sampled_tokens
+        )
         batch = a_batch(groups, version=version, micro_batch_tokens=scenario.micro_batch_tokens, layout=engine.layout)
         result = engine.step(with_nan(batch, scenario.nan) if scenario.nan else batch)
         results.append({"metrics": dict(result.metrics), "refusal": result.refusal})
@@ -59,7 +65,14 @@ def play(scenario: Scenario, ranks: Ranks, writing: Ranks) -> dict[str, Any]:
         engine.export_huggingface(Path(scenario.export))
     save_file(weights_of(engine), scenario.weights)
     engine.close()
-    return {"results": results, "version": engine.version, "packs": engine.layout.packs}
+    return {"results": results, "version": engine.version, "layout": asdict(engine.layout)}
+
+
+def answer(scenario: Scenario, ranks: Ranks, writing: Ranks) -> dict[str, Any]:
+    try:
+        return play(scenario, ranks, writing)
+    except UserError as error:
+        return {"user_error": str(error)}
 
 
 def opener(scenario: Scenario) -> Any:
@@ -81,10 +94,11 @@ def main() -> None:
     for line in sys.stdin:
         scenario = msgspec.json.decode(line, type=Scenario)
         if ranks.rank == 0:
-            sys.stdout.write(json.dumps(play(scenario, ranks, writing)) + "\n")
+            sys.stdout.write(json.dumps(answer(scenario, ranks, writing)) + "\n")
             sys.stdout.flush()
         else:
-            follow(opener(scenario), ranks, writing)
+            with suppress(UserError):  # rank 0 says it as well
+                follow(opener(scenario), ranks, writing)
 
 
 if __name__ == "__main__":
