@@ -20,6 +20,7 @@ from learner.loss_settings import (
     check_proximal,
     check_strengths,
     check_value_head,
+    default_adam_beta1,
 )
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings, check_group_relative
 
@@ -98,7 +99,8 @@ class LearnerConfig:
     correction: tuple[str, ...] = option(
         (),
         help="what is done about tokens that another policy sampled, e.g. icepop or icepop:low=0.5,high=2; may be "
-        "repeated; default: truncate_tokens with decoupled_ppo and reinforce, nothing with the others",
+        "repeated; default: taper with decoupled_ppo and reinforce, truncate_tokens where max_staleness is 0; nothing "
+        "with the others",
     )
     proximal: Proximal = option(
         "recomputed",
@@ -198,7 +200,11 @@ class LearnerConfig:
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
-    adam_beta1: float = option(0.9, help="decay of Adam's first moment")
+    adam_beta1: float | None = option(
+        None,
+        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, the less the more of it: 0.875 at 2, 0.5 "
+        "at 8, 0 from 9 on, since stale gradients are momentum themselves",
+    )
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
     weight_decay: float = option(0.0, help="decoupled weight decay")
@@ -334,9 +340,9 @@ class LearnerConfig:
         for name in ("max_grad_norm", "server_timeout_s", "adam_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        for name, beta in zip(("adam_beta1", "adam_beta2"), self.adam_betas, strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {beta}")
 
     def _check_dynamic_sampling(self) -> None:
         if self.dynamic_sampling < 0:
@@ -382,6 +388,11 @@ class LearnerConfig:
                 f"queue_bytes {self.queue_bytes} can never hold a batch: {self.groups_per_step} groups of up to "
                 f"{self.max_group_bytes} bytes; raise it to {batch_bytes}, or lower max_new_tokens or group_size"
             )
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        beta1 = default_adam_beta1(self.max_staleness) if self.adam_beta1 is None else self.adam_beta1
+        return beta1, self.adam_beta2
 
     @property
     def reward_settings(self) -> RewardSettings:
