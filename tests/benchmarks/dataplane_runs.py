@@ -157,6 +157,11 @@ class Memory:
         return self.peak_rss - self.rss_before
 
 
+def ingress_bytes(num_servers: int, group_size: int) -> int:
+    """What may have arrived from so many servers and not have been received yet."""
+    return num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size)
+
+
 def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: int = 4) -> Memory:
     """Two servers send every group many times, two what they have no lease for, and two are good.
 
@@ -193,7 +198,7 @@ def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: in
         learner.hear_status(lambda _: True)  # servers have been told meanwhile that the queue is full
         return Memory(
             queue_bytes=queue_bytes,
-            ingress_bytes=NUM_SERVERS * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size),
+            ingress_bytes=ingress_bytes(NUM_SERVERS, group_size),
             sent_bytes=sent(status),
             rss_before=rss_before,
             peak_rss=memory_bytes(running.pid, "VmHWM"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from tests.builders_coordinator import (
     a_heartbeat,
     a_hello,
     a_ready,
+    a_sampled_group,
     an_open_run,
     some_settings,
 )
@@ -114,6 +116,21 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         await finish(server, lease)
         await server.expect(GroupAccepted)
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
+
+
+async def test_a_group_of_equal_rewards_is_acknowledged_and_its_task_not_leased_again_by_the_next_coordinator(tmp_path):
+    settings = settings_in(tmp_path, rules=some_settings(max_staleness=0, max_filtered=2))
+    async with a_coordinator_serving(settings) as (_, address), a_server(address) as server:
+        leases = [await server.expect(Lease) for _ in range(2)]
+        group = a_sampled_group(leases[0].lease_id, leases[0].task_id)
+        equal = tuple(replace(trajectory, reward=0.5) for trajectory in group.trajectories)
+        header, payload = pack_group(replace(group, trajectories=equal))
+        await server.say(GroupFinished(group=header), payload)
+        answers = await server.everything_until(GroupAccepted)
+        refill = next((each for each in answers if isinstance(each, Lease)), None) or await server.expect(Lease)
+        assert (answers[-1].lease_id, refill.task_id) == (0, 2)
+    async with a_coordinator_serving(settings) as (_, address), a_server(address, epoch="epoch-2") as server:
+        assert [(await server.expect(Lease)).task_id for _ in range(2)] == [1, 2]
 
 
 async def test_a_server_out_of_service_is_named_with_its_reason_and_granted_leases_again_when_it_is_back(
