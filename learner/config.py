@@ -257,6 +257,11 @@ class LearnerConfig:
         help="ranks that compute each sequence together (Ulysses), a stretch of its tokens and some of the attention "
         "heads each; a micro-batch then has so many times --micro-batch-tokens",
     )
+    tensor_parallel: int = option(
+        1,
+        help="ranks that have a part of each layer each (AutoTP), for models whose layers are too large for one; at "
+        "zero_stage 1 or 2",
+    )
     max_restarts: int = option(3, help="how often in a row --ranks starts ranks anew that get no step further")
     rank_timeout_s: float = option(600.0, help="a rank whose node vanished is given up after so long")
 
@@ -348,6 +353,10 @@ class LearnerConfig:
     def _check_adapters(self) -> None:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
+        if self.lora_settings is not None and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} trains whole policies: lora_rank needs it to be 1"
+            )
 
     def _check_canary(self) -> None:
         if self.canary_every is not None and self.canary_every < 0:
@@ -410,6 +419,7 @@ class LearnerConfig:
             attention=self.attention,
             check_memory=self.check_memory,
             sequence_parallel=self.sequence_parallel,
+            tensor_parallel=self.tensor_parallel,
             deepspeed=read_deepspeed_file(self.deepspeed_config),
             deepspeed_file=str(self.deepspeed_config or ""),
         )
