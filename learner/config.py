@@ -202,8 +202,8 @@ class LearnerConfig:
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float | None = option(
         None,
-        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, the less the more of it: 0.875 at 2, 0.5 "
-        "at 8, 0 from 9 on, since stale gradients are momentum themselves",
+        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, and 0.1 less for each step of it, down "
+        "to 0: stale gradients are momentum themselves",
     )
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
