@@ -354,9 +354,7 @@ class LearnerConfig:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
         if self.lora_settings is not None and self.tensor_parallel > 1:
-            raise ValueError(
-                f"tensor_parallel {self.tensor_parallel} trains whole policies: lora_rank needs it to be 1"
-            )
+            raise ValueError(f"tensor_parallel must be 1 with lora_rank, got {self.tensor_parallel}")
 
     def _check_canary(self) -> None:
         if self.canary_every is not None and self.canary_every < 0:
