@@ -255,7 +255,8 @@ async def test_a_learner_that_comes_back_with_adapters_that_the_engine_has_no_ro
     tmp_path, had, needs, is_served
 ):
     async with a_learner() as learner, a_joined_server(learner, tmp_path, adapters=had) as serving:
-        learner.say(learner.welcome(session="2", run_id="run.2", adapters=needs))
+        learner.session = "2"
+        learner.say(learner.welcome(adapters=needs))
         if is_served:
             learner.lease(3)
             assert (await learner.hear_group()).lease_id == 3
