@@ -23,7 +23,7 @@ def build_batch(
     Its micro-batches are those of part 0, 1, ... in turn, as many for each: ranks go through them in lockstep, so those
     of one turn are balanced. Where there are too few trajectories a part gets one without any token to train.
 
-    micro_batch_tokens: of a rank, so that ranks which compute a micro-batch together get as many times more.
+    micro_batch_tokens: of a rank, so that ranks which compute sequences together get as many times more.
 
     Here the bound on staleness is enforced for every token, whatever happened before: one that is older than
     max_staleness optimizer steps stays as context and gets no gradient.
@@ -64,7 +64,7 @@ def cut_into_micro_batches(lengths: Sequence[int], micro_batch_tokens: int, layo
     A turn holds trajectories of similar length, so that little is padded, each given to the part with the fewest tokens
     so far. A trajectory beyond the budget goes alone.
     """
-    budget = micro_batch_tokens * layout.ranks_per_part
+    budget = micro_batch_tokens * layout.ranks_per_sequence
     turns: list[list[_Bin]] = []
     # Ties by place, so that the cut depends on nothing else.
     for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each), reverse=True):

@@ -20,6 +20,7 @@ from learner.loss_settings import (
     check_proximal,
     check_strengths,
     check_value_head,
+    default_adam_beta1,
 )
 from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings, check_group_relative
 
@@ -103,7 +104,8 @@ class LearnerConfig:
     correction: tuple[str, ...] = option(
         (),
         help="what is done about tokens that another policy sampled, e.g. icepop or icepop:low=0.5,high=2; may be "
-        "repeated; default: truncate_tokens with decoupled_ppo and reinforce, nothing with the others",
+        "repeated; default: taper with decoupled_ppo and reinforce, truncate_tokens where max_staleness is 0; nothing "
+        "with the others",
     )
     proximal: Proximal = option(
         "recomputed",
@@ -203,7 +205,11 @@ class LearnerConfig:
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
-    adam_beta1: float = option(0.9, help="decay of Adam's first moment")
+    adam_beta1: float | None = option(
+        None,
+        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, the less the more of it: 0.875 at 2, 0.5 "
+        "at 8, 0 from 9 on, since stale gradients are momentum themselves",
+    )
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
     weight_decay: float = option(0.0, help="decoupled weight decay")
@@ -255,6 +261,11 @@ class LearnerConfig:
         1,
         help="ranks that compute each sequence together (Ulysses), a stretch of its tokens and some of the attention "
         "heads each; a micro-batch then has so many times --micro-batch-tokens",
+    )
+    tensor_parallel: int = option(
+        1,
+        help="ranks that have a part of each layer each (AutoTP), for models whose layers are too large for one; at "
+        "zero_stage 1 or 2",
     )
     max_restarts: int = option(3, help="how often in a row --ranks starts ranks anew that get no step further")
     rank_timeout_s: float = option(600.0, help="a rank whose node vanished is given up after so long")
@@ -334,9 +345,9 @@ class LearnerConfig:
         for name in ("max_grad_norm", "server_timeout_s", "adam_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        for name, beta in zip(("adam_beta1", "adam_beta2"), self.adam_betas, strict=True):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {beta}")
 
     def _check_dynamic_sampling(self) -> None:
         if self.dynamic_sampling < 0:
@@ -347,6 +358,10 @@ class LearnerConfig:
     def _check_adapters(self) -> None:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
+        if self.lora_settings is not None and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} trains whole policies: lora_rank needs it to be 1"
+            )
 
     def _check_canary(self) -> None:
         if self.canary_every is not None and self.canary_every < 0:
@@ -380,6 +395,11 @@ class LearnerConfig:
             )
 
     @property
+    def adam_betas(self) -> tuple[float, float]:
+        beta1 = default_adam_beta1(self.max_staleness) if self.adam_beta1 is None else self.adam_beta1
+        return beta1, self.adam_beta2
+
+    @property
     def reward_settings(self) -> RewardSettings:
         length = self.overlong_length
         if length is None and self.overlong_buffer > 0:
@@ -404,6 +424,7 @@ class LearnerConfig:
             attention=self.attention,
             check_memory=self.check_memory,
             sequence_parallel=self.sequence_parallel,
+            tensor_parallel=self.tensor_parallel,
             deepspeed=read_deepspeed_file(self.deepspeed_config),
             deepspeed_file=str(self.deepspeed_config or ""),
         )

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from common.lifecycle import UserError
 from learner.engine_settings import Offload
+from learner.tensor_parallel import partition_config
 from learner.training import TrainSettings
 
 _BUCKET_ELEMENTS = 50_000_000  # gradients reduced, and parameters gathered, at once
@@ -29,7 +31,7 @@ _REFUSED = {
     "scheduler": "--lr-schedule, --warmup-steps and --total-steps say how the learning rate goes",
     "sequence_parallel_size": "--sequence-parallel says how many ranks share a sequence",
     "fp16": "--dtype bfloat16 is what trains in 16 bits",
-    "tensor_parallel": "it is not supported: tensors that are split by it cannot be published",
+    "tensor_parallel": "--tensor-parallel says how many ranks share a layer",
 }
 
 
@@ -58,6 +60,7 @@ def _ours(settings: TrainSettings) -> dict[str, Any]:
             **_offload(settings.engine.offload),
             **_buckets(settings.engine.deepspeed),
         },
+        **_tensor_parallel(settings),
         "bf16": {"enabled": settings.dtype == "bfloat16"},
         "optimizer": {
             "type": "AdamW",
@@ -82,6 +85,15 @@ def _offload(offload: Offload) -> dict[str, Any]:
         **({"offload_optimizer": to_host} if offload != "none" else {}),
         **({"offload_param": to_host} if offload == "all" else {}),
     }
+
+
+def _tensor_parallel(settings: TrainSettings) -> dict[str, Any]:
+    """Of policy and critic, which transformers splits alike; the output layer stays whole, for chunks of its logits."""
+    size = settings.engine.tensor_parallel
+    if size == 1:
+        return {}
+    plan = partition_config(AutoConfig.from_pretrained(settings.model))
+    return {"tensor_parallel": {"autotp_size": size, "vocab_parallel_lm_head": False, "partition_config": plan}}
 
 
 def _buckets(theirs: Mapping[str, Any]) -> dict[str, int]:

@@ -16,12 +16,13 @@ from learner.deepspeed_config import deepspeed_config
 from learner.launch import Place
 from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
 from learner.packing import can_pack, can_spread
-from learner.parallelism import check_attention, check_parallelism, open_parts
+from learner.parallelism import check_attention, check_parallelism, open_sharing
 from learner.ppo_engine import PpoEngine
 from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
 from learner.sequence_parallel import SequenceRanks, let_rows_be_spread
 from learner.sharded_state import SavedState, ShardedState
+from learner.tensor_parallel import TensorRanks
 from learner.training import TrainSettings
 from learner.zero_gradients import discard_gradient
 from learner.zero_state import ZeroState
@@ -35,17 +36,22 @@ GATHERED_BYTES = 256 << 20
 class DeepSpeedNetwork:
     """One DeepSpeed engine. Micro-batches are counted by us: `is_last` sets the accumulation boundary."""
 
-    def __init__(self, module: nn.Module, settings: TrainSettings) -> None:
+    def __init__(self, module: nn.Module, settings: TrainSettings, tensor_ranks: TensorRanks | None = None) -> None:
+        """tensor_ranks: those that have a part of each layer each."""
         import deepspeed
 
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._stage = settings.zero_stage
+        self._tensor_ranks = tensor_ranks
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, config=deepspeed_config(settings)
         )
         self._module = module
-        self._state = ZeroState(self._engine, module, stage=self._stage)
+        parts = tensor_ranks.shards(module.named_parameters(), shapes) if tensor_ranks is not None else {}
+        self._shards = {id(parameter): parts[name] for name, parameter in module.named_parameters() if name in parts}
+        self._state = ZeroState(self._engine, module, stage=self._stage, shards=parts)
         if self._stage == 3 and isinstance(module, PolicyNetwork):
             # It is read outside its own forward: from here on it is gathered with the policy's.
             deepspeed.zero.register_external_parameter(module, module.model.get_output_embeddings().weight)
@@ -64,8 +70,9 @@ class DeepSpeedNetwork:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # DeepSpeed averages over ranks what is meant to be summed: the loss is divided by the global token count.
-        self._engine.backward(loss * self._engine.world_size)
+        # DeepSpeed averages over ranks with other data what is meant to be summed: the loss is divided by the count of
+        # all tokens.
+        self._engine.backward(loss * self._engine.dp_world_size)
         if not is_last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
@@ -88,13 +95,19 @@ class DeepSpeedNetwork:
     def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         """See Trainable."""
         if self._stage < 3:
-            yield from ((name, parameter.data) for name, parameter in parameters)
+            yield from ((name, self._whole(parameter)) for name, parameter in parameters)
             return
         import deepspeed
 
         for bucket in _buckets(parameters):
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
                 yield from ((name, parameter.data) for name, parameter in bucket)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if (shard := self._shards.get(id(parameter))) is None:
+            return parameter.data
+        assert self._tensor_ranks is not None
+        return self._tensor_ranks.whole(parameter.data, shard)
 
     def copy_state(self) -> ShardedState:
         return self._state.now().copy()
@@ -152,17 +165,17 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
         check_attention(body, settings.engine)
         if settings.engine.activation_checkpointing:
             compute_activations_twice(body)
+    sharing = open_sharing(ranks, settings.engine)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch
-        trained_policy = DeepSpeedNetwork(policy, settings)
-        trained_critic = DeepSpeedNetwork(critic, settings) if critic is not None else None
+        trained_policy = DeepSpeedNetwork(policy, settings, sharing.tensor_ranks)
+        trained_critic = DeepSpeedNetwork(critic, settings, sharing.tensor_ranks) if critic is not None else None
     if settings.engine.packing:
         pack_where_possible(policy, critic, trained_policy.device)
-    parts, sequence_ranks = open_parts(ranks, settings.engine)
-    if sequence_ranks is not None:
-        spread_sequences(policy, critic, trained_policy.device, sequence_ranks, ranks)
+    if sharing.sequence_ranks is not None:
+        spread_sequences(policy, critic, trained_policy.device, sharing.sequence_ranks, ranks)
     reference = open_reference(settings, trained_policy.device, policy)
-    return PpoEngine(settings, trained_policy, trained_critic, reference, ranks, parts)
+    return PpoEngine(settings, trained_policy, trained_critic, reference, ranks, sharing.parts)
 
 
 def compute_activations_twice(body: Any) -> None:

@@ -17,6 +17,19 @@ CriticKind = Literal["own", "value_head"]
 """A network of its own, or a head on the policy's trunk."""
 
 
+MOMENTUM_STEPS = 9.0
+"""Mean age, in steps, of the gradients in Adam's first moment at beta1 0.9, which is beta1 / (1 - beta1)."""
+
+
+def default_adam_beta1(max_staleness: int) -> float:
+    """Such that the age of data and that of gradients in the first moment are 9 steps together, where that can be.
+
+    Stale gradients act as momentum does, and add to it: Mitliagkas et al. 2016, arXiv:1605.09774.
+    """
+    steps = max(MOMENTUM_STEPS - max_staleness, 0.0)
+    return steps / (1.0 + steps)
+
+
 def check_proximal(proximal: Proximal, loss: str) -> None:
     """Raises ValueError when the loss has no use for it."""
     if proximal != "recomputed" and loss != "decoupled_ppo":

@@ -17,6 +17,7 @@ from learner.launch import Place, ranks_here
 from learner.lora_settings import LoraSettings
 from learner.memory_plan import GB, MemoryPlan, Models, ModelShape, plan_memory
 from learner.networks import changes_logits
+from learner.tensor_parallel import split_parameters
 from learner.training import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def table(plan: MemoryPlan, free: Memory) -> str:
     lines = [f"memory of each of {plan.num_ranks} ranks, in GB ({plan.ranks_here} on this node)"]
     for item in sorted(plan.items, key=lambda each: (each.place, -each.num_bytes)):
         notes = ("rank 0 alone",) * item.of_rank_0_alone + ("estimated",) * item.is_estimate
-        notes += ("for part of a step",) * item.passes
+        notes += (item.when,) * (item.when != "always")
         said = f" ({', '.join(notes)})" if notes else ""
         lines.append(f"    {item.place:6} {item.num_bytes / GB:9.3f}  {item.what}{said}")
     if free.device is not None:
@@ -127,19 +128,24 @@ def _left_in_container(cgroup: Path) -> float:
 
 def shapes_of(settings: TrainSettings) -> Models:
     """From the models' configurations alone; raises UserError when there is no such model."""
-    policy = model_shape(settings.model, lora=settings.lora)
+    splits = settings.engine.tensor_parallel > 1
+    policy = model_shape(settings.model, lora=settings.lora, splits=splits)
     if settings.value_head:
         head = policy.hidden + 1
         policy = replace(policy, parameters=policy.parameters + head, trained=policy.trained + head)
-    critic = model_shape(settings.critic_model, kind=AutoModel) if settings.critic_model is not None else None
+    critic = None
+    if settings.critic_model is not None:
+        critic = model_shape(settings.critic_model, kind=AutoModel, splits=splits)
     reference = settings.kl.reference_model
     if reference is None or (reference == settings.model and settings.lora is not None):
         return Models(policy=policy, critic=critic)
     return Models(policy=policy, critic=critic, reference=replace(model_shape(reference), trained=0))
 
 
-def model_shape(name: str, *, kind: Any = AutoModelForCausalLM, lora: LoraSettings | None = None) -> ModelShape:
-    """Of a Hugging Face name or directory."""
+def model_shape(
+    name: str, *, kind: Any = AutoModelForCausalLM, lora: LoraSettings | None = None, splits: bool = False
+) -> ModelShape:
+    """Of a Hugging Face name or directory; splits: whether ranks have parts of its layers."""
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
@@ -155,6 +161,7 @@ def model_shape(name: str, *, kind: Any = AutoModelForCausalLM, lora: LoraSettin
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
+        split=split_parameters(model) if splits else 0,
         chunks_logits=not changes_logits(config),
     )
 

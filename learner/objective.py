@@ -31,7 +31,9 @@ class PolicyObjective:
     def __init__(self, settings: TrainSettings) -> None:
         self._settings = settings
         self._loss = build_loss(settings.loss, settings.loss_settings)
-        self._corrections = build_corrections(settings.corrections, loss=settings.loss)
+        self._corrections = build_corrections(
+            settings.corrections, loss=settings.loss, max_staleness=settings.max_staleness
+        )
         self._shares = build_aggregation(settings.aggregation)
 
     def __repr__(self) -> str:

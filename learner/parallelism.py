@@ -3,6 +3,8 @@
 Ranks of a part follow one another, so that on one node they are where communication is fast.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig
@@ -11,13 +13,37 @@ from common.lifecycle import UserError
 from learner.engine_settings import EngineSettings
 from learner.ranks import Alone, GlooRanks, Ranks, new_group
 from learner.sequence_parallel import KINDS_OF_ATTENTION, SequenceRanks
+from learner.tensor_parallel import TensorRanks, check_sizes
 from learner.training import TrainSettings
 
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the longest position that a rank sees
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Whom this rank shares what with."""
+
+    parts: Ranks  # the ranks with other parts of a batch
+    sequence_ranks: SequenceRanks | None = None  # those with other stretches of the same sequences
+    tensor_ranks: TensorRanks | None = None  # those with other parts of the same layers
+
+
+def open_sharing(ranks: Ranks, engine: EngineSettings) -> Sharing:
+    """All ranks call it, after check_parallelism()."""
+    size = engine.ranks_per_part
+    if size == 1:
+        return Sharing(ranks)
+    timeout_s = engine.rank_timeout_s
+    across = [range(first, ranks.size, size) for first in range(size)]
+    parts = GlooRanks(timeout_s=timeout_s, members=across) if ranks.size > size else Alone()
+    together = new_group([range(first, first + size) for first in range(0, ranks.size, size)], timeout_s=timeout_s)
+    if engine.tensor_parallel > 1:
+        return Sharing(parts, tensor_ranks=TensorRanks(together))
+    return Sharing(parts, sequence_ranks=SequenceRanks(together))
+
+
 def check_parallelism(settings: TrainSettings, num_ranks: int) -> None:
-    """Raises UserError when so many ranks cannot share as the settings say, or the model's heads cannot be shared."""
+    """Raises UserError when so many ranks cannot share as the settings say, or the models cannot be shared so."""
     engine = settings.engine
     if num_ranks % engine.ranks_per_part:
         raise UserError(
@@ -25,19 +51,30 @@ def check_parallelism(settings: TrainSettings, num_ranks: int) -> None:
             f"{num_ranks}; --ranks, or the launcher, says how many there are"
         )
     if engine.sequence_parallel > 1:
-        for name in {settings.model, settings.critic_model, settings.kl.reference_model} - {None}:
-            _check_sequence_parallel(str(name), engine)
+        for name in {*_trained(settings), settings.kl.reference_model or settings.model}:
+            _check_sequence_parallel(name, engine)
+    if engine.tensor_parallel > 1:
+        for name in _trained(settings):
+            check_sizes(name, _config(name), engine.tensor_parallel)
+        if len({_config(name).model_type for name in _trained(settings)}) > 1:
+            raise UserError(f"{engine.parallel_flag}: critic_model has to be of the same architecture as model")
 
 
-def _text_config(name: str) -> Any:
+def _trained(settings: TrainSettings) -> Iterator[str]:
+    yield settings.model
+    if settings.critic_model is not None:
+        yield settings.critic_model
+
+
+def _config(name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name).get_text_config()
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
 
 
 def _check_sequence_parallel(name: str, engine: EngineSettings) -> None:
-    config, size = _text_config(name), engine.sequence_parallel
+    config, size = _config(name).get_text_config(), engine.sequence_parallel
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % size or (key_heads % size and size % key_heads):
@@ -61,15 +98,3 @@ def check_attention(model: Any, engine: EngineSettings) -> None:
             f"{engine.parallel_flag} needs --attention {' or '.join(KINDS_OF_ATTENTION)}, got {kind} for "
             f"{type(model).__name__}"
         )
-
-
-def open_parts(ranks: Ranks, engine: EngineSettings) -> tuple[Ranks, SequenceRanks | None]:
-    """(the ranks with other parts of a batch, those with stretches of the same sequences); all ranks call it."""
-    size = engine.ranks_per_part
-    if size == 1:
-        return ranks, None
-    timeout_s = engine.rank_timeout_s
-    across = [range(first, ranks.size, size) for first in range(size)]
-    parts = GlooRanks(timeout_s=timeout_s, members=across) if ranks.size > size else Alone()
-    together = [range(first, first + size) for first in range(0, ranks.size, size)]
-    return parts, SequenceRanks(new_group(together, timeout_s=timeout_s))

@@ -56,7 +56,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         lr_schedule=config.lr_schedule,
         warmup_steps=config.warmup_steps,
         total_steps=config.total_steps,
-        adam_betas=(config.adam_beta1, config.adam_beta2),
+        adam_betas=config.adam_betas,
         adam_epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

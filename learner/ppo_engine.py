@@ -119,9 +119,11 @@ class PpoEngine:
     @property
     def layout(self) -> BatchLayout:
         one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
+        sequence_ranks = self._network.sequence_ranks
         return BatchLayout(
             num_parts=self._parts.size,
             ranks_per_part=self._ranks.size // self._parts.size,
+            ranks_per_sequence=sequence_ranks.size if sequence_ranks is not None else 1,
             packs=self._network.packs,
             in_one_row=one_row,
         )

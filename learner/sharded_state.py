@@ -4,6 +4,7 @@ Each rank writes what it holds, in float32, with a table that says which element
 resumes takes from all files what it needs: at any number of ranks and any ZeRO stage. safetensors only, no pickle.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,23 @@ class Fragment(msgspec.Struct, frozen=True, array_like=True):
     flat_start: int  # in it
 
 
+class Shard(msgspec.Struct, frozen=True, array_like=True):
+    """Which part of a parameter is one that several ranks have a part of each, of the same size."""
+
+    dim: int
+    index: int
+    count: int
+    shape: tuple[int, ...]  # of the part
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(self.shape))
+
+    def cut(self, whole: Tensor) -> Tensor:
+        size = self.shape[self.dim]
+        return whole.view(self.whole_shape).narrow(self.dim, self.index * size, size)
+
+
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """What a file holds."""
 
@@ -37,6 +55,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     num_ranks: int
     num_steps: int  # of Adam, so far
     fragments: tuple[Fragment, ...]
+    shards: dict[str, Shard] = {}  # of parameters that this rank has a part of; fragments are then of that part
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +117,18 @@ class SavedState:
                 f"the checkpoint {directory} was written by {tables[0].num_ranks} ranks and has {len(paths)}"
             )
         self.num_steps = tables[0].num_steps
-        self._pieces: dict[str, list[tuple[Fragment, Any]]] = {}
+        self._pieces: dict[tuple[str, int], list[tuple[Fragment, Any]]] = {}
+        self._shards: dict[str, Shard] = {}  # one of each parameter that is in parts
         for table, file in zip(tables, self._files, strict=True):
+            self._shards |= table.shards
             for fragment in table.fragments:
-                self._pieces.setdefault(fragment.name, []).append((fragment, file))
+                shard = table.shards.get(fragment.name)
+                key = fragment.name, shard.index if shard is not None else 0
+                self._pieces.setdefault(key, []).append((fragment, file))
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises UserError unless it holds exactly these parameters."""
-        expected, held = set(names), set(self._pieces)
+        expected, held = set(names), {name for name, _ in self._pieces}
         if expected != held:
             odd = sorted(expected ^ held)
             raise UserError(
@@ -113,13 +136,35 @@ class SavedState:
                 f"{odd[0]} is in one of them only: resume with the model the run was begun with"
             )
 
-    def read(self, name: str, start: int, num_elements: int, kind: str = "parameter") -> Tensor:
-        """These elements of a parameter or a moment of it, float32 [num_elements]; zeros before the first step."""
-        values = torch.zeros(num_elements)
+    def read(
+        self, name: str, start: int, num_elements: int, kind: str = "parameter", *, shard: Shard | None = None
+    ) -> Tensor:
+        """These elements of a parameter or a moment of it, float32 [num_elements]; zeros before the first step.
+
+        shard: of which they are; None: of the whole.
+        """
         if kind != "parameter" and self.num_steps == 0:
-            return values
+            return torch.zeros(num_elements)
+        saved = self._shards.get(name)
+        if (saved and (saved.dim, saved.count)) == (shard and (shard.dim, shard.count)):
+            return self._read_part(name, shard.index if shard is not None else 0, start, num_elements, kind)
+        whole = self._whole(name, kind, saved or shard)
+        own = whole if shard is None else shard.cut(whole)
+        return own.reshape(-1)[start : start + num_elements]
+
+    def _whole(self, name: str, kind: str, shard: Shard | None) -> Tensor:
+        """shard: any of it, as it was saved, or as it is asked for where it was saved whole."""
+        assert shard is not None
+        if name not in self._shards:
+            return self._read_part(name, 0, 0, math.prod(shard.whole_shape), kind)
+        size = math.prod(shard.shape)
+        parts = [self._read_part(name, index, 0, size, kind).view(shard.shape) for index in range(shard.count)]
+        return torch.cat(parts, dim=shard.dim)
+
+    def _read_part(self, name: str, part: int, start: int, num_elements: int, kind: str) -> Tensor:
+        values = torch.zeros(num_elements)
         end, found = start + num_elements, 0
-        for fragment, file in self._pieces[name]:
+        for fragment, file in self._pieces[name, part]:
             first, last = max(start, fragment.start), min(end, fragment.start + fragment.num_elements)
             if first >= last:
                 continue

@@ -78,6 +78,8 @@ class TrainSettings:
         check_proximal(self.proximal, self.loss)
         self.rewards.check_advantage(self.advantage)
         self.engine.check_stage(self.zero_stage)
+        if self.lora is not None and self.engine.tensor_parallel > 1:
+            raise ValueError(f"tensor_parallel must be 1 with adapters, got {self.engine.tensor_parallel}")
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
@@ -89,7 +91,8 @@ class BatchLayout:
     """How a batch has to be cut for an engine."""
 
     num_parts: int = 1  # each for ranks of its own
-    ranks_per_part: int = 1  # which compute it together, and so more tokens at once
+    ranks_per_part: int = 1  # which compute it together
+    ranks_per_sequence: int = 1  # of these, that have some of its tokens each, and so take more at once
     packs: bool = False  # see learner/packing.py
     in_one_row: bool = False  # likewise
 

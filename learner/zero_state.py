@@ -4,21 +4,26 @@ It reads attributes that DeepSpeed 0.19.8 does not document, so its version is p
 plain torch, for a resume too.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from learner.sharded_state import KINDS, Flat, Fragment, SavedState, ShardedState, Table
+from learner.sharded_state import KINDS, Flat, Fragment, SavedState, Shard, ShardedState, Table
 
 
 class ZeroState:
     """Of one engine, on one rank. `num_steps` counts Adam's steps, which DeepSpeed does not at every stage."""
 
-    def __init__(self, engine: Any, module: nn.Module, *, stage: int) -> None:
+    def __init__(
+        self, engine: Any, module: nn.Module, *, stage: int, shards: Mapping[str, Shard] | None = None
+    ) -> None:
+        """shards: of parameters that this rank has a part of; at stages 1 and 2."""
         self._engine = engine
         self._stage = stage
         self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self._shards = shards or {}
         self.num_steps = 0
 
     def now(self) -> ShardedState:
@@ -29,9 +34,14 @@ class ZeroState:
             rank=rank,
             num_ranks=self._engine.world_size,
             num_steps=self.num_steps,
-            fragments=self._fragments() if holds_it else (),
+            fragments=tuple(each for each in self._fragments() if self._writes(each.name)) if holds_it else (),
+            shards=dict(self._shards),
         )
         return ShardedState(table, [self._flat(each) for each in self._masters()] if holds_it else [])
+
+    def _writes(self, name: str) -> bool:
+        """Of what ranks with parts of other parameters have all, the first writes it."""
+        return name in self._shards or all(shard.index == 0 for shard in self._shards.values())
 
     def load(self, saved: SavedState) -> None:
         """Raises UserError when the checkpoint does not fit."""
@@ -44,7 +54,9 @@ class ZeroState:
             place = slice(fragment.flat_start, fragment.flat_start + fragment.num_elements)
             for kind in KINDS:
                 tensor: Tensor = getattr(flats[fragment.flat], kind)
-                tensor[place] = saved.read(fragment.name, fragment.start, fragment.num_elements, kind).to(tensor.device)
+                tensor[place] = saved.read(
+                    fragment.name, fragment.start, fragment.num_elements, kind, shard=self._shards.get(fragment.name)
+                ).to(tensor.device)
         self.num_steps = saved.num_steps
         self._renew_parameters(saved)
 
@@ -105,4 +117,5 @@ class ZeroState:
                 persistent[0].all_gather(persistent)
         elif self._stage > 0:
             for name, parameter in self._trained.items():
-                parameter.data.copy_(saved.read(name, 0, parameter.numel()).view(parameter.shape))
+                values = saved.read(name, 0, parameter.numel(), shard=self._shards.get(name))
+                parameter.data.copy_(values.view(parameter.shape))

@@ -23,6 +23,7 @@ class HostCopy:
         self._descriptor = os.memfd_create("countercurrent-snapshot")
         self._changes_descriptor = os.memfd_create("countercurrent-changes")
         self._mapping: mmap.mmap | None = None
+        self._is_cold = True  # no page of it may exist yet
         self.manifest: SnapshotManifest | None = None
 
     def __repr__(self) -> str:
@@ -41,15 +42,24 @@ class HostCopy:
     def begin(self, num_bytes: int) -> None:
         """A full snapshot of so many bytes will be written: what the bytes are is not known until it says so."""
         self.manifest = None
-        if self._mapping is not None and len(self._mapping) == num_bytes:
+        self._is_cold = self._mapping is None or len(self._mapping) != num_bytes
+        if not self._is_cold:
             return
         self._mapping = None  # unmapped with the last view of it, which the traceback of an error may still hold
         os.ftruncate(self._descriptor, num_bytes)
         self._mapping = mmap.mmap(self._descriptor, num_bytes)
 
     def write(self, start: int, data: bytes | memoryview) -> None:
+        """Pages that do not exist yet are made through the file: one fault after the other takes twice as long."""
         assert self._mapping is not None
-        self._mapping[start : start + len(data)] = data
+        end = start + len(data)
+        assert end <= len(self._mapping)
+        if not self._is_cold:
+            self._mapping[start:end] = data
+            return
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.pwrite(self._descriptor, rest, end - len(rest)) :]
 
     def apply(self, delta: DeltaManifest, changes: Sequence[BlockChanges]) -> LocalChanges:
         """Bring the copy to the version of delta.target, and verify all of it.

@@ -1,8 +1,9 @@
 """PulledSnapshots: versions pulled over ZeroMQ into this process's own copy, from whatever host.
 
 A delta when the learner's side has one for what this server holds, else the full snapshot. Chunk by chunk, several
-requests in flight, into warm memory; a delta is decoded while it arrives. A cut connection costs the chunks in flight
-and nothing else: what was verified stays.
+requests in flight, into memory that is kept; a delta is decoded while it arrives. Chunks are written and decoded by a
+thread, beside the event loop and the transfer. A cut connection costs the chunks in flight and nothing else: what was
+verified stays.
 """
 
 import logging
@@ -36,14 +37,14 @@ class PulledSnapshots:
         self._target = target
         self._client = client
         self._copy = HostCopy()
-        self._decoding = DedicatedThread("weights")
+        self._writing = DedicatedThread("weights")  # into the copy
         self._gave_up = False  # the pull before this one
 
     def __repr__(self) -> str:
         return f"<PulledSnapshots, {self._copy!r}>"
 
     def close(self) -> None:
-        self._decoding.close()
+        self._writing.close()
         self._copy.close()
 
     def forget(self) -> None:
@@ -72,7 +73,7 @@ class PulledSnapshots:
         return None
 
     async def _pull_full(self, dealer: Dealer, manifest: SnapshotManifest, form: str) -> ArrivedSnapshot:
-        self._copy.begin(manifest.num_bytes)
+        await self._writing.run(self._copy.begin, manifest.num_bytes)
         pull = self._begin(manifest)
         while pull.missing:
             if self._is_overtaken(pull):
@@ -81,7 +82,8 @@ class PulledSnapshots:
                 raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: {newest} is published")
             arrived = await self._client.next_chunk(dealer, pull)
             if arrived is not None:
-                self._copy.write(manifest.chunk_range(arrived[0])[0], arrived[1])
+                index, data = arrived
+                await self._writing.run(self._copy.write, manifest.chunk_range(index)[0], data)
         self._copy.manifest = manifest
         self._gave_up = False
         return ArrivedSnapshot(manifest=manifest, path=self._copy.path, form=form, num_bytes=pull.num_bytes_received)
@@ -93,8 +95,8 @@ class PulledSnapshots:
             arrived = await self._client.next_chunk(dealer, pull)
             if arrived is not None:
                 decoder.add(*arrived)
-                await self._decoding.run(decoder.decode_arrived)
-        changes = await self._decoding.run(self._copy.apply, manifest, decoder.changes)
+                await self._writing.run(decoder.decode_arrived)
+        changes = await self._writing.run(self._copy.apply, manifest, decoder.changes)
         self._gave_up = False
         return ArrivedSnapshot(
             manifest=manifest.target,

@@ -1,13 +1,14 @@
 """Tiny Qwen2 models for tests: built in milliseconds, and judged by a transformers forward in float32."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
 
@@ -22,8 +23,10 @@ def a_tiny_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32) -
     return a_model(seed, tied=tied, dtype=dtype)
 
 
-def a_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32, **shape: int) -> Qwen2ForCausalLM:
-    """Likewise, of whatever shape."""
+def a_model(
+    seed: int, *, tied: bool, dtype: torch.dtype = torch.float32, kind: Any = Qwen2ForCausalLM, **shape: int
+) -> Qwen2ForCausalLM:
+    """Likewise, of whatever shape and architecture."""
     shape = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -32,7 +35,7 @@ def a_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32, **shap
         "num_attention_heads": 2,  # vLLM's CPU attention takes heads of 32, 64, ... dimensions
         "num_key_value_heads": 1,
     } | shape
-    config = Qwen2Config(
+    config = kind.config_class(
         **shape,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
@@ -42,7 +45,7 @@ def a_model(seed: int, *, tied: bool, dtype: torch.dtype = torch.float32, **shap
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = kind(config)
         for name, parameter in model.named_parameters():
             spread = 0.5 if "layernorm" in name or "norm" in name else LOGIT_SPREAD / parameter.shape[-1] ** 0.5
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=spread / 4)

@@ -35,12 +35,13 @@ CORRECTIONS: dict[str, Callable[..., Correction]] = {
     "icepop": corrections.icepop,
     "opsm": corrections.opsm,
     "product_mask": corrections.product_mask,
+    "taper": corrections.taper,
     "truncate_sequences": corrections.truncate_sequences,
     "truncate_tokens": corrections.truncate_tokens,
     "unweighted": corrections.unweighted,
     "veto": corrections.veto,
 }
-WEIGHINGS = frozenset({"truncate_sequences", "truncate_tokens", "unweighted"})
+WEIGHINGS = frozenset({"taper", "truncate_sequences", "truncate_tokens", "unweighted"})
 """Those that change weights alone, and so nothing about a loss that has none."""
 
 AGGREGATIONS: dict[str, Callable[[Tensor, BatchCounts], Tensor]] = {
@@ -75,6 +76,7 @@ __all__ = [
     "build_aggregation",
     "build_corrections",
     "build_loss",
+    "default_corrections",
     "describe_all",
     "settings_of",
     "value_loss",
@@ -86,13 +88,24 @@ def build_loss(name: str, settings: Mapping[str, float]) -> Callable[..., TokenL
     return build("loss", LOSSES, name, settings)
 
 
-def build_corrections(texts: Sequence[str] | None, *, loss: str) -> dict[str, Correct]:
-    """The corrections of e.g. ["icepop:low=0.5,high=2", "veto"], in that order; None: what suits the loss.
+def default_corrections(*, loss: str, max_staleness: int) -> tuple[str, ...]:
+    """Bounded weights, where the loss has any: between engines the unbiased ones, between versions those that hold it.
+
+    A step that goes wrong shows in the data only max_staleness steps later. Until then the only thing that leads back
+    is praise for what the older policies still do right, which importance weights would make nothing of.
+    """
+    if loss not in WEIGHTED_LOSSES:
+        return ()
+    return ("taper",) if max_staleness > 0 else ("truncate_tokens",)
+
+
+def build_corrections(texts: Sequence[str] | None, *, loss: str, max_staleness: int = 0) -> dict[str, Correct]:
+    """The corrections of e.g. ["icepop:low=0.5,high=2", "veto"], in that order; None: default_corrections().
 
     Raises ValueError for what does not exist, is given twice, or would do nothing about that loss.
     """
     if texts is None:
-        texts = ["truncate_tokens"] if loss in WEIGHTED_LOSSES else []
+        texts = default_corrections(loss=loss, max_staleness=max_staleness)
     built: dict[str, Correct] = {}
     for name, settings in map(parse_call, texts):
         if name in built:

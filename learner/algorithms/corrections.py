@@ -75,6 +75,17 @@ def truncate_sequences(evidence: Evidence, weights_BT: Tensor, *, max_weight: Ma
     return _weigh(evidence, sequence_BT.clamp(max=max_weight), truncated=sequence_BT > max_weight)
 
 
+def taper(evidence: Evidence, weights_BT: Tensor, *, max_weight: MaxWeight = 1.0) -> Correction:
+    """Rewarded tokens weigh 1 however unlikely they have become, all others at most a bound: tapered REINFORCE.
+
+    TOPR, Le Roux et al. 2025, arXiv:2503.14286, with a token's ratio for the trajectory's. Praise weighted with a small
+    ratio could not bring back what the policy has lost, and blame weighted with a large one would not fade in time.
+    """
+    praise_BT = weights_BT.clamp(1.0, 1.0)  # what is not a number stays so, to be noticed
+    tapered_BT = torch.where(evidence.advantages_BT > 0, praise_BT, weights_BT.clamp(max=max_weight))
+    return _weigh(evidence, tapered_BT, truncated=tapered_BT != weights_BT)
+
+
 def unweighted(evidence: Evidence, weights_BT: Tensor) -> Correction:
     """All tokens weigh 1, whoever sampled them: to see what weights are good for, or to use masks alone."""
     return _weigh(evidence, torch.ones_like(weights_BT))

@@ -12,9 +12,11 @@ from common.environments import ENVIRONMENT_UNAVAILABLE
 from common.messages import EvaluatedEpisode
 from common.snapshot import NO_VERSION
 from learner.coordinator.decisions import (
+    AcceptGroup,
     Decision,
     DeliverBatch,
     DropServer,
+    FilterGroup,
     ForgetTrained,
     Quarantine,
     RefuseGroup,
@@ -193,12 +195,17 @@ class Coordinator:
         fault = self.book.fault(lease, group)
         if fault is not None:
             return self.group_invalid(server_id, group.lease_id, *fault, now)
-        taken = self.book.accept(lease, group)
+        is_queued = self.book.accept(lease, group)
         self.members[server_id].heard_at = now
         self.members[server_id].note_success()
         self._offences.clear(server_id)
         self._hung.forgive(server_id)
         self.failures_in_a_row = 0
+        taken: Decision = AcceptGroup(server_id=server_id, group=group)
+        if not is_queued:
+            taken = FilterGroup(
+                server_id=server_id, lease_id=group.lease_id, task_id=group.task_id, version=self.version
+            )
         return [taken, *self._go_on(now)]
 
     def group_invalid(self, server_id: str, lease_id: int, kind: str, reason: str, now: float) -> list[Decision]:

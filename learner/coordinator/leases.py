@@ -5,7 +5,7 @@ from typing import Literal
 
 from common.snapshot import NO_VERSION
 from learner.coordinator.batches import Batches
-from learner.coordinator.decisions import AcceptGroup, CancelLease, Decision, FilterGroup, GrantLease, ParkTask
+from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
 from learner.coordinator.depth import Depth
 from learner.coordinator.dynamic_sampling import EQUAL_REWARDS, DynamicSampling
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
@@ -184,20 +184,18 @@ class LeaseBook:
             return "too_stale", f"a token is of version {group.oldest_version}, the lease demands {lease.min_version}"
         return None
 
-    def accept(self, lease: OpenLease, group: FinishedGroup) -> AcceptGroup | FilterGroup:
-        """The lease is fulfilled: the group is queued, unless it is one that dynamic sampling filters."""
+    def accept(self, lease: OpenLease, group: FinishedGroup) -> bool:
+        """The lease is fulfilled. False: the group is not queued, for dynamic sampling filters it."""
         self._close(lease)
         self.members[lease.server_id].down.pop(self.mix.environment_of(lease.task_id), None)
         self.endings.note_accepted(lease.lease_id)
         if not self.sampling.filters(group.header, version=self.version):
             self.batches.put(group)
-            return AcceptGroup(server_id=lease.server_id, group=group)
+            return True
         self.endings.count_cancelled(EQUAL_REWARDS)
         self.tasks.done(lease.task_id)
         self.sampling.note_filtered(lease.task_id, version=self.version)
-        return FilterGroup(
-            server_id=lease.server_id, lease_id=lease.lease_id, task_id=lease.task_id, version=self.version
-        )
+        return False
 
     def fail(self, lease: OpenLease, kind: str, reason: str, *, blame_task: bool) -> list[Decision]:
         """The lease failed; its task is leased again, unless it is to blame and has failed too often."""

@@ -91,8 +91,8 @@ class Latencies:
     lease_ms: list[float]
 
 
-def run_latency(case: Case, directory: Path, *, load: float) -> Latencies:
-    """`load`: share of the rate that the same processes reach at full speed just before."""
+def run_latency(case: Case, directory: Path, *, step_s: float = 0.0) -> Latencies:
+    """step_s: the learner takes so long for a step, and servers take up to so long for a group; 0: no time at all."""
     settings = settings_for(case, directory)
     with ExitStack() as stack:
         running = stack.enter_context(a_coordinator(case.journal, settings, directory))
@@ -101,17 +101,14 @@ def run_latency(case: Case, directory: Path, *, load: float) -> Latencies:
             group_size=case.group_size,
             names=names("server", case.servers - PROBES),
             capacity_groups=capacity(case),
+            spread_s=step_s,
         )
         stack.enter_context(senders("servers", plan, directory))
         probes = replace(
             plan, names=names("probe", PROBES), heartbeat_s=PROBE_HEARTBEAT_S, report=str(directory / "report.json")
         )
         probing = stack.enter_context(senders("servers", probes, directory))
-        running.learner.train_for(case.warm_up_s, running.pid)
-        step_s = 0.0
-        if load < 1.0:
-            full = running.learner.train_for(case.measured_s, running.pid)
-            step_s = case.step_trajectories / full.rate / load
+        running.learner.train_for(case.warm_up_s, running.pid, step_s=step_s)
         measured_from = time.monotonic()
         flow = running.learner.train_for(case.measured_s, running.pid, step_s=step_s)
         report = end_and_read(running, probing, Path(probes.report))
@@ -157,6 +154,11 @@ class Memory:
         return self.peak_rss - self.rss_before
 
 
+def ingress_bytes(num_servers: int, group_size: int) -> int:
+    """What may have arrived from so many servers and not have been received yet."""
+    return num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size)
+
+
 def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: int = 4) -> Memory:
     """Two servers send every group many times, two what they have no lease for, and two are good.
 
@@ -193,7 +195,7 @@ def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: in
         learner.hear_status(lambda _: True)  # servers have been told meanwhile that the queue is full
         return Memory(
             queue_bytes=queue_bytes,
-            ingress_bytes=NUM_SERVERS * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size),
+            ingress_bytes=ingress_bytes(NUM_SERVERS, group_size),
             sent_bytes=sent(status),
             rss_before=rss_before,
             peak_rss=memory_bytes(running.pid, "VmHWM"),

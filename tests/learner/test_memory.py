@@ -1,19 +1,22 @@
 """The memory report: its arithmetic against a real rank's memory, and its refusals."""
 
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.lifecycle import UserError
+from learner.batch_codec import part_of
 from learner.engine_settings import EngineSettings
-from learner.launch import Place, ranks_here
+from learner.launch import Place, free_port, launched_place, ranks_here
 from learner.lora_settings import LoraSettings
 from learner.memory_check import Memory, check_memory, free_memory, model_shape, shapes_of
-from learner.memory_plan import Models, ModelShape, plan_memory
+from learner.memory_plan import Models, ModelShape, most_at_once, plan_memory
 from learner.networks import load_policy
 from learner.reward_settings import KlSettings
 from learner.training import TrainSettings
@@ -23,7 +26,7 @@ from tests.models import a_model, save_model, save_tiny_model
 SEVEN_BILLION = ModelShape(
     parameters=7_000_000_000, trained=7_000_000_000, layers=32, hidden=4096, inner=11008, vocabulary=32000
 )
-FACTOR = 1.35  # that a prediction may be off
+FACTOR = 1.25  # that a prediction may be off
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,28 @@ def test_seven_billion_parameters_on_eight_ranks_take_what_the_zero_paper_says()
     assert bytes_by_name(offloaded)["host, snapshots for rollout servers"] == 14.0 * 3.5
 
 
+def test_the_most_of_a_rank_is_what_stays_and_the_phase_that_takes_most():
+    settings = TrainSettings(model="m", dtype="bfloat16", zero_stage=3)
+    plan = plan_memory(settings, Models(policy=SEVEN_BILLION), num_ranks=8, ranks_here=8, has_device=True)
+    stays = 2 * 14.0 / 8 + 12 * 7 / 8 + 0.1  # parameters, gradients, masters and moments, and the bucket
+    passes = 2.0 + 0.1  # a billion parameters are gathered, and a bucket of gradients is on its way
+    update = 12 * 7 / 8  # a float32 copy of the gradients, and Adam's two tensors
+    assert plan.device_bytes() / 1e9 == pytest.approx(stays + max(passes, update))
+    file = {"zero_optimization": {"stage3_max_live_parameters": 2e9, "reduce_bucket_size": 1e9}}
+    kept = bytes_by_name(replace(settings, engine=EngineSettings(deepspeed=file)), num_ranks=8)
+    assert kept["device, policy: other ranks' parameters, gathered"] == 4.0
+    assert kept["device, policy: bucket of gradients"] == 2.0
+
+
+def test_of_layers_that_are_split_a_rank_keeps_a_part_and_shares_out_among_fewer():
+    split = replace(SEVEN_BILLION, split=6_000_000_000)
+    settings = TrainSettings(model="m", dtype="bfloat16", zero_stage=2, engine=EngineSettings(tensor_parallel=4))
+    kept = bytes_by_name(settings, split, num_ranks=8)
+    assert kept["device, policy: parameters"] == 2 * (1 + 6 / 4)
+    assert kept["device, policy: Adam's moments"] == 8 * (1 + 6 / 4) / 2
+    assert kept["host, snapshots for rollout servers"] == 3.5 * 14.0
+
+
 def test_less_is_kept_for_adapters_and_for_activations_that_are_computed_twice():
     adapters = replace(SEVEN_BILLION, trained=10_000_000)
     assert bytes_by_name(TrainSettings(model="m"), adapters)["device, policy: Adam's moments"] == 0.08
@@ -76,6 +101,13 @@ def test_shapes_are_those_of_the_models_that_would_be_loaded(model: str):
     assert models.critic.parameters == models.policy.parameters  # its embeddings are tied
     assert models.reference == replace(models.policy, trained=0)
     assert models.reference.is_frozen
+    layers = loaded.model.model.layers
+    split = sum(
+        each.numel()
+        for name, each in layers.named_parameters()
+        if ("_proj" in name and not name.endswith(("o_proj.bias", "down_proj.bias")))
+    )
+    assert shapes_of(replace(settings, engine=EngineSettings(tensor_parallel=2))).policy.split == split
     with_head = shapes_of(some_train_settings(model, advantage="gae", value_head=True)).policy
     assert (with_head.parameters, with_head.trained) == (models.policy.parameters + 65, models.policy.trained + 65)
 
@@ -103,7 +135,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded_and_says_what_would(mode
     assert "--zero-stage 3 takes " in told
     assert "--check-memory false" in told
     on_device = Memory(host=1e12, device=1000.0)
-    with pytest.raises(UserError, match=r"a rank needs 0\.00 GB of its device, and 0\.00 GB are free"):
+    with pytest.raises(UserError, match=r"a rank needs 0\.20 GB of its device, and 0\.00 GB are free"):
         check_memory(settings, place, free=on_device)
 
 
@@ -140,18 +172,43 @@ def test_the_memory_that_is_free_is_known():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", ["1"])
-def test_a_prediction_is_near_what_a_rank_really_takes(stage: str, model: str, tmp_path: Path):
-    """Resident memory that a rank of 8M parameters in float32 gains, at its peak, by being opened and making a step."""
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "dtype"), [(1, 1, "float32"), (2, 2, "float32"), (3, 1, "bfloat16"), (3, 2, "float32")]
+)
+def test_a_prediction_is_near_what_a_rank_really_takes(
+    stage: int, num_ranks: int, dtype: Any, model: str, tmp_path: Path
+):
+    """Resident memory that a rank of 8M parameters gains, at its peak, by being opened and making two steps.
+
+    What is freed is given back at once: by itself glibc keeps blocks of less than 32 MB.
+    """
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192}
     larger = str(save_model(tmp_path, a_model(0, tied=True, num_attention_heads=4, num_key_value_heads=2, **shape)))
-    plan = check_memory(some_train_settings(larger, zero_stage=int(stage)), None, free=Memory(host=1e12))
-    predicted = sum(item.num_bytes for item in plan.items if item.what.startswith("policy") and not item.is_estimate)
-    command = [sys.executable, "-m", "tests.learner.test_memory", larger, model, stage]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
-    assert ended.returncode == 0, ended.stderr
-    gained = int(ended.stdout.split()[-1])
-    assert predicted / FACTOR < gained < predicted * FACTOR, (predicted, gained)
+    settings = some_train_settings(larger, zero_stage=stage, dtype=dtype)
+    places = [
+        Place(rank=rank, num_ranks=num_ranks, local_rank=rank, address="127.0.0.1", port=port)
+        for port in [free_port()]
+        for rank in range(num_ranks)
+    ]
+    plan = check_memory(settings, places[0], free=Memory(host=1e12))
+    predicted = most_at_once(item for item in plan.items if item.what.startswith("policy") and not item.is_estimate)
+    command = [sys.executable, "-m", "tests.learner.test_memory", larger, model, str(stage), dtype]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | (place.environment() if num_ranks > 1 else {}),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for place in places
+    ]
+    try:
+        gained = [int(rank.communicate(timeout=500)[0].split()[-1]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(predicted / FACTOR < each < predicted * FACTOR for each in gained), (predicted, gained)
 
 
 def resident_bytes(which: str = "VmRSS") -> int:
@@ -159,14 +216,18 @@ def resident_bytes(which: str = "VmRSS") -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(model: str, tiny: str, stage: str) -> None:
-    from learner.deepspeed_engine import open_deepspeed_engine
+def main(model: str, tiny: str, stage: str, dtype: Any) -> None:
+    from learner.deepspeed_engine import open_deepspeed_engine, open_ranks
 
+    ranks, _ = open_ranks(launched_place(os.environ), timeout_s=100.0)
     before = 0
     for name in (tiny, model):  # the first lets everything be imported
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = resident_bytes()
-        engine = open_deepspeed_engine(some_train_settings(name, zero_stage=int(stage)))
-        assert engine.step(a_batch(random_groups(0))).refusal is None
+        engine = open_deepspeed_engine(some_train_settings(name, zero_stage=int(stage), dtype=dtype), ranks)
+        for version in range(2):
+            batch = a_batch(random_groups(version, version=version), version=version, layout=engine.layout)
+            assert engine.step(part_of(batch, ranks.rank, engine.layout)).refusal is None
     sys.stdout.write(f"{resident_bytes('VmHWM') - before}\n")
 
 

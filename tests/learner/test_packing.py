@@ -93,7 +93,7 @@ def test_a_model_whose_attention_does_not_ask_other_ranks_is_found_out():
 
 
 def test_ranks_that_share_a_micro_batch_get_as_many_times_more_tokens_and_the_same_part():
-    layout = BatchLayout(num_parts=2, ranks_per_part=3)
+    layout = BatchLayout(num_parts=2, ranks_per_part=3, ranks_per_sequence=3)
     usual = cut_into_micro_batches(LENGTHS, 60, BatchLayout(num_parts=2))
     assert cut_into_micro_batches(LENGTHS, 20, layout) == usual
     batch = a_batch(random_groups(0), micro_batch_tokens=10, layout=layout)

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from common.lifecycle import UserError
 from learner.engine_settings import EngineSettings
+from learner.lora_settings import LoraSettings
 from learner.parallelism import check_parallelism
 from learner.reward_settings import KlSettings
+from learner.tensor_parallel import partition_config
 from tests.builders_learner import some_train_settings
 from tests.models import save_tiny_model
 
@@ -54,6 +56,61 @@ def test_rotary_embeddings_that_need_a_sequences_length_are_refused(model: str, 
     settings = some_train_settings(dynamic, engine=EngineSettings(sequence_parallel=2))
     with pytest.raises(UserError, match=r"are dynamic, which depend on a sequence's length"):
         check_parallelism(settings, 2)
+
+
+def test_layers_may_be_split_over_ranks_that_divide_their_heads_and_inner_size(model: str, tmp_path: Path):
+    def check(model: str, size: int) -> None:
+        check_parallelism(some_train_settings(model, engine=EngineSettings(tensor_parallel=size)), size)
+
+    wide = a_config(tmp_path / "wide", model, num_attention_heads=4, num_key_value_heads=2)
+    check(wide, 2)
+    with pytest.raises(UserError, match=r"wide has heads for keys and values: 2, which have to be multiples of 4"):
+        check(wide, 4)
+    odd = a_config(tmp_path / "odd", wide, intermediate_size=129)
+    with pytest.raises(UserError, match=r"odd has inner size: 129, which"):
+        check(odd, 2)
+    with pytest.raises(UserError, match="needs a number of ranks that is a multiple of 2, got 3"):
+        check_parallelism(some_train_settings(wide, engine=EngineSettings(tensor_parallel=2)), 3)
+
+
+def test_a_critic_that_is_split_otherwise_than_the_policy_is_refused(model: str, tmp_path: Path):
+    wide = a_config(tmp_path / "wide", model, num_attention_heads=4, num_key_value_heads=2)
+    LlamaConfig(num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path / "llama")
+    critic = {"critic_model": str(tmp_path / "llama"), "advantage": "gae"}
+    with pytest.raises(UserError, match="critic_model has to be of the same architecture as model"):
+        check_parallelism(some_train_settings(wide, engine=EngineSettings(tensor_parallel=2), **critic), 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(), "transformers has no plan of how to split a gpt2"),
+        (MixtralConfig(), "a mixtral splits layers.*, which is not supported"),
+    ],
+)
+def test_a_model_that_nobody_says_how_to_split_is_refused(config: PreTrainedConfig, reason: str):
+    with pytest.raises(UserError, match=reason):
+        partition_config(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"zero_stage": 3}, "tensor_parallel 2 needs zero_stage 1 or 2, got 3"),
+        ({"zero_stage": 0}, "tensor_parallel 2 needs zero_stage 1 or 2, got 0"),
+        ({"lora": LoraSettings(rank=4, alpha=8.0)}, "tensor_parallel must be 1 with adapters, got 2"),
+    ],
+)
+def test_what_does_not_go_together_with_split_layers_is_refused(overrides: dict[str, Any], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        some_train_settings("m", engine=EngineSettings(tensor_parallel=2), **overrides)
+
+
+def test_offloading_and_sequences_that_are_spread_do_not_go_together_with_split_layers():
+    with pytest.raises(ValueError, match="tensor_parallel 2 needs offload none, got optimizer"):
+        some_train_settings("m", engine=EngineSettings(tensor_parallel=2, offload="optimizer"))
+    with pytest.raises(ValueError, match="sequence_parallel 2 and tensor_parallel 4 do not go together"):
+        EngineSettings(sequence_parallel=2, tensor_parallel=4)
 
 
 def test_fewer_than_one_rank_is_no_rank():

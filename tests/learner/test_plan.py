@@ -53,6 +53,15 @@ def test_the_settings_of_training_are_those_of_the_configuration():
     assert (settings.loss_settings, settings.zero_stage, settings.critic_model) == ({"clip_ratio": 0.1}, 2, None)
 
 
+@pytest.mark.parametrize(("max_staleness", "beta1"), [(0, 0.9), (1, 8 / 9), (2, 0.875), (8, 0.5), (9, 0.0), (64, 0.0)])
+def test_the_older_data_may_be_the_less_momentum_is_added_to_it(max_staleness, beta1):
+    assert plan.train_settings(LearnerConfig(max_staleness=max_staleness), "m").adam_betas == (beta1, 0.95)
+
+
+def test_momentum_may_be_chosen_all_the_same():
+    assert plan.train_settings(LearnerConfig(max_staleness=8, adam_beta1=0.9), "m").adam_betas == (0.9, 0.95)
+
+
 def test_a_critic_starts_from_the_model_unless_told_otherwise():
     assert plan.train_settings(LearnerConfig(advantage="gae"), "m").critic_model == "m"
     assert plan.train_settings(LearnerConfig(advantage="gae", critic_model="c"), "m").critic_model == "c"

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from learner.algorithms import default_corrections
 from learner.demo.model import build_demo_model
+from learner.loss_settings import default_adam_beta1
 from tests.learning.run import CONFIG
 
 RUN_TIMEOUT_S = 1800
 POLL_S = 0.5
 
-CORRECTED = ("--loss", "decoupled_ppo", "--correction", "truncate_tokens")  # the defaults
-UNCORRECTED = ("--loss", "decoupled_ppo", "--correction", "unweighted")
-ARMS = {"corrected": CORRECTED, "uncorrected": UNCORRECTED}
+LOSS = "decoupled_ppo"
+ARMS = ("corrected", "uncorrected")  # with what is done by default about staleness, and with nothing
 STALENESS = (0, 1, 2, 4, 8)
 
 
@@ -41,8 +42,8 @@ def planned(seeds: int) -> list[Run]:
     return [
         Run(arm, max_staleness, seed)
         for seed in range(seeds)
-        for max_staleness in STALENESS
         for arm in ARMS
+        for max_staleness in STALENESS
         if max_staleness > 0 or arm == "corrected"
     ]
 
@@ -57,8 +58,14 @@ def load(directory: Path, run: Run, flags: tuple[str, ...]) -> dict[str, Any] | 
 
 
 def flags_of(run: Run, flags: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the learner; the user's own come last, and count."""
-    return (*ARMS[run.arm], "--max-staleness", str(run.max_staleness), "--seed", str(run.seed), *flags)
+    """Of the learner; the defaults are named, so that a result made with others is known; the user's own come last."""
+    corrections, beta1 = ("unweighted",), default_adam_beta1(0)
+    if run.arm == "corrected":
+        corrections = default_corrections(loss=LOSS, max_staleness=run.max_staleness)
+        beta1 = default_adam_beta1(run.max_staleness)
+    named = [word for correction in corrections for word in ("--correction", correction)]
+    place = ("--max-staleness", str(run.max_staleness), "--seed", str(run.seed))
+    return ("--loss", LOSS, *named, "--adam-beta1", str(beta1), *place, *flags)
 
 
 def run_all(directory: Path, runs: list[Run], *, flags: tuple[str, ...], processes: int, budget_s: float) -> list[Run]:

@@ -10,10 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from common.trajectory import FinishReason
 from learner.__main__ import parse_learner
+from learner.config import LearnerConfig
 from learner.demo.model import build_demo_model
 from learner.demo.task import reward, training_prompts
+from learner.objective import PolicyObjective
+from learner.plan import train_settings
 from tests.learning import run as learning_run
-from tests.learning.campaign import Run, flags_of, load, planned
+from tests.learning.campaign import STALENESS, Run, flags_of, load, planned
 from tests.learning.sampler import PastPolicies, batches
 from tests.models import forward_logprobs
 
@@ -82,6 +85,18 @@ def test_a_run_that_was_made_with_other_settings_is_made_again(tmp_path):
     (tmp_path / run.file).write_text(json.dumps({"flags": list(flags_of(run, ())), "steps": []}))
     assert load(tmp_path, run, ()) is not None
     assert load(tmp_path, run, ("--total-steps", "10")) is None
+
+
+@pytest.mark.parametrize("max_staleness", STALENESS)
+def test_the_corrected_runs_are_those_of_a_learner_to_which_nothing_else_is_said(max_staleness):
+    told = parse_learner([*flags_of(Run("corrected", max_staleness, 0), ())])
+    untold = parse_learner(["--max-staleness", str(max_staleness)])
+    assert repr(objective_of(told)) == repr(objective_of(untold))
+    assert told.adam_betas == untold.adam_betas
+
+
+def objective_of(config: LearnerConfig) -> PolicyObjective:
+    return PolicyObjective(train_settings(config, "m"))
 
 
 def test_at_staleness_0_there_is_nothing_to_correct():

@@ -38,6 +38,11 @@ def truncate_sequences(row: Row, *, max_weight: float = 5.0) -> list[Corrected]:
     return [Corrected(min(product(row), max_weight)) for _ in row]
 
 
+def taper(row: Row, *, max_weight: float = 1.0) -> list[Corrected]:
+    """arXiv:2503.14286, for each token: 1 where A > 0, else rho up to a bound."""
+    return [Corrected(1.0 if o.advantage > 0 else min(rho(o), max_weight)) for o in row]
+
+
 def unweighted(row: Row) -> list[Corrected]:
     return [Corrected(1.0) for _ in row]
 

@@ -1,4 +1,4 @@
-"""Two real ranks on this machine, started once, which play one scenario after the other."""
+"""Real ranks on this machine, two for most tests, started once, which play one scenario after the other."""
 
 import json
 import os
@@ -76,12 +76,13 @@ class Pair:
 
 
 @contextmanager
-def a_pair() -> Iterator[Pair]:
+def a_pair(num_ranks: int = 2) -> Iterator[Pair]:
+    """Or more of them."""
     with tempfile.TemporaryDirectory() as name:
         directory, port = Path(name), free_port()
         processes = []
-        for rank in range(2):
-            place = Place(rank=rank, num_ranks=2, local_rank=rank, address="127.0.0.1", port=port)
+        for rank in range(num_ranks):
+            place = Place(rank=rank, num_ranks=num_ranks, local_rank=rank, address="127.0.0.1", port=port)
             with (directory / f"rank-{rank}.log").open("w") as log:
                 processes.append(
                     subprocess.Popen(

@@ -90,12 +90,14 @@ def opener(scenario: Scenario) -> Any:
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what DeepSpeed prints is no answer
     ranks, writing = open_ranks(launched_place(os.environ), timeout_s=STEP_TIMEOUT_S)
     for line in sys.stdin:
         scenario = msgspec.json.decode(line, type=Scenario)
         if ranks.rank == 0:
-            sys.stdout.write(json.dumps(answer(scenario, ranks, writing)) + "\n")
-            sys.stdout.flush()
+            answers.write(json.dumps(answer(scenario, ranks, writing)) + "\n")
+            answers.flush()
         else:
             with suppress(UserError):  # rank 0 says it as well
                 follow(opener(scenario), ranks, writing)

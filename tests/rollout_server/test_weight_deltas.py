@@ -14,6 +14,7 @@ from rollout_server import pulled_snapshots, weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, WeightUpdate
 from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_snapshots import (
+    CHUNK_BYTES,
     NUM_CHUNKS,
     Answer,
     Fault,
@@ -198,14 +199,14 @@ async def test_a_newer_version_overtakes_a_full_one_of_which_less_than_half_is_t
         if isinstance(request, ChunkRequest) and request.version == 3:
             if stalls and request.index >= answered:
                 return None
-            start = request.index * 64
-            return ChunkReply(version=3, index=request.index), table[start : start + 64]
+            start = request.index * CHUNK_BYTES
+            return ChunkReply(version=3, index=request.index), table[start : start + CHUNK_BYTES]
         return answer
 
     server.fault = stall
     async with server.serving(), following(server, tmp_path, engine) as (receiver, _):
         await receiver.announce(3)
-        while len(server.chunks_asked(3)) <= answered:
+        while receiver.received_bytes < answered * CHUNK_BYTES:
             await asyncio.sleep(0.01)
         server.newest = 4
         await receiver.announce(4)

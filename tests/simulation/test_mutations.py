@@ -116,6 +116,7 @@ def a_lease_goes_on_after_its_group_was_accepted(monkeypatch):
     def accept(self, lease, group):
         self.endings.note_accepted(lease.lease_id)
         self.batches.put(group)
+        return True
 
     monkeypatch.setattr(LeaseBook, "accept", accept)
 

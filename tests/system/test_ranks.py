@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.system.processes import COMMANDS, LEARNER, Command, Stage
 from tests.system.test_interruptions import SLOW, current_checkpoint
@@ -83,6 +84,19 @@ async def test_other_launchers_start_the_same_with_the_same_flags(
     for command in (learner, server):
         assert await command.exit_code() == 0, repr(command)
     assert stage.steps() == [1, 2, 3]
+    assert await stage.has_no()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--sequence-parallel", "--tensor-parallel"])
+async def test_ranks_that_compute_together_train_publish_and_export(flag: str, stage: Stage, demo_model: str):
+    learner = await stage.start(*a_run(demo_model, steps=3), "--zero-stage", "2", flag, "2", "--canary-every", "1")
+    server = await stage.start(*await learner.join_command())
+    for command in (learner, server):
+        assert await command.exit_code() == 0, repr(command)
+    assert stage.steps() == [1, 2, 3]
+    exported = next(stage.path.rglob("huggingface/*/model.safetensors"))
+    assert load_file(exported).keys() == load_file(Path(demo_model) / "model.safetensors").keys()
     assert await stage.has_no()
 
 

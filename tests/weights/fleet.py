@@ -175,9 +175,17 @@ class Fleet:
         assert ready.version == self.version
         return ready
 
-    async def join(self, transport: TransportName = "zeromq", engine: InferenceEngine | None = None) -> Member:
+    async def join(
+        self,
+        transport: TransportName = "zeromq",
+        engine: InferenceEngine | None = None,
+        *,
+        is_direct: bool = False,
+    ) -> Member:
+        """is_direct: the member's proxy is not between it and the publisher, for the proxy costs more than they do."""
         proxy = await self._stack.enter_async_context(a_cutting_proxy(self.publisher.address))
-        dealer = await self._stack.enter_async_context(open_dealer(proxy.address))
+        address = self.publisher.address if is_direct else proxy.address
+        dealer = await self._stack.enter_async_context(open_dealer(address))
         events = self._stack.enter_context(
             closing(EventLog(self._directory / f"{len(self.members)}.jsonl", "rollout_server"))
         )

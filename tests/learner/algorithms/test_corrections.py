@@ -21,6 +21,8 @@ CASES: dict[str, Callable[[Row], list[Corrected]]] = {
     "truncate_tokens:max_weight=1.01": lambda row: oracles.truncate_tokens(row, max_weight=1.01),
     "truncate_sequences": oracles.truncate_sequences,
     "truncate_sequences:max_weight=1.5": lambda row: oracles.truncate_sequences(row, max_weight=1.5),
+    "taper": oracles.taper,
+    "taper:max_weight=1.2": lambda row: oracles.taper(row, max_weight=1.2),
     "unweighted": oracles.unweighted,
     "icepop": oracles.icepop,
     "icepop:low=0.9,high=1.2": lambda row: oracles.icepop(row, low=0.9, high=1.2),
@@ -130,12 +132,12 @@ def test_on_policy_nothing_is_left_out_and_nothing_weighted():
     assert not any(report(got.metrics).values())
 
 
-@pytest.mark.parametrize("name", sorted(set(CORRECTIONS) - WEIGHINGS))
-def test_what_is_not_a_number_is_not_masked_away_but_left_to_be_noticed(name):
+@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - {"unweighted"}))
+def test_what_is_not_a_number_is_not_corrected_away_but_left_to_be_noticed(name):
     evidence = draw(0.0).evidence
     broken = evidence.log_ratio_BT.clone()
     broken[0, 2] = math.nan
-    got = apply_corrections(build_corrections([name], loss="ppo"), replace(evidence, log_ratio_BT=broken))
+    got = apply_corrections(build_corrections([name], loss="reinforce"), replace(evidence, log_ratio_BT=broken))
     assert got.kept_BT[0, 2]
     assert got.weights_BT[0, 2].isnan()
 
@@ -145,6 +147,14 @@ def test_a_token_whose_ratio_cannot_be_held_by_a_float_still_has_a_finite_weight
     samples = replace(drawn.samples, behavior_logprobs_BT=torch.full(MASK.shape, -1000.0, dtype=torch.float64))
     correction = apply_corrections({}, replace(drawn, samples=samples).evidence)
     assert correction.weights_BT[MASK].tolist() == pytest.approx([math.exp(20)] * int(MASK.sum()))
+
+
+def test_praise_brings_back_what_the_policy_lost_and_blame_ends_when_what_it_is_about_is_gone():
+    log_ratio_BT = torch.tensor([[-6.0, 3.0], [-6.0, 3.0]])
+    advantages_BT = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    evidence = Evidence(log_ratio_BT=log_ratio_BT, advantages_BT=advantages_BT, mask_BT=torch.ones(2, 2).bool())
+    got = apply_corrections(build_corrections(["taper"], loss="reinforce"), evidence)
+    assert got.weights_BT.flatten().tolist() == pytest.approx([1.0, 1.0, math.exp(-6), 1.0])
 
 
 def test_one_token_that_the_policy_would_never_sample_takes_its_whole_trajectory_along():
@@ -158,7 +168,7 @@ def test_one_token_that_the_policy_would_never_sample_takes_its_whole_trajectory
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        (["tis"], "unknown correction tis; known: geometric_mask, icepop, opsm, product_mask, truncate_sequences"),
+        (["tis"], "unknown correction tis; known: geometric_mask, icepop, opsm, product_mask, taper, truncate"),
         (["icepop:min=1"], "icepop has no setting min; it takes: low, high"),
         (["icepop:low=2"], "low of icepop must be >= 0 and <= 1, got 2.0"),
         (["icepop:high=nan"], "high of icepop must be >= 1, got nan"),
@@ -182,10 +192,11 @@ def test_weights_are_refused_where_the_loss_has_none(name):
     assert set(build_corrections([name], loss="reinforce")) == {name}
 
 
-def test_without_a_word_weights_are_truncated_where_there_are_weights():
-    assert set(build_corrections(None, loss="decoupled_ppo")) == {"truncate_tokens"}
-    assert set(build_corrections(None, loss="reinforce")) == {"truncate_tokens"}
-    assert build_corrections(None, loss="ppo") == {}
+@pytest.mark.parametrize(("max_staleness", "expected"), [(0, {"truncate_tokens"}), (1, {"taper"}), (8, {"taper"})])
+def test_without_a_word_weights_are_bounded_where_there_are_weights(max_staleness, expected):
+    assert set(build_corrections(None, loss="decoupled_ppo", max_staleness=max_staleness)) == expected
+    assert set(build_corrections(None, loss="reinforce", max_staleness=max_staleness)) == expected
+    assert build_corrections(None, loss="ppo", max_staleness=max_staleness) == {}
     assert build_corrections([], loss="decoupled_ppo") == {}
 
 

@@ -86,7 +86,7 @@ def shown(default: object) -> str:
 
 
 def test_every_flag_on_the_page_exists():
-    assert set(re.findall(r"`(--[a-z-]+)", PAGE)) <= {option.flag for option in OPTIONS.values()}
+    assert set(re.findall(r"`(--[a-z0-9-]+)", PAGE)) <= {option.flag for option in OPTIONS.values()}
 
 
 @pytest.mark.parametrize("command", ["".join(command) for command in COMMANDS if " " in "".join(command)])

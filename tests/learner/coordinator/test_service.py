@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.rows import DataError
+from learner.coordinator.service import SLICE_S, Service
 from learner.coordinator.service_settings import read_settings, write_settings
 from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
@@ -43,6 +46,7 @@ from tests.builders_coordinator import (
     a_heartbeat,
     a_hello,
     a_ready,
+    a_sampled_group,
     an_open_run,
     some_settings,
 )
@@ -114,6 +118,21 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
 
 
+async def test_a_group_of_equal_rewards_is_acknowledged_and_its_task_not_leased_again_by_the_next_coordinator(tmp_path):
+    settings = settings_in(tmp_path, rules=some_settings(max_staleness=0, max_filtered=2))
+    async with a_coordinator_serving(settings) as (_, address), a_server(address) as server:
+        leases = [await server.expect(Lease) for _ in range(2)]
+        group = a_sampled_group(leases[0].lease_id, leases[0].task_id)
+        equal = tuple(replace(trajectory, reward=0.5) for trajectory in group.trajectories)
+        header, payload = pack_group(replace(group, trajectories=equal))
+        await server.say(GroupFinished(group=header), payload)
+        answers = await server.everything_until(GroupAccepted)
+        refill = next((each for each in answers if isinstance(each, Lease)), None) or await server.expect(Lease)
+        assert (answers[-1].lease_id, refill.task_id) == (0, 2)
+    async with a_coordinator_serving(settings) as (_, address), a_server(address, epoch="epoch-2") as server:
+        assert [(await server.expect(Lease)).task_id for _ in range(2)] == [1, 2]
+
+
 async def test_a_server_out_of_service_is_named_with_its_reason_and_granted_leases_again_when_it_is_back(
     tmp_path, caplog
 ):
@@ -172,6 +191,76 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
         disk_is_ready.set()
         await server.expect(GroupAccepted)
         assert (await learner.expect(Batch)).version == 0
+
+
+async def test_a_group_is_acknowledged_before_the_journal_is_tidied_up(tmp_path, monkeypatch):
+    may_end = asyncio.Event()
+
+    async def endless_tidy(keeper):
+        await may_end.wait()
+
+    monkeypatch.setattr(JournalKeeper, "tidy", endless_tidy)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+        lease = await server.expect(Lease)
+        await finish(server, lease)
+        assert await server.expect(GroupAccepted) == GroupAccepted(lease_id=lease.lease_id)
+        may_end.set()
+
+
+async def test_the_journal_is_not_tidied_up_while_a_group_waits_for_it(tmp_path, monkeypatch):
+    calls, disk_is_ready, keep = [], asyncio.Event(), JournalKeeper.keep
+
+    async def slow_keep(keeper, records, *arguments):
+        if records:
+            calls.append(len(records))
+            await disk_is_ready.wait()
+        await keep(keeper, records, *arguments)
+
+    async def noted_tidy(keeper):
+        calls.append("tidy")
+
+    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
+    monkeypatch.setattr(JournalKeeper, "tidy", noted_tidy)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
+        await finish(server, await server.expect(Lease))
+        while (await learner.expect(CoordinatorStatus)).queued < 1:
+            pass
+        await finish(server, await server.expect(Lease))
+        while (await learner.expect(CoordinatorStatus)).queued < 2:
+            pass
+        disk_is_ready.set()
+        for _ in range(2):
+            await server.expect(GroupAccepted)
+    assert calls == [1, 1, "tidy"]
+
+
+async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch):
+    hear, turns, heard_in = Service._hear_server, 0, []
+
+    def slow_hear(service, incoming):
+        heard_in.append(turns)
+        time.sleep(2 * SLICE_S)
+        hear(service, incoming)
+
+    async def count_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Service, "_hear_server", slow_hear)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+        await server.expect(Lease)
+        heard_in.clear()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(50):
+                await server.say(a_heartbeat())
+            counting = tasks.create_task(count_turns())
+            for _ in range(50):
+                await server.expect(Pulse)
+            counting.cancel()
+    assert len(heard_in) >= 50
+    assert len(set(heard_in)) == len(heard_in)
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):
