@@ -61,7 +61,7 @@ examples:
   learner --config run.toml --max-staleness 0        synchronous PPO
   learner --config run.toml --listen tcp://0.0.0.0:5557   rollout servers on other nodes join with a key file
   learner --advantage rloo --kl-coefficient 0.05 --kl-in reward    held near the model it starts from
-  learner --correction icepop:high=2 --correction veto    masks in place of truncated importance weights
+  learner --correction icepop:high=2 --correction veto    masks in place of bounded importance weights
   learner --ranks 8 --zero-stage 2 --dtype bfloat16  8 processes on this machine; started anew when one dies
   learner --evaluate-every-steps 20 --evaluation-samples 4    mean reward and pass@4 on held-out prompts
   torchrun --nproc-per-node 8 -m learner --config run.toml    the same by another launcher; or deepspeed, or srun
