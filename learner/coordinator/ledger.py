@@ -132,7 +132,7 @@ class TaskLedger:
     def _draw(self, allowed: set[int]) -> int:
         if self._again:
             return heapq.heappop(self._again)
-        delayed = self._later or (self._waiting and self._waiting_for(allowed))
+        delayed = self._later or self._waiting_for(allowed)
         self._take_later = not self._take_later and bool(delayed)
         if self._take_later:
             return delayed.popleft()
