@@ -81,7 +81,8 @@ def taper(evidence: Evidence, weights_BT: Tensor, *, max_weight: MaxWeight = 1.0
     TOPR, Le Roux et al. 2025, arXiv:2503.14286, with a token's ratio for the trajectory's. Praise weighted with a small
     ratio could not bring back what the policy has lost, and blame weighted with a large one would not fade in time.
     """
-    tapered_BT = torch.where(evidence.advantages_BT > 0, 1.0, weights_BT.clamp(max=max_weight))
+    praise_BT = weights_BT.clamp(1.0, 1.0)  # what is not a number stays so, to be noticed
+    tapered_BT = torch.where(evidence.advantages_BT > 0, praise_BT, weights_BT.clamp(max=max_weight))
     return _weigh(evidence, tapered_BT, truncated=tapered_BT != weights_BT)
 
 

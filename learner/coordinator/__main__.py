@@ -26,6 +26,7 @@ def main() -> NoReturn:
     arguments = parser.parse_args()
     configure_logging("coordinator")
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()  # of what was imported nothing becomes garbage: looking through it takes 6 ms each time
     if arguments.parent is not None:
         die_with_parent(arguments.parent)
     leave(run_until_stopped(lambda: _main(arguments.settings)))

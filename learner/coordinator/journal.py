@@ -4,8 +4,9 @@ One SQLite file in WAL mode with synchronous FULL: a transaction that was commit
 one thread.
 
 What makes it fast: pages as large as they can be; a log that is used again before it is large, for writing where
-nothing was written before costs the kernel ten times as much; deleted bytes are not overwritten; and the bytes of a
-group lie apart from what is said about it, so that they are written once, not again when the group is delivered.
+nothing was written before costs the kernel ten times as much; that this log is emptied while nobody waits, if there is
+such a moment; deleted bytes are not overwritten; and the bytes of a group lie apart from what is said about it, so that
+they are written once, not again when the group is delivered.
 """
 
 import sqlite3
@@ -27,7 +28,8 @@ from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 FORMAT = "3"
 BUSY_TIMEOUT_S = 5.0
 PAGE_BYTES = 1 << 16
-LOG_PAGES = (16 << 20) // PAGE_BYTES
+LOG_PAGES = (16 << 20) // PAGE_BYTES  # a commit that makes the log longer than this empties it, and takes longer
+TIDY_BYTES = 4 << 20  # of groups in the log, for emptying it to be worth two waits for the disk
 MAX_VARIABLES = 500  # of one SQL statement
 _GO_ON = "move it away to go on from the checkpoint alone: its groups are sampled again"
 
@@ -119,6 +121,7 @@ class Journal:
             self._set_facts(lineage=lineage)
         except sqlite3.Error as error:
             raise JournalError(self._explain(error)) from error
+        self._log_bytes = 0  # of groups, since the log was last emptied on purpose
 
     def contents(self) -> JournalContents:
         """Everything but the groups' bytes."""
@@ -156,6 +159,18 @@ class Journal:
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             raise JournalError(self._explain(error)) from error
+
+    @property
+    def is_untidy(self) -> bool:
+        return self._log_bytes >= TIDY_BYTES
+
+    def tidy(self) -> None:
+        """Empty the log, so that no commit has to. Raises JournalError."""
+        try:
+            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            raise JournalError(self._explain(error)) from error
+        self._log_bytes = 0
 
     def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
         """Header and payload by lease. Raises JournalError when one is missing."""
@@ -209,6 +224,7 @@ class Journal:
                     )
                 )  # fmt: skip
                 header = msgspec.msgpack.encode(group.header)
+                self._log_bytes += len(header) + len(group.payload)
                 yield group.lease_id, header, group.payload, _digest(header, group.payload)
 
         self._database.executemany("INSERT INTO contents VALUES (?, ?, ?, ?)", contents())

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 RETRY_S = 0.02
+SLICE_S = 0.001  # of hearing servers, before others have a turn: the learner, the journal's answers
 MAX_HEADER_BYTES = 1 << 20
 MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
 
@@ -105,8 +106,14 @@ class Service:
 
     async def _hear_servers(self) -> None:
         while True:
-            for incoming in await self._servers.receive():
+            messages = await self._servers.receive()
+            until = time.monotonic() + SLICE_S
+            for incoming in messages:
                 self._hear_server(incoming)
+                if time.monotonic() > until:
+                    self._post()
+                    await asyncio.sleep(0)
+                    until = time.monotonic() + SLICE_S
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:
@@ -165,6 +172,8 @@ class Service:
             self._recorded.clear()
             await self._keep_records()
             self._post()
+            if not self._recorded.is_set():
+                await self._journal.tidy()
 
     async def _keep_records(self) -> None:
         records, promises = self._outbound.take_records()

@@ -19,10 +19,12 @@ What is printed, as medians over the rounds:
   64 servers / 1     CPU per trajectory, groups of 4, with as many leases open in both cases
   memory             the learner has stopped; servers try to make ten times what the queue may hold, some send every
                      group again and again, others send what they have no lease for
-  control messages   milliseconds until a server has its answer while data flows: from a
-                     heartbeat to its pulse, from a group to its acknowledgement, from a completed step to the leases
-                     that it made room for. At full speed an acknowledgement tells how many leases are open before it
-                     (--latency-trajectories), by Little's law; --load 0.7 is 0.7 of the rate at full speed.
+  control messages   milliseconds until a server has its answer while data flows: from a heartbeat to its pulse, from
+                     a completed step to the leases that it made room for, from a group to its acknowledgement. Only
+                     the last one waits for the disk, whose own write + fdatasync of 1 MB is printed beside it.
+                     At full speed, and at a share of that rate (--load), with groups that are done at different times.
+                     At full speed an acknowledgement tells how many groups are on their way before it
+                     (--latency-trajectories), by Little's law: it is printed beside that, and not judged.
 
 All processes share the machine's cores: on two of them the senders and the learner take time from the coordinator.
 Run it on a quiet machine. Run as `python -m tests.benchmarks.bench_dataplane`, or with --only for a part of it.
@@ -74,6 +76,13 @@ MANY_OVER_ONE = Gate(1.4, 1.4, at_least=False)
 MEMORY_OVER_BOUND = Gate(1.15, 1.15, at_least=False)
 BEYOND_BOUND_MIB = Gate(64.0, 64.0, at_least=False)
 CONTROL_MS = Gate(20.0, 20.0, at_least=False)
+DISK_TIMES = 100  # a round
+
+ANSWERS: dict[str, Callable[[Latencies], list[float]]] = {
+    "pulse": lambda one: one.pulse_ms,
+    "lease": lambda one: one.lease_ms,
+    "acknowledgement": lambda one: one.ack_ms,
+}
 
 
 class Verdicts:
@@ -106,15 +115,21 @@ def in_a_directory(run: Callable[[Path], Flow]) -> Flow:
         return run(Path(name))
 
 
-def disk_rate(num_bytes: int = 2 * MIB, times: int = 16) -> float:
-    """Bytes per second of writing and syncing, one after the other."""
-    data = os.urandom(num_bytes)
+def disk_s(num_bytes: int, times: int) -> list[float]:
+    """Seconds of each of so many writes that are synced, one after the other."""
+    data, took_s = os.urandom(num_bytes), []
     with tempfile.NamedTemporaryFile() as file:
-        began = time.monotonic()
         for _ in range(times):
+            began = time.monotonic()
             os.pwrite(file.fileno(), data, 0)
             os.fdatasync(file.fileno())
-        return times * num_bytes / (time.monotonic() - began)
+            took_s.append(time.monotonic() - began)
+    return took_s
+
+
+def disk_rate(num_bytes: int = 2 * MIB, times: int = 16) -> float:
+    """Bytes per second of writing and syncing, one after the other."""
+    return times * num_bytes / sum(disk_s(num_bytes, times))
 
 
 def bench_throughput(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
@@ -195,19 +210,31 @@ def bench_latency(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
         group_size=4, servers=MANY_SERVERS, max_staleness=1, step_trajectories=arguments.latency_trajectories // 2,
         measured_s=2 * arguments.seconds,
     )  # fmt: skip
-    rounds: list[Latencies] = []
+    full: list[Latencies] = []
+    paced: list[Latencies] = []
+    disk_ms: list[float] = []
     for number in range(arguments.rounds):
-        with tempfile.TemporaryDirectory(prefix="countercurrent-bench-") as name:
-            rounds.append(run_latency(case, Path(name), load=arguments.load))
-        print(f"    round {number + 1}  {rounds[-1].flow.rate:8.0f} trajectories/s", flush=True)
-    measured: dict[str, Callable[[Latencies], list[float]]] = {
-        "pulse": lambda one: one.pulse_ms,
-        "acknowledgement": lambda one: one.ack_ms,
-        "lease": lambda one: one.lease_ms,
-    }
-    for what, of in measured.items():
-        p50, p99 = (statistics.median(percentile(of(one), share) for one in rounds) for share in (0.5, 0.99))
-        verdicts.judge(f"{what}: p99 in ms", p99, CONTROL_MS, digits=1, note=f" (p50: {p50:.1f})")
+        full.append(latency_of(case))
+        disk_ms += (1e3 * took_s for took_s in disk_s(MIB, DISK_TIMES))
+        paced.append(latency_of(case, step_s=case.step_trajectories / full[-1].flow.rate / arguments.load))
+        rates = " and ".join(f"{one[-1].flow.rate:.0f}" for one in (full, paced))
+        print(f"    round {number + 1}  {rates} trajectories/s", flush=True)
+    on_their_way = statistics.median(arguments.latency_trajectories / one.flow.rate * 1e3 for one in full)
+    for title, rounds in (("at full speed", full), (f"at {arguments.load:g} of that", paced)):
+        for what, of in ANSWERS.items():
+            if rounds is paced and what == "lease":
+                continue  # fewer are lent then, and which step made room for which cannot be told
+            p50, p99 = (statistics.median(percentile(of(one), share) for one in rounds) for share in (0.5, 0.99))
+            if rounds is full and what == "acknowledgement":
+                print(f"  {what} {title}: p99 {p99:.1f} ms, p50 {p50:.1f}; {on_their_way:.1f} by Little's law")
+            else:
+                verdicts.judge(f"{what} {title}: p99 in ms", p99, CONTROL_MS, digits=1, note=f" (p50: {p50:.1f})")
+    print(f"  the disk, 1 MB: p99 {percentile(disk_ms, 0.99):.1f} ms, p50 {percentile(disk_ms, 0.5):.1f}")
+
+
+def latency_of(case: Case, step_s: float = 0.0) -> Latencies:
+    with tempfile.TemporaryDirectory(prefix="countercurrent-bench-") as name:
+        return run_latency(case, Path(name), step_s=step_s)
 
 
 PARTS = {"throughput": bench_throughput, "servers": bench_servers, "memory": bench_memory, "latency": bench_latency}
@@ -231,8 +258,8 @@ def main() -> int:
     parser.add_argument(
         "--load",
         type=float,
-        default=1.0,
-        help="for control messages, as a share of the rate at full speed (default: 1, full speed)",
+        default=0.7,
+        help="for control messages, beside full speed, as a share of that rate (default: 0.7)",
     )
     arguments = parser.parse_args()
     verdicts = Verdicts()

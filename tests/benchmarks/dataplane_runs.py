@@ -91,8 +91,8 @@ class Latencies:
     lease_ms: list[float]
 
 
-def run_latency(case: Case, directory: Path, *, load: float) -> Latencies:
-    """`load`: share of the rate that the same processes reach at full speed just before."""
+def run_latency(case: Case, directory: Path, *, step_s: float = 0.0) -> Latencies:
+    """step_s: the learner takes so long for a step, and servers take up to so long for a group; 0: no time at all."""
     settings = settings_for(case, directory)
     with ExitStack() as stack:
         running = stack.enter_context(a_coordinator(case.journal, settings, directory))
@@ -101,17 +101,14 @@ def run_latency(case: Case, directory: Path, *, load: float) -> Latencies:
             group_size=case.group_size,
             names=names("server", case.servers - PROBES),
             capacity_groups=capacity(case),
+            spread_s=step_s,
         )
         stack.enter_context(senders("servers", plan, directory))
         probes = replace(
             plan, names=names("probe", PROBES), heartbeat_s=PROBE_HEARTBEAT_S, report=str(directory / "report.json")
         )
         probing = stack.enter_context(senders("servers", probes, directory))
-        running.learner.train_for(case.warm_up_s, running.pid)
-        step_s = 0.0
-        if load < 1.0:
-            full = running.learner.train_for(case.measured_s, running.pid)
-            step_s = case.step_trajectories / full.rate / load
+        running.learner.train_for(case.warm_up_s, running.pid, step_s=step_s)
         measured_from = time.monotonic()
         flow = running.learner.train_for(case.measured_s, running.pid, step_s=step_s)
         report = end_and_read(running, probing, Path(probes.report))

@@ -7,7 +7,9 @@ floods   servers that join and then send groups they have no leases for, as fast
 raw      senders that nobody answers
 """
 
+import heapq
 import itertools
+import random
 import sys
 import time
 from collections import deque
@@ -48,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     names: tuple[str, ...]  # one server, with a connection of its own, for each
     capacity_groups: int = 1 << 20
     heartbeat_s: float = HEARTBEAT_S
+    spread_s: float = 0.0  # a group is sent up to so long after its lease, as sampling takes one longer than another
     copies: int = 1  # how often each group is sent: more than once is more than its lease pays for
     report: str = ""  # file for the latencies of what it said and heard
 
@@ -62,7 +65,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 class FakeServer:
-    """Fulfils every lease at once. Weights of any version need no time to load."""
+    """Fulfils every lease at once, or at a random time within spread_s. Weights of any version need no time to load."""
 
     def __init__(self, name: str, plan: Plan, maker: GroupMaker, socket: "zmq.Socket[bytes]", report: Report) -> None:
         self._plan, self._maker, self._report = plan, maker, report
@@ -71,6 +74,8 @@ class FakeServer:
         self._name = name
         self._loaded = -1
         self._early: deque[Lease] = deque()  # leases that need a newer policy
+        self._sampling: list[tuple[float, int, Lease]] = []  # heap: (when it is done, lease id, lease)
+        self._random = random.Random(name)
         self._progress = 0
         self._sent_at: dict[int, float] = {}
         self._asked_at: deque[float] = deque()
@@ -136,12 +141,27 @@ class FakeServer:
     def _fulfil(self) -> None:
         while self._early and self._early[0].min_version <= self._loaded:
             lease = self._early.popleft()
-            self._progress += 1
-            header = self._maker.header(lease.lease_id, lease.task_id, self._loaded)
-            self._sent_at[lease.lease_id] = time.monotonic()
-            for _ in range(self._plan.copies):
-                self.socket.send(header, zmq.SNDMORE)
-                self.socket.send(self._maker.payload, copy=False)
+            if self._plan.spread_s:
+                done_at = time.monotonic() + self._random.uniform(0.0, self._plan.spread_s)
+                heapq.heappush(self._sampling, (done_at, lease.lease_id, lease))
+            else:
+                self._send(lease)
+
+    @property
+    def next_done_at(self) -> float:
+        return self._sampling[0][0] if self._sampling else float("inf")
+
+    def send_done(self, now: float) -> None:
+        while self.next_done_at <= now:
+            self._send(heapq.heappop(self._sampling)[2])
+
+    def _send(self, lease: Lease) -> None:
+        self._progress += 1
+        header = self._maker.header(lease.lease_id, lease.task_id, self._loaded)
+        self._sent_at[lease.lease_id] = time.monotonic()
+        for _ in range(self._plan.copies):
+            self.socket.send(header, zmq.SNDMORE)
+            self.socket.send(self._maker.payload, copy=False)
 
 
 def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
@@ -155,11 +175,13 @@ def run_servers(plan: Plan, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         poller.register(socket, zmq.POLLIN)
         server.greet()
     while not all(server.finished for server in servers.values()):
-        for socket, _ in poller.poll(min(POLL_MS, int(plan.heartbeat_s * 500))):
+        wait_ms = (min(server.next_done_at for server in servers.values()) - time.monotonic()) * 1e3
+        for socket, _ in poller.poll(max(0.0, min(POLL_MS, int(plan.heartbeat_s * 500), wait_ms))):
             drain(socket, lambda header, s=socket: servers[s].hear(decoder.decode(header), time.monotonic()))
         now = time.monotonic()
         for server in servers.values():
             server.beat_if_due(now)
+            server.send_done(now)
     if plan.report:
         Path(plan.report).write_bytes(msgspec.json.encode(report))
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from learner.coordinator.journal import (
+    TIDY_BYTES,
     BatchRecord,
     FilteredRecord,
     ForgetRecord,
@@ -62,6 +64,31 @@ def test_a_commit_waits_until_the_disk_has_it(journal):
     """SQLite's own promise for these two: a committed transaction survives a loss of power."""
     settings = [journal._database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
     assert settings == ["wal", 2]
+
+
+def test_what_was_tidied_up_is_in_the_file_itself_and_no_commit_has_to_bring_it_there(path, journal, tmp_path):
+    journal.commit([a_group(0, payload_bytes=TIDY_BYTES // 2)], PAST)
+    assert not journal.is_untidy
+    journal.commit([a_group(1, payload_bytes=TIDY_BYTES // 2)], PAST)
+    assert journal.is_untidy
+    for moment, expected in (("before", []), ("after", [(0, 0, None), (1, 1, None)])):
+        without_log = shutil.copy(path, tmp_path / moment)
+        copied = Journal(without_log, lineage="run.1")
+        assert index_of(copied) == expected
+        copied.close()
+        journal.tidy()
+    assert not journal.is_untidy
+    assert index_of(journal) == [(0, 0, None), (1, 1, None)]
+
+
+def test_a_log_that_is_tidied_up_is_used_again(path, journal):
+    log = path.with_name(path.name + "-wal")
+    sizes = []
+    for lease_id in range(4):
+        journal.commit([a_group(lease_id, payload_bytes=TIDY_BYTES)], PAST)
+        journal.tidy()
+        sizes.append(log.stat().st_size)
+    assert sizes[-1] == sizes[1] < 2 * TIDY_BYTES
 
 
 def test_a_batch_is_remembered_and_forgotten_once_a_checkpoint_covers_it(journal):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +38,7 @@ from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.rows import DataError
+from learner.coordinator.service import SLICE_S, Service
 from learner.coordinator.service_settings import read_settings, write_settings
 from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
@@ -189,6 +191,76 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
         disk_is_ready.set()
         await server.expect(GroupAccepted)
         assert (await learner.expect(Batch)).version == 0
+
+
+async def test_a_group_is_acknowledged_before_the_journal_is_tidied_up(tmp_path, monkeypatch):
+    may_end = asyncio.Event()
+
+    async def endless_tidy(keeper):
+        await may_end.wait()
+
+    monkeypatch.setattr(JournalKeeper, "tidy", endless_tidy)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+        lease = await server.expect(Lease)
+        await finish(server, lease)
+        assert await server.expect(GroupAccepted) == GroupAccepted(lease_id=lease.lease_id)
+        may_end.set()
+
+
+async def test_the_journal_is_not_tidied_up_while_a_group_waits_for_it(tmp_path, monkeypatch):
+    calls, disk_is_ready, keep = [], asyncio.Event(), JournalKeeper.keep
+
+    async def slow_keep(keeper, records, *arguments):
+        if records:
+            calls.append(len(records))
+            await disk_is_ready.wait()
+        await keep(keeper, records, *arguments)
+
+    async def noted_tidy(keeper):
+        calls.append("tidy")
+
+    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
+    monkeypatch.setattr(JournalKeeper, "tidy", noted_tidy)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
+        await finish(server, await server.expect(Lease))
+        while (await learner.expect(CoordinatorStatus)).queued < 1:
+            pass
+        await finish(server, await server.expect(Lease))
+        while (await learner.expect(CoordinatorStatus)).queued < 2:
+            pass
+        disk_is_ready.set()
+        for _ in range(2):
+            await server.expect(GroupAccepted)
+    assert calls == [1, 1, "tidy"]
+
+
+async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch):
+    hear, turns, heard_in = Service._hear_server, 0, []
+
+    def slow_hear(service, incoming):
+        heard_in.append(turns)
+        time.sleep(2 * SLICE_S)
+        hear(service, incoming)
+
+    async def count_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Service, "_hear_server", slow_hear)
+    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+        await server.expect(Lease)
+        heard_in.clear()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(50):
+                await server.say(a_heartbeat())
+            counting = tasks.create_task(count_turns())
+            for _ in range(50):
+                await server.expect(Pulse)
+            counting.cancel()
+    assert len(heard_in) >= 50
+    assert len(set(heard_in)) == len(heard_in)
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):
