@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from common.messages import (
+    BaseModelReply,
     Batch,
     ChunkReply,
     DeltaReply,
@@ -41,7 +42,10 @@ BYTES_PER_TOKEN = 4 + 4 + 1
 LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than this is no rounding
 MAX_QUOTED_CHARS = 200
 
-_WITH_PAYLOAD = (GroupFinished, Batch, ManifestReply, DeltaReply, ChunkReply, MappingReply, SnapshotWritten)
+_WITH_PAYLOAD = (
+    *(GroupFinished, Batch, ManifestReply, BaseModelReply, DeltaReply, ChunkReply, MappingReply),
+    SnapshotWritten,
+)
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
 
 

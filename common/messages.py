@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
+from common.snapshot import MAX_ADAPTER_RANK
 
 PROTOCOL_VERSION = 4
 
@@ -30,6 +31,7 @@ Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # snapshot.NO_VERSION before the first one
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]  # NaN and infinities do not pass a bound
+ContentDigest = Annotated[bytes, Meta(max_length=16)]
 Proof = Annotated[bytes, Meta(max_length=64)]
 JsonBytes = Annotated[bytes, Meta(max_length=1 << 20)]
 
@@ -160,6 +162,17 @@ class Leaving(Message, frozen=True, tag="Leaving"):
 # --- coordinator -> rollout server -------------------------------------------------------------------------------
 
 
+class AdapterNeeds(Message, frozen=True):
+    """What an engine has to be started for where snapshots are adapters."""
+
+    rank: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]
+    target_modules: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=256)]  # see snapshot.AdapterSpec
+    versions: Annotated[int, Meta(ge=2, le=1 << 16)]  # that may be in use at once
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} in {', '.join(self.target_modules)}"
+
+
 class Welcome(Message, frozen=True, tag="Welcome"):
     """The server belongs to the run. What it must load, and how it must sample."""
 
@@ -176,6 +189,7 @@ class Welcome(Message, frozen=True, tag="Welcome"):
     weights_address: Address  # where snapshots are pulled from
     published_version: Version
     evaluation_hold_s: Seconds = 0.0  # see HoldVersions
+    adapters: AdapterNeeds | None = None  # None: snapshots are the whole policy
 
 
 class Refused(Message, frozen=True, tag="Refused"):
@@ -268,6 +282,7 @@ class OpenRun(Message, frozen=True, tag="OpenRun"):
     weights_address: Address
     frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
     published_version: Version = -1  # the newest that servers may have loaded, when a coordinator is replaced
+    adapters: AdapterNeeds | None = None  # for Welcome
 
 
 class RunOpened(Message, frozen=True, tag="RunOpened"):
@@ -392,10 +407,14 @@ class CloseRun(Message, frozen=True, tag="CloseRun"):
 
 
 class ManifestRequest(Message, frozen=True, tag="ManifestRequest"):
-    """Answered by ManifestReply or DeltaReply when a version newer than `newer_than` is published, else by NoNewer."""
+    """Answered by ManifestReply or DeltaReply when a version newer than `newer_than` is published, else by NoNewer.
+
+    Where versions are adapters and the asker's base model is not theirs, by BaseModelReply first.
+    """
 
     newer_than: Version
     held_version: Version = -1  # whose bytes the asker has, as base of a delta; -1: none that it would trust
+    base_model: ContentDigest = b""  # of what the asker's engine holds; empty: none
 
 
 WhyFull = Literal["no base", "base is gone", "a delta does not pay"]
@@ -406,6 +425,10 @@ class ManifestReply(Message, frozen=True, tag="ManifestReply"):
 
     version: Version
     why_full: WhyFull = "no base"
+
+
+class BaseModelReply(Message, frozen=True, tag="BaseModelReply"):
+    """Pull what the adapters stand beside, once, as version -1. The payload is its encoded manifest."""
 
 
 class DeltaReply(Message, frozen=True, tag="DeltaReply"):
@@ -424,12 +447,13 @@ class MappingRequest(Message, frozen=True, tag="MappingRequest"):
 
     newer_than: Version
     host: Name  # see shared_slots.host_id
+    base_model: ContentDigest = b""  # see ManifestRequest
 
 
 class MappingReply(Message, frozen=True, tag="MappingReply"):
     """The newest version lies whole in this slot of shared memory. The payload is its encoded manifest."""
 
-    version: Version
+    version: Version  # -1: the base model, which the asker needs first
     process: Id
     descriptor: Count  # of that process
     inode: Id  # what is there must be this
@@ -521,6 +545,8 @@ LearnerToCoordinator = (
 )
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus | EvaluationReport
 ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
-SnapshotsToServer = ManifestReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
+SnapshotsToServer = (
+    ManifestReply | BaseModelReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
+)
 LearnerToSnapshots = SnapshotWritten
 SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

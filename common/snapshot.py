@@ -14,14 +14,16 @@ from msgspec import Meta
 from common.canary import Canary
 
 NO_VERSION = -1
-"""A server that has not loaded any snapshot yet is at this version."""
+"""A server that has not loaded any snapshot yet is at this version; the base model of adapters is of none."""
 
 T = TypeVar("T")
 
 NO_DIGEST = bytes(16)
 CHUNK_BYTES = 1 << 20
+BASE_MODEL_TITLE = "the base model of the adapters"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_SNAPSHOT_BYTES = 1 << 42
+MAX_ADAPTER_RANK = 1 << 16
 
 DType = Literal["float32", "bfloat16", "float16"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,21 +63,45 @@ class Chunked(Protocol):
     def chunk_range(self, index: int) -> tuple[int, int]: ...
 
 
+class AdapterSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """What a snapshot is that is an adapter: W x of the base model becomes W x + alpha / rank B A x.
+
+    Hu et al. 2021 (arXiv:2106.09685). Its tensors are A [rank, inputs] and B [outputs, rank] by their PEFT names.
+    """
+
+    base_model: Digest  # content_digest of the base model's manifest
+    rank: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]
+    alpha: Annotated[float, Meta(gt=0.0, le=1e9)]
+    target_modules: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(min_length=1, max_length=256)
+    ]  # last parts of the names of the linear layers that have one, such as q_proj
+
+
 class SnapshotManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """Everything a server must know to pull, verify and apply version `version` of run `run_id`."""
 
     run_id: Annotated[str, Meta(min_length=1, max_length=128)]
-    version: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    version: Annotated[int, Meta(ge=NO_VERSION, lt=1 << 53)]  # NO_VERSION: the base model that adapters stand beside
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1 << 17)]
     num_bytes: ByteCount
     chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 26)]
     chunk_digests: Annotated[tuple[Digest, ...], Meta(min_length=1)]
     digest: Digest  # of this manifest with zeros here: through the chunk digests it covers the whole snapshot
     canary: Canary | None = None  # what an engine must compute with these weights; None: nobody computed it
+    adapter: AdapterSpec | None = None  # None: the tensors are the whole policy, or the base model
 
     @property
     def title(self) -> str:
-        return f"snapshot {self.version}"
+        return BASE_MODEL_TITLE if self.is_base_model else f"snapshot {self.version}"
+
+    @property
+    def is_base_model(self) -> bool:
+        return self.version == NO_VERSION
+
+    @property
+    def content_digest(self) -> bytes:
+        """Of names, shapes, types and bytes: the same in every run that starts from them."""
+        return digest_of(msgspec.msgpack.encode((self.tensors, self.chunk_bytes, self.chunk_digests)))
 
     @property
     def num_chunks(self) -> int:
@@ -111,6 +137,7 @@ def build_manifest(
     version: int,
     chunk_bytes: int = CHUNK_BYTES,
     canary: Canary | None = None,
+    adapter: AdapterSpec | None = None,
 ) -> SnapshotManifest:
     """The manifest of a full snapshot whose bytes are `data`."""
     manifest = SnapshotManifest(
@@ -122,6 +149,7 @@ def build_manifest(
         chunk_digests=digests_of_chunks(data, chunk_bytes),
         digest=NO_DIGEST,
         canary=canary,
+        adapter=adapter,
     )
     return msgspec.structs.replace(manifest, digest=_whole_digest(manifest))
 
@@ -170,10 +198,16 @@ def check_manifest(manifest: SnapshotManifest) -> None:
     expected_chunks = -(-manifest.num_bytes // manifest.chunk_bytes)
     if manifest.num_chunks != expected_chunks:
         raise SnapshotError(f"{manifest.num_chunks} chunk digests, expected {expected_chunks}")
-    if manifest.canary is not None and not manifest.canary.is_whole:
-        raise SnapshotError(f"the canary of snapshot {manifest.version} has not one log-probability for each token")
+    _check_kind(manifest)
     if _whole_digest(manifest) != manifest.digest:
         raise SnapshotError(f"the manifest of snapshot {manifest.version} does not match its digest; pull it again")
+
+
+def _check_kind(manifest: SnapshotManifest) -> None:
+    if manifest.is_base_model and (manifest.canary is not None or manifest.adapter is not None):
+        raise SnapshotError("a base model is no adapter, and no policy that has a canary")
+    if manifest.canary is not None and not manifest.canary.is_whole:
+        raise SnapshotError(f"the canary of snapshot {manifest.version} has not one log-probability for each token")
 
 
 def verify_chunk(manifest: Chunked, index: int, data: bytes | memoryview) -> None:

@@ -20,9 +20,11 @@ from common.fingerprint import fingerprint_model_config, fingerprint_tokenizer
 from common.keys import ServerKeys, ensure_client_key, ensure_server_keys
 from common.lifecycle import DedicatedThread, UserError, configure_logging, leave, run_until_stopped
 from common.metrics import Measurement, start_metrics_server
+from common.snapshot import TensorSpec
 from common.wire import curve_keypair
 from learner import joining
 from learner.algorithms import describe_all
+from learner.base_model import BaseModel, describe_adapter
 from learner.canary import CanaryMaker, default_canary_every
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter, writing_checkpoints
@@ -35,12 +37,13 @@ from learner.measurements import measure
 from learner.observers import StepLog
 from learner.plan import coordinator_settings, model_of, train_settings
 from learner.progress import Progress, ProgressDisplay
-from learner.publisher import Publisher, lay_out, open_publisher
+from learner.publisher import Publisher, open_publisher
 from learner.rank_orders import LeadingEngine, dismiss, lead
 from learner.rank_processes import run_follower, supervise_ranks
 from learner.refusals import Refusals
 from learner.refused_batches import RefusedBatches
 from learner.run_directory import RunDirectory, open_run_directory
+from learner.slots import lay_out
 from learner.step_metrics import StepMeter
 from learner.trackers import Tracker, open_trackers
 from learner.training import TrainEngine, TrainSettings
@@ -48,6 +51,7 @@ from learner.training import TrainEngine, TrainSettings
 logger = logging.getLogger(__name__)
 
 KNOWN_TABLES = ("learner", "rollout_server")
+MAX_ADAPTERS = 16  # versions that an engine is asked to have room for; servers may have more or less
 REFRESH_S = 1.0
 KEEP_WAITING_S = 5.0  # a rank that died is noticed so soon, or in the step that it leaves undone
 
@@ -138,9 +142,11 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         engine = await training.run(open_engine, settings, checkpoint)
         if isinstance(engine, LeadingEngine):
             stack.push_async_callback(training.run, engine.close)
+        layout = await training.run(lambda: lay_out(engine.snapshot_tensors()))
         publisher = await stack.enter_async_context(
             open_publisher(
-                await training.run(lambda: lay_out(engine.snapshot_tensors())),
+                layout,
+                base_model=await training.run(base_model_of, settings, engine, layout),
                 run_id=run.lineage_id,
                 listen=joining.weights_address(config),
                 keys=keys,
@@ -167,6 +173,21 @@ async def open_learner(config: LearnerConfig, open_engine: EngineOpener) -> Asyn
         )  # fmt: skip
         for task in background:
             task.cancel()
+
+
+def base_model_of(settings: TrainSettings, engine: TrainEngine, layout: Sequence[TensorSpec]) -> BaseModel | None:
+    """None where the whole policy is published; layout: of what is."""
+    if settings.lora is None or not settings.publishes_adapters:
+        return None
+    return BaseModel(engine.base_model_tensors, describe_adapter(settings.lora, layout))
+
+
+def adapter_needs(publisher: Publisher, max_staleness: int) -> messages.AdapterNeeds | None:
+    """What engines are to be started for: tokens of max_staleness + 1 versions may be trained, and one is coming."""
+    if (adapters := publisher.adapters) is None:
+        return None
+    versions = min(max_staleness + 2, MAX_ADAPTERS)
+    return messages.AdapterNeeds(rank=adapters.rank, target_modules=adapters.target_modules, versions=versions)
 
 
 def open_default_engine(settings: TrainSettings, checkpoint: Checkpoint | None) -> TrainEngine:
@@ -216,6 +237,7 @@ async def open_run(learner: Learner) -> ModelFacts:
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             dtype=settings.dtype,
+            adapters=adapter_needs(learner.publisher, settings.max_staleness),
             weights_address=await learner.publisher.listening(),
             frontier=checkpoint.state.frontier if checkpoint is not None else b"",
         )

@@ -11,7 +11,7 @@ from common.messages import MAX_GROUP_SIZE
 from learner.coordinator.settings import StaleAction
 from learner.engine_settings import Attention, EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.evaluation_settings import EvaluationSettings
-from learner.lora_settings import LoraSettings, lora_settings
+from learner.lora_settings import LoraSettings, LoraSnapshots, lora_settings
 from learner.loss_settings import (
     CriticKind,
     OnNonfinite,
@@ -66,6 +66,11 @@ class LearnerConfig:
     lora_alpha: float | None = option(None, help="adapters are scaled by alpha / rank; default: 2 * lora_rank")
     lora_target_modules: tuple[str, ...] = option(
         (), help="linear layers with an adapter, e.g. q_proj; may be repeated; default: all but the output layer"
+    )
+    lora_snapshots: LoraSnapshots = option(
+        "adapter",
+        help="what rollout servers are given: the adapter, beside a base model that they load once, or the whole "
+        "policy with it added (merged), for engines without adapters",
     )
     lora_dropout: float = option(
         0.0,
@@ -354,9 +359,7 @@ class LearnerConfig:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
         if self.lora_settings is not None and self.tensor_parallel > 1:
-            raise ValueError(
-                f"tensor_parallel {self.tensor_parallel} trains whole policies: lora_rank needs it to be 1"
-            )
+            raise ValueError(f"tensor_parallel must be 1 with lora_rank, got {self.tensor_parallel}")
 
     def _check_canary(self) -> None:
         if self.canary_every is not None and self.canary_every < 0:

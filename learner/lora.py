@@ -81,6 +81,13 @@ class Adapters:
         own = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(own, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
+    def base_model(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters by Hugging Face name as they were before adapters, one after the other."""
+        own = self._parameters()
+        base = [(name, each) for name, each in self._model.named_parameters() if name not in own]
+        for name, tensor in gather(base):
+            yield name.replace(".base_layer.", "."), tensor
+
     def merged(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by Hugging Face name, each with its adapter added, one after the other."""
         adapters = {name: tensor.clone() for name, tensor in gather(list(self._parameters().items()))}

@@ -2,12 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from common.lifecycle import UserError
 
 ALL_LINEAR = "all-linear"
+
+LoraSnapshots = Literal["adapter", "merged"]
+"""What servers are given: the adapter, or the whole policy with it added."""
 
 
 class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +33,14 @@ class LoraSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         targets = ", ".join(self.target_modules) or ALL_LINEAR
         return f"rank {self.rank}, alpha {self.alpha:g}, {targets}, dropout {self.dropout:g}"
+
+
+class AdapterDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the manifest of an adapter says of it, beside its base model."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
 
 
 def lora_settings(

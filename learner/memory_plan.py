@@ -118,13 +118,20 @@ def plan_memory(
         Item(
             what="snapshots for rollout servers",
             place="host",
-            num_bytes=NUM_SNAPSHOTS * width * models.policy.parameters,
+            num_bytes=width * _published_elements(models.policy, settings),
             of_rank_0_alone=True,
         ),
     ]
     if not has_device:
         items = [replace(item, place="host") for item in items]
     return MemoryPlan(items=[item for item in items if item.num_bytes], num_ranks=num_ranks, ranks_here=ranks_here)
+
+
+def _published_elements(policy: ModelShape, settings: TrainSettings) -> float:
+    """That are kept for servers: with adapters also the model that these stand beside, once."""
+    if settings.publishes_adapters:
+        return policy.parameters + NUM_SNAPSHOTS * policy.trained
+    return NUM_SNAPSHOTS * policy.parameters
 
 
 def _trained_items(

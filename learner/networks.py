@@ -125,14 +125,16 @@ class PolicyNetwork(nn.Module):
         hidden = output.hidden_states[-1] if self.value_head is not None else output.logits
         return HiddenStates(output.logits.flatten(0, 1), whereabouts), HiddenStates(hidden.flatten(0, 1), whereabouts)
 
-    def published_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
-        """What a snapshot consists of: parameters by Hugging Face name, tied ones once, each with its adapter added.
-
-        Servers need to know nothing of adapters; what these leave as it was takes no place in a delta.
-        """
+    def merged_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """The whole policy: parameters by Hugging Face name, tied ones once, each with its adapter added."""
         if self.adapters is not None:
             return self.adapters.merged(gather)
         return gather(list(self.model.named_parameters()))
+
+    def base_model_tensors(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """Likewise, without adapters: what is not trained where there are any."""
+        assert self.adapters is not None, "without adapters there is no base model"
+        return self.adapters.base_model(gather)
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """By their names in a PEFT directory; none without adapters."""
@@ -141,7 +143,7 @@ class PolicyNetwork(nn.Module):
     def export(self, directory: Path, tensors: dict[str, Tensor], adapters: dict[str, Tensor]) -> None:
         """Write a Hugging Face directory, adapters merged; with adapters also a PEFT one in it, `adapter`.
 
-        tensors: those of published_tensors(), adapters: those of adapter_parameters(), whole, in host memory.
+        tensors: those of merged_tensors(), adapters: those of adapter_parameters(), whole, in host memory.
         """
         self.model.save_pretrained(directory, state_dict=tensors)
         if self.adapters is not None:

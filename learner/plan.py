@@ -46,6 +46,7 @@ def train_settings(config: LearnerConfig, model: str) -> TrainSettings:
         critic_model=(config.critic_model or model) if has_own_critic else None,
         value_head=config.critic == "value_head",
         lora=config.lora_settings,
+        lora_snapshots=config.lora_snapshots,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
         engine=config.engine_settings,

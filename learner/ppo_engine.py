@@ -289,7 +289,12 @@ class PpoEngine:
         return metrics
 
     def snapshot_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return self._network.published_tensors(self._policy.gathered)
+        if self._settings.publishes_adapters:
+            return self._policy.gathered(self._network.adapter_parameters())
+        return self._network.merged_tensors(self._policy.gathered)
+
+    def base_model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._network.base_model_tensors(self._policy.gathered)
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
         token_ids_1T = torch.from_numpy(token_ids_T.astype(np.int64))[None]
@@ -328,7 +333,7 @@ class PpoEngine:
         self._kl.restore(state)
 
     def export_huggingface(self, directory: Path) -> None:
-        tensors = _in_host_memory(self.snapshot_tensors())
+        tensors = _in_host_memory(self._network.merged_tensors(self._policy.gathered))
         adapters = _in_host_memory(self._policy.gathered(self._network.adapter_parameters()))
         if self._ranks.rank == 0:
             self._network.export(directory, tensors, adapters)

@@ -4,21 +4,19 @@ The copy goes into a slot of memory shared with the snapshot server, which encod
 step. When every slot is still being read the version is skipped: training never waits for a server.
 
 Memory: NUM_SLOTS times the bytes of the model, and deltas of at most half of it. The base that the next version is
-encoded against takes no slot of its own: it is the newest version.
+encoded against takes no slot of its own: it is the newest version. Where versions are adapters, also their base model.
 """
 
 import asyncio
 import logging
 import math
-import mmap
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import torch
 from torch import Tensor
 
 from common import messages
@@ -26,93 +24,36 @@ from common.canary import Canary
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
 from common.lifecycle import ChildProcess, UserError
-from common.shared_slots import create_slot, lock_to_write, unlock
-from common.snapshot import CHUNK_BYTES, ITEM_BYTES, NO_VERSION, DType, TensorSpec
+from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec
 from common.wire import Peer, Router, open_router
+from learner.base_model import BaseModel
+from learner.lora_settings import AdapterDescription
+from learner.served_base_model import BaseModelPlace
+from learner.slots import Slots
 from learner.snapshot_server import SnapshotServerSettings
 
 logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 3  # one being written, the newest, and one that a slower server is still pulling
-KEPT_S = 2.0  # and as long as KEPT_BYTES_PER_S: who reads a slot for longer keeps it, and another takes its place
-KEPT_BYTES_PER_S = 1e9
 LOOK_AGAIN_S = 0.05  # for a lock that another process lets go of
-
-DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def lay_out(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, ...]:
-    """Places of the tensors in a snapshot, without gaps; wide items first, so that every one is aligned."""
-    specs: list[TensorSpec] = []
-    offset = 0
-    kinds = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]  # they may go one after the other
-    for name, dtype, shape in sorted(kinds, key=lambda kind: -kind[1].itemsize):
-        if dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} is {dtype}; snapshots hold {', '.join(sorted(ITEM_BYTES))}")
-        spec = TensorSpec(name=name, shape=shape, dtype=DTYPE_NAMES[dtype], offset=offset)
-        specs.append(spec)
-        offset += spec.num_bytes
-    return tuple(specs)
-
-
-class Slots:
-    """Shared memory for NUM_SLOTS snapshots; it vanishes with the processes that map it. See common/shared_slots.py."""
-
-    def __init__(self, slot_bytes: int, num_slots: int = NUM_SLOTS) -> None:
-        self.slot_bytes = slot_bytes
-        self.descriptors = [create_slot(slot_bytes) for _ in range(num_slots)]
-        self._mappings = [mmap.mmap(descriptor, slot_bytes) for descriptor in self.descriptors]
-        self._kept_since_s: dict[int, float] = {}
-
-    def claim(self, slot: int, now_s: float) -> bool:
-        """To write it; False while a server on this host reads it.
-
-        One that stops while it reads keeps that memory, and the slot goes on with new.
-        """
-        if not lock_to_write(self.descriptors[slot]):
-            kept_s = now_s - self._kept_since_s.setdefault(slot, now_s)
-            if kept_s < KEPT_S + self.slot_bytes / KEPT_BYTES_PER_S:
-                return False
-            logger.warning("a rollout server on this host reads a snapshot for %.0f s now: it keeps the memory", kept_s)
-            self._replace(slot)
-        self._kept_since_s.pop(slot, None)
-        return True
-
-    def _replace(self, slot: int) -> None:
-        former, self.descriptors[slot] = self.descriptors[slot], create_slot(self.slot_bytes)
-        os.close(former)
-        self._mappings[slot] = mmap.mmap(self.descriptors[slot], self.slot_bytes)
-        lock_to_write(self.descriptors[slot])
-
-    def let_read(self, slot: int) -> None:
-        """It is written."""
-        unlock(self.descriptors[slot])
-
-    def write(self, slot: int, layout: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the tensors to their places: the one copy that publishing costs the training process.
-
-        Each is copied before the next is asked for. Raises KeyError for one that has no place.
-        """
-        specs = {spec.name: spec for spec in layout}
-        memory = torch.frombuffer(self._mappings[slot], dtype=torch.uint8)
-        for name, each in tensors:
-            spec, tensor = specs[name], each.detach()
-            place = memory[spec.offset : spec.offset + spec.num_bytes].view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor)
-
-    def close(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
 
 
 class Publisher:
     """Publishes versions through one snapshot server process."""
 
-    def __init__(self, slots: Slots, layout: tuple[TensorSpec, ...], router: Router, server: ChildProcess) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        layout: tuple[TensorSpec, ...],
+        router: Router,
+        server: ChildProcess,
+        base_model: BaseModel | None = None,
+    ) -> None:
         self._slots = slots
         self._layout = layout
         self._router = router
         self._server = server
+        self._base_model = base_model
         self._decoder = Decoder(messages.SnapshotsToLearner, max_payload_bytes=0)
         self._peer: Peer | None = None
         self._free = list(range(len(slots.descriptors)))
@@ -131,7 +72,14 @@ class Publisher:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(spec.shape) for spec in self._layout)
+        """Of the policy: with adapters, those of their base model too."""
+        layout = self._layout if self._base_model is None else (*self._layout, *self._base_model.layout)
+        return sum(math.prod(spec.shape) for spec in layout)
+
+    @property
+    def adapters(self) -> AdapterDescription | None:
+        """What every version is, unless it is the whole policy."""
+        return self._base_model.adapter if self._base_model is not None else None
 
     @property
     def skipped_versions(self) -> int:
@@ -215,12 +163,15 @@ async def open_publisher(
     keys: ServerKeys | None,
     private_directory: Path,
     chunk_bytes: int = CHUNK_BYTES,
+    base_model: BaseModel | None = None,
 ) -> AsyncIterator[Publisher]:
     """Starts the snapshot server for tensors as lay_out() placed them; ends it on exit.
 
+    base_model: what the tensors are adapters of, if they are; closed with the rest.
     private_directory: a short path only this user can enter; holds the socket between the two processes.
     """
-    slots = Slots(sum(spec.num_bytes for spec in layout))
+    slots = Slots(sum(spec.num_bytes for spec in layout), NUM_SLOTS)
+    shared = [slots] if base_model is None else [slots, base_model.slots]
     try:
         async with open_router(f"ipc://{private_directory}/snapshots", max_frame_bytes=1 << 16) as router:
             settings = SnapshotServerSettings(
@@ -232,12 +183,24 @@ async def open_publisher(
                 slot_descriptors=slots.descriptors,
                 slot_bytes=slots.slot_bytes,
                 chunk_bytes=chunk_bytes,
+                base_model=_place_of(base_model) if base_model is not None else None,
             )
             path = private_directory / "snapshots.json"
             path.write_bytes(msgspec.json.encode(settings))
             arguments = ("learner.snapshot_server", str(path))
-            child = ChildProcess.run_module(*arguments, pass_fds=slots.descriptors, grace_s=0.0)
+            descriptors = [descriptor for each in shared for descriptor in each.descriptors]
+            child = ChildProcess.run_module(*arguments, pass_fds=descriptors, grace_s=0.0)
             async with child as process:
-                yield Publisher(slots, layout, router, process)
+                yield Publisher(slots, layout, router, process, base_model)
     finally:
-        slots.close()
+        for each in shared:
+            each.close()
+
+
+def _place_of(base_model: BaseModel) -> BaseModelPlace:
+    return BaseModelPlace(
+        descriptor=base_model.slots.descriptors[0],
+        num_bytes=base_model.slots.slot_bytes,
+        layout=base_model.layout,
+        adapter=base_model.adapter,
+    )

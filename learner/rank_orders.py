@@ -35,6 +35,10 @@ class GatherTensors(msgspec.Struct, frozen=True, tag=True):
     """Take part in gathering what a snapshot consists of."""
 
 
+class GatherBaseModel(msgspec.Struct, frozen=True, tag=True):
+    """Take part in gathering what adapters stand beside."""
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, tag=True):
     token_ids: tuple[int, ...]
 
@@ -55,7 +59,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """The run is over, or rank 0 gives up."""
 
 
-Order = Open | Step | GatherTensors | TokenLogprobs | CopyState | Export | KeepWaiting | Stop
+Order = Open | Step | GatherTensors | GatherBaseModel | TokenLogprobs | CopyState | Export | KeepWaiting | Stop
 OpenEngine = Callable[[TrainSettings, Path | None, Ranks], TrainEngine]
 
 _decoder = msgspec.json.Decoder(Order)
@@ -102,6 +106,9 @@ def _obey(order: Order, engine: TrainEngine, ranks: Ranks) -> None:
             engine.step(decode_batch(ranks.scatter()))
         case GatherTensors():
             for _ in engine.snapshot_tensors():
+                pass
+        case GatherBaseModel():
+            for _ in engine.base_model_tensors():
                 pass
         case TokenLogprobs(token_ids=token_ids):
             engine.token_logprobs(np.array(token_ids, dtype=np.int32))
@@ -166,6 +173,10 @@ class LeadingEngine:
     def snapshot_tensors(self) -> Iterator[tuple[str, Tensor]]:
         _say(self._ranks, GatherTensors())
         yield from self._engine.snapshot_tensors()
+
+    def base_model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        _say(self._ranks, GatherBaseModel())
+        yield from self._engine.base_model_tensors()
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:
         _say(self._ranks, TokenLogprobs(tuple(token_ids_T.tolist())))

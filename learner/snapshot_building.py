@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from common.canary import Canary
 from common.delta import blocks_of, build_delta_manifest, encode_delta
 from common.lifecycle import DedicatedThread
-from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
+from common.snapshot import AdapterSpec, SnapshotManifest, TensorSpec, build_manifest
 from learner.delta_shelf import Delta
 
 
@@ -21,7 +21,9 @@ class BuiltSnapshot:
 class SnapshotBuilder:
     """Hashes and encodes at the same time, on two threads; neither holds the interpreter's lock for long."""
 
-    def __init__(self, run_id: str, chunk_bytes: int) -> None:
+    def __init__(self, run_id: str, chunk_bytes: int, adapter: AdapterSpec | None = None) -> None:
+        """adapter: what every version is, unless it is the whole policy."""
+        self._adapter = adapter
         self._run_id = run_id
         self._chunk_bytes = chunk_bytes
         self._hashing = DedicatedThread("hashing")
@@ -54,7 +56,13 @@ class SnapshotBuilder:
         self, data: memoryview, layout: tuple[TensorSpec, ...], version: int, canary: Canary | None
     ) -> SnapshotManifest:
         return build_manifest(
-            data, layout, run_id=self._run_id, version=version, chunk_bytes=self._chunk_bytes, canary=canary
+            data,
+            layout,
+            run_id=self._run_id,
+            version=version,
+            chunk_bytes=self._chunk_bytes,
+            canary=canary,
+            adapter=self._adapter,
         )
 
     def _hash_delta(self, base: SnapshotManifest, target: SnapshotManifest, blocks: list[bytes]) -> Delta:

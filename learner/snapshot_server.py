@@ -28,6 +28,7 @@ from common.shared_slots import host_id
 from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
 from common.wire import Dealer, Incoming, Router, open_dealer, open_router
 from learner.delta_shelf import Delta, DeltaShelf
+from learner.served_base_model import BaseModelPlace, ServedBaseModel
 from learner.slot_maps import SlotMaps
 from learner.snapshot_building import SnapshotBuilder
 from learner.snapshot_shelf import SnapshotShelf
@@ -52,6 +53,7 @@ class SnapshotServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     slot_descriptors: list[int]
     slot_bytes: int
     chunk_bytes: int = CHUNK_BYTES
+    base_model: BaseModelPlace | None = None  # None: versions are the whole policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +67,16 @@ class WrittenSnapshot:
 class SnapshotService:
     """SnapshotShelf and DeltaShelf for many servers at once: adds sockets, threads that encode, and the clock."""
 
-    def __init__(self, builder: SnapshotBuilder, servers: Router, learner: Dealer, slots: SlotMaps) -> None:
+    def __init__(
+        self,
+        builder: SnapshotBuilder,
+        servers: Router,
+        learner: Dealer,
+        slots: SlotMaps,
+        base_model: ServedBaseModel | None = None,
+    ) -> None:
         self._builder = builder
+        self._base_model = base_model
         self._servers = servers
         self._learner = learner
         self._slots = slots
@@ -150,6 +160,8 @@ class SnapshotService:
         newest = self._shelf.newest_version
         if newest == NO_VERSION or newest <= request.newer_than:
             return encode(messages.NoNewer(version=newest))
+        if self._base_model is not None and not self._base_model.is_held_by(request):
+            return self._base_model.reply()
         step = self._deltas.after(request.held_version)
         if isinstance(step, Delta):
             reply = messages.DeltaReply(version=step.manifest.version, base_version=request.held_version)
@@ -162,13 +174,17 @@ class SnapshotService:
         newest = self._shelf.newest_version
         if newest == NO_VERSION or newest <= request.newer_than:
             return encode(messages.NoNewer(version=newest))
+        if self._base_model is not None and not self._base_model.is_held_by(request):
+            return self._base_model.mapping_reply()
         process, descriptor, inode = self._slots.place(self._shelf.newest_slot)
         reply = messages.MappingReply(version=newest, process=process, descriptor=descriptor, inode=inode)
         return encode(reply, encode_manifest(self._shelf.newest()))
 
     def _chunk_reply(self, peer: bytes, request: messages.ChunkRequest) -> list[bytes | memoryview]:
         chunk: bytes | memoryview | None
-        if request.base_version == NO_VERSION:
+        if request.version == NO_VERSION:
+            chunk = self._base_model.chunk(request.index) if self._base_model is not None else None
+        elif request.base_version == NO_VERSION:
             chunk = self._full_chunk(peer, request)
         else:
             chunk = self._deltas.chunk(request.base_version, request.version, request.index)
@@ -197,14 +213,18 @@ class SnapshotService:
 
 async def serve(settings: SnapshotServerSettings) -> int:
     keys = load_server_keys(Path(settings.keys_directory)) if settings.keys_directory else None
+    base_model = None
+    if settings.base_model is not None:
+        base_model = ServedBaseModel(settings.base_model, run_id=settings.run_id, chunk_bytes=settings.chunk_bytes)
+    adapter = base_model.adapter if base_model is not None else None
     slots = SlotMaps(settings.parent_pid, settings.slot_descriptors, settings.slot_bytes)
     async with (
         open_router(settings.listen, keys=keys, max_frame_bytes=MAX_REQUEST_BYTES) as servers,
         open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
     ):
         await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
-        with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes)) as builder:
-            await SnapshotService(builder, servers, learner, slots).run()
+        with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes, adapter)) as builder:
+            await SnapshotService(builder, servers, learner, slots, base_model).run()
     return 0
 
 

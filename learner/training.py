@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from learner.engine_settings import EngineSettings, ZeroStage
-from learner.lora_settings import LoraSettings
+from learner.lora_settings import LoraSettings, LoraSnapshots
 from learner.loss_settings import (
     WITH_CRITIC,
     OnNonfinite,
@@ -29,6 +29,7 @@ class TrainSettings:
     critic_model: str | None = None  # None: no critic of its own
     value_head: bool = False  # on the policy's trunk: the critic
     lora: LoraSettings | None = None  # None: the whole policy is trained
+    lora_snapshots: LoraSnapshots = "adapter"
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: ZeroStage = 1
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -60,6 +61,10 @@ class TrainSettings:
     rewards: RewardSettings = field(default_factory=RewardSettings)
     kl: KlSettings = field(default_factory=KlSettings)
     seed: int = 0
+
+    @property
+    def publishes_adapters(self) -> bool:
+        return self.lora is not None and self.lora_snapshots == "adapter"
 
     def __post_init__(self) -> None:
         if self.value_head:
@@ -156,8 +161,12 @@ class TrainEngine(Protocol):
     def snapshot_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's parameters by Hugging Face name, tied ones once, in the dtype they are trained in.
 
-        Adapters are added to the parameters they stand beside.
+        Adapters are added to the parameters they stand beside; where settings.publishes_adapters they are all there is.
         """
+        ...
+
+    def base_model_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """What adapters stand beside, by Hugging Face name. To be asked for only where settings.publishes_adapters."""
         ...
 
     def token_logprobs(self, token_ids_T: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
-from rollout_server.vllm_start import VllmSettings
+from rollout_server.vllm_start import AdapterSlots, VllmSettings
 from rollout_server.vllm_tools import VllmTools
 from rollout_server.weight_receiver import WeightReceiver
 
@@ -168,8 +168,17 @@ def open_default_engine(
             tensor_parallel_size=config.tensor_parallel_size,
             cpu_threads=config.cpu_threads,
             clear_cache=not config.keep_kv_cache,
+            adapters=adapter_slots(welcome.adapters, config),
         )
     )
+
+
+def adapter_slots(needs: messages.AdapterNeeds | None, config: RolloutServerConfig) -> AdapterSlots | None:
+    """What the engine is started with; None where the learner publishes the whole policy."""
+    if needs is None:
+        return None
+    versions = needs.versions if config.max_adapters is None else config.max_adapters
+    return AdapterSlots(rank=needs.rank, target_modules=needs.target_modules, versions=versions)
 
 
 def episode_runner(

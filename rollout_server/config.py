@@ -26,6 +26,11 @@ class RolloutServerConfig:
     gpu_memory_utilization: float = option(0.9, help="share of GPU memory for weights and KV cache")
     kv_cache_gib: float | None = option(None, help="GiB of KV cache instead; default on a CPU: 0.25")
     cpu_threads: int = option(1, help="threads of the engine on a CPU; more help models from about 50M parameters up")
+    max_adapters: int | None = option(
+        None,
+        help="versions of an adapter in use at once, at least 2, where the learner publishes adapters; with as many in "
+        "use a newer one waits; default: as many as the run's staleness needs, at most 16",
+    )
     keep_kv_cache: bool = option(
         False, help="keep the KV cache over weight updates: shorter pauses, tokens not exactly of one policy"
     )
@@ -63,6 +68,8 @@ class RolloutServerConfig:
         for name in ("max_sequences", "max_groups", "tensor_parallel_size", "cpu_threads", "environment_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_adapters is not None and self.max_adapters < 2:
+            raise ValueError(f"max_adapters must be at least 2, one in use and the next, got {self.max_adapters}")
         if not self.learner.startswith(("tcp://", "ipc://")):
             raise ValueError(f"learner must look like tcp://HOST:PORT, got {self.learner!r}; the learner prints it")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -93,6 +93,9 @@ class InferenceEngine(Protocol):
     async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
         """Replace all weights in place; running requests go on under the new ones.
 
+        An adapter is added beside those that are there: running requests end on the one that they began with. One whose
+        base model is not the engine's is refused with a SnapshotError. A base model comes before the first adapter: the
+        engine generates only once it has both.
         Raises EngineError, and refuses to generate, when the weights are in an unknown state afterwards.
         """
         ...

@@ -20,7 +20,7 @@ from common.shared_slots import (
     open_slot_of,
     unlock,
 )
-from common.snapshot import SnapshotError, SnapshotManifest, decode_manifest, verify_all
+from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest, verify_all
 from common.wire import Dealer
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
@@ -66,7 +66,9 @@ class MappedSnapshots:
 
     async def _request(self, dealer: Dealer) -> tuple[SnapshotManifest, int] | None:
         """What is offered, and a descriptor of where it lies; to be closed."""
-        request = messages.MappingRequest(newer_than=self._target.loaded_version, host=host_id())
+        request = messages.MappingRequest(
+            newer_than=self._target.loaded_version, host=host_id(), base_model=self._target.base_model
+        )
         reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
         if reply is None:
             return None
@@ -77,7 +79,10 @@ class MappedSnapshots:
             return None
         try:
             manifest = decode_manifest(payload)
-            self._target.check(manifest)
+            if message.version == NO_VERSION:
+                self._target.check_base_model(manifest)
+            else:
+                self._target.check(manifest)
         except SnapshotError as error:
             logger.warning("not loaded, asking again: %s", error)
             return None

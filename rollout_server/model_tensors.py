@@ -9,6 +9,8 @@ from common.snapshot import SnapshotError
 from rollout_server.inference import LocalSnapshot
 
 MAX_NAMES_SHOWN = 5
+PEFT_PREFIX = "base_model.model."  # of every name in an adapter
+_ENDINGS = (".lora_A.weight", ".lora_B.weight")
 
 
 def expected_shapes(model: str) -> dict[str, tuple[int, ...]]:
@@ -44,6 +46,33 @@ def check_snapshot(snapshot: LocalSnapshot, shapes: Mapping[str, tuple[int, ...]
         if tensor.dtype != dtype:
             raise SnapshotError(
                 f"{where}: {tensor.name} is {tensor.dtype}, the engine runs in {dtype}; they must be the same"
+            )
+    if (num_bytes := snapshot.path.stat().st_size) != manifest.num_bytes:
+        raise SnapshotError(f"{where} has {manifest.num_bytes} bytes, {snapshot.path} has {num_bytes}; pull it again")
+
+
+def check_adapter(snapshot: LocalSnapshot, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Raises SnapshotError unless the snapshot is A and B of linear layers that the model has, of the rank it says.
+
+    shapes: of the model without adapters.
+    """
+    manifest, spec = snapshot.manifest, snapshot.manifest.adapter
+    where = f"snapshot {manifest.version}"
+    assert spec is not None
+    found = {tensor.name: tensor for tensor in manifest.tensors}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in sorted({name.removesuffix(ending) for name in found for ending in _ENDINGS if name.endswith(ending)}):
+        layer = name.removeprefix(PEFT_PREFIX)
+        shape = shapes.get(f"{layer}.weight", ())
+        if name == layer or len(shape) != 2 or layer.rpartition(".")[2] not in spec.target_modules:
+            raise SnapshotError(f"{where} has an adapter for {layer}, which is none of the model's layers for one")
+        expected |= {f"{name}.lora_A.weight": (spec.rank, shape[1]), f"{name}.lora_B.weight": (shape[0], spec.rank)}
+    if odd := sorted(expected.keys() ^ found.keys()):
+        raise SnapshotError(f"{where} is no adapter: without its counterpart, or with a strange name: {_listed(odd)}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name] or tensor.dtype != dtype:
+            raise SnapshotError(
+                f"{where}: {name} is {tensor.dtype} of shape {tensor.shape}, expected {dtype} of {expected[name]}"
             )
     if (num_bytes := snapshot.path.stat().st_size) != manifest.num_bytes:
         raise SnapshotError(f"{where} has {manifest.num_bytes} bytes, {snapshot.path} has {num_bytes}; pull it again")

@@ -116,8 +116,8 @@ class PulledSnapshots:
         )
 
     def _is_overtaken(self, pull: PullState) -> bool:
-        """Never twice in a row: a server slower than the learner must get somewhere too."""
-        is_newer = self._target.published_version > pull.version
+        """Never twice in a row: a server slower than the learner must get somewhere too. No base model ever is."""
+        is_newer = pull.version != NO_VERSION and self._target.published_version > pull.version
         return is_newer and pull.share_missing > OVERTAKE_ABOVE and not self._gave_up
 
     def _held_version(self) -> int:
@@ -128,7 +128,11 @@ class PulledSnapshots:
         return held.version
 
     async def _request_manifest(self, dealer: Dealer) -> Offer | None:
-        request = messages.ManifestRequest(newer_than=self._target.loaded_version, held_version=self._held_version())
+        request = messages.ManifestRequest(
+            newer_than=self._target.loaded_version,
+            held_version=self._held_version(),
+            base_model=self._target.base_model,
+        )
         reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
         if reply is None:
             return None
@@ -146,6 +150,10 @@ class PulledSnapshots:
                 manifest = decode_manifest(payload)
                 self._target.check(manifest)
                 return manifest, f"full, {why}"
+            case messages.BaseModelReply():
+                manifest = decode_manifest(payload)
+                self._target.check_base_model(manifest)
+                return manifest, "full, the base model"
             case messages.DeltaReply():
                 delta = decode_delta_manifest(payload)
                 self._target.check(delta.target)

@@ -110,6 +110,7 @@ class RolloutServer:
         self._waiting_for = ""
         self._is_greeting_again = False
         self._is_finished = False
+        self._adapters: messages.AdapterNeeds | None = None  # that the engine was started for
 
     def __repr__(self) -> str:
         return (
@@ -137,6 +138,7 @@ class RolloutServer:
 
     async def run(self, welcome: messages.Welcome) -> None:
         """Returns when the run is finished."""
+        self._adapters = welcome.adapters
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 await self._enter(welcome)
@@ -238,6 +240,7 @@ class RolloutServer:
             raise UserError(
                 f"the learner came back with another model or tokenizer ({welcome.model}); start a new rollout server"
             )
+        self._check_adapters(welcome.adapters)
         if welcome.run_id != self._run_id:
             await self._enter(welcome)
             return
@@ -247,6 +250,18 @@ class RolloutServer:
         await self._say_ready()
         await self._say_alive()  # it has to know what is loaded before it hears of tokens sampled with that
         self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=0.0)
+
+    def _check_adapters(self, needs: messages.AdapterNeeds | None) -> None:
+        """Raises UserError for adapters that the engine was not started for."""
+        had = self._adapters
+        if needs is None or (
+            had is not None and needs.rank <= had.rank and {*needs.target_modules} <= {*had.target_modules}
+        ):
+            return
+        raise UserError(
+            f"the learner came back with adapters of {needs}, this engine was started for {had or 'none'}: "
+            "start a new rollout server"
+        )
 
     def _hear_refusal(self, refused: messages.Refused) -> None:
         if not refused.retry:

@@ -21,6 +21,7 @@ class WeightTarget:
     run_id: str = ""
     loaded_version: int = NO_VERSION
     published_version: int = NO_VERSION
+    base_model: bytes = b""  # content digest of the one that the engine holds; empty: none that it would trust
 
     def check(self, manifest: SnapshotManifest) -> None:
         """Raises SnapshotError for what must never be loaded."""
@@ -28,8 +29,23 @@ class WeightTarget:
             raise SnapshotError(f"snapshot {manifest.version} is of run {manifest.run_id}, not of {self.run_id}")
         if manifest.version <= self.loaded_version:
             raise SnapshotError(f"asked for a version after {self.loaded_version}, was given {manifest.version}")
+        if manifest.adapter is not None and manifest.adapter.base_model != self.base_model:
+            held = self.base_model.hex() or "none"
+            wanted = manifest.adapter.base_model.hex()
+            raise SnapshotError(
+                f"snapshot {manifest.version} is an adapter of base model {wanted}, the engine holds {held}"
+            )
         if manifest.version > self.published_version:  # the coordinator would not believe in tokens sampled with it
             raise SnapshotError(f"snapshot {manifest.version} is not announced yet, {self.published_version} is")
+
+    def check_base_model(self, manifest: SnapshotManifest) -> None:
+        """Likewise, of what was given as the base model of adapters."""
+        if not manifest.is_base_model:
+            raise SnapshotError(f"snapshot {manifest.version} was given as a base model")
+        if manifest.run_id != self.run_id:
+            raise SnapshotError(f"{manifest.title} is of run {manifest.run_id}, not of {self.run_id}")
+        if manifest.content_digest == self.base_model:
+            raise SnapshotError(f"{manifest.title} was given once more: the engine holds it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

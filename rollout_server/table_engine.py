@@ -74,6 +74,8 @@ class TableEngine:
     async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
         """A snapshot that does not fit raises EngineError and leaves the weights as they are."""
         self._check_open()
+        if snapshot.manifest.adapter is not None or snapshot.manifest.is_base_model:
+            raise EngineError('a table has no adapters: set lora_snapshots = "merged" on the learner')
         self._table_VV = self._read_table(snapshot)  # one assignment: no token sees half an update
         self.loaded_version = snapshot.manifest.version
         return WeightUpdate(version=self.loaded_version, pause_s=0.0)

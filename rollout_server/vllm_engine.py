@@ -4,20 +4,23 @@ import asyncio
 import multiprocessing
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 
 from common.lifecycle import DedicatedThread
-from common.snapshot import NO_VERSION
+from common.snapshot import NO_VERSION, SnapshotError
+from rollout_server.adapter_versions import HeldAdapter
 from rollout_server.in_place_changes import InPlaceChanges, Patch
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.model_tensors import check_snapshot, expected_shapes
+from rollout_server.vllm_adapters import VllmAdapters, adapter_token_versions, request_of
 from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
 URGENT = -1  # smaller comes first: a canary must not wait for thousands of requests that vLLM has queued
+NO_ADAPTER = "the base model is loaded, and no adapter yet"
 MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
 
 
@@ -72,6 +75,10 @@ class VllmEngine:
         self._preparing = DedicatedThread("changes")
         self._open = asyncio.Event()  # cleared while weights are replaced
         self._open.set()
+        self._adapters: VllmAdapters | None = None
+        if settings.adapters is not None:
+            self._adapters = VllmAdapters(llm, settings.adapters, max_num_seqs=settings.max_num_seqs)
+        self._num_base_models = 0  # loaded so far; vLLM labels what adapters sample with it
         self._ended: str | None = None  # how
         self._refusal: str | None = "no weights were loaded yet: load_weights comes first"
 
@@ -105,8 +112,10 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        output = await self._run(prompt_ids, params, request_id)
-        return _completion(output.outputs[0])
+        seat: AbstractAsyncContextManager[Any] = self._adapters.seats if self._adapters is not None else nullcontext()
+        async with seat:
+            output, adapter = await self._run(prompt_ids, params, request_id)
+        return _completion(output.outputs[0], adapter)
 
     async def token_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """See InferenceEngine. No weight update happens meanwhile, so that one version answers for all of them."""
@@ -126,25 +135,46 @@ class VllmEngine:
             skip_clone=True,
         )
         async with self._updating:
-            output = await self._run(token_ids, params, "token_logprobs", priority=URGENT)
+            output, _ = await self._run(token_ids, params, "token_logprobs", priority=URGENT)
         # The first position is empty; logprobs=0 leaves exactly the token itself at every other.
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
 
     async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
         """See InferenceEngine. Raises SnapshotError, with the engine as it was, for a snapshot of another model."""
         manifest = snapshot.manifest
+        if manifest.adapter is not None:
+            return await self._load_adapter(snapshot)
         check_snapshot(snapshot, self._shapes, self._dtype)
-        async with self._updating, self._call(f"snapshot {manifest.version} cannot be applied"):
+        async with self._updating, self._call(f"{manifest.title} cannot be applied"):
             known_version = NO_VERSION if self._refusal is not None else self.loaded_version
             patches = await self._preparing.run(self._in_place.prepare, snapshot, known_version)
             self._open.clear()
-            self._refusal = f"snapshot {manifest.version} was not applied completely: load one that is whole"
+            self._refusal = f"{manifest.title} was not applied completely: load one that is whole"
             try:
+                if self._adapters is not None:
+                    await self._adapters.retire()
                 pause_s = await self._apply(snapshot, patches)
-                self._refusal = None
+                self._refusal = NO_ADAPTER if manifest.is_base_model else None
+                if self._adapters is not None and manifest.is_base_model:
+                    self._adapters.base_model = manifest.content_digest
             finally:
                 self._open.set()
         return WeightUpdate(version=manifest.version, pause_s=pause_s, in_place=patches is not None)
+
+    async def _load_adapter(self, snapshot: LocalSnapshot) -> WeightUpdate:
+        """Beside those that running requests began with and end on: nothing is computed again, nothing fails by it."""
+        version = snapshot.manifest.version
+        if self._adapters is None:
+            raise SnapshotError(
+                f"snapshot {version} is an adapter, and this engine was started without room for any: start it anew"
+            )
+        self._adapters.check(snapshot, self._shapes, self._dtype)
+        async with self._call(f"snapshot {version} cannot be applied"):
+            await self._adapters.wait_for_room(version)
+            async with self._updating:
+                pause_s = await self._adapters.load(snapshot, self._preparing)
+                self.loaded_version, self._refusal = version, None
+        return WeightUpdate(version=version, pause_s=pause_s, in_place=True)
 
     async def _apply(self, snapshot: LocalSnapshot, patches: Sequence[Patch] | None) -> float:
         """Returns the seconds of the pause."""
@@ -153,7 +183,7 @@ class VllmEngine:
         core = self._llm.engine_core
         # A number that comes again stands for other weights: the former were wrong, or of another life of the run.
         # What they have cached has the same salt.
-        clear_cache = self.clear_cache or version <= self.loaded_version
+        clear_cache = self.clear_cache or version <= self.loaded_version or self._adapters is not None
         await core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
         paused_at = time.perf_counter()
         if patches is None:
@@ -161,7 +191,9 @@ class VllmEngine:
         else:
             rows = [(patch.rank, str(patch.path), patch.num_items, patch.parts) for patch in patches]
             await self._llm.collective_rpc("write_changes", args=(rows,))
-        await self._llm.update_weight_version(str(version))
+        self._num_base_models += snapshot.manifest.is_base_model
+        label = self._num_base_models if snapshot.manifest.is_base_model else version
+        await self._llm.update_weight_version(str(label))
         self.loaded_version = version
         await self._llm.resume_generation()
         return time.perf_counter() - paused_at
@@ -194,18 +226,25 @@ class VllmEngine:
         for call in self._calls:
             call.reschedule(asyncio.get_running_loop().time())
 
-    async def _run(self, prompt_ids: np.ndarray, params: Any, request_id: str, *, priority: int = 0) -> Any:
-        """vLLM's final output for one prompt."""
+    def _newest_adapter(self) -> AbstractAsyncContextManager[HeldAdapter | None]:
+        return self._adapters.newest() if self._adapters is not None else nullcontext()
+
+    async def _run(
+        self, prompt_ids: np.ndarray, params: Any, request_id: str, *, priority: int = 0
+    ) -> tuple[Any, HeldAdapter | None]:
+        """vLLM's final output for one prompt, and the adapter that sampled it, if one did."""
         await self._open.wait()
         if self._refusal is not None:
             raise EngineError(f"the engine does not generate: {self._refusal}")
-        # The salt keeps a request from reading prefixes that another version's weights computed.
-        prompt = {"type": "token", "prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(self.loaded_version)}
-        async with self._call(f"request {request_id}"):
-            [output] = [final async for final in self._llm.generate(prompt, params, request_id, priority=priority)]
+        async with self._newest_adapter() as adapter, self._call(f"request {request_id}"):
+            # The salt keeps a request from reading prefixes that another version's weights computed.
+            salt = adapter.name if adapter is not None else str(self.loaded_version)
+            prompt = {"type": "token", "prompt_token_ids": prompt_ids.tolist(), "cache_salt": salt}
+            call = self._llm.generate(prompt, params, request_id, lora_request=request_of(adapter), priority=priority)
+            [output] = [final async for final in call]
         if (reason := output.outputs[0].finish_reason) not in ("stop", "length"):
             raise EngineError(f"request {request_id}: vLLM ended it with {reason!r}")
-        return output
+        return output, adapter
 
     @asynccontextmanager
     async def _call(self, what: str) -> AsyncIterator[None]:
@@ -242,15 +281,16 @@ def _check_sampling(sampling: Sampling) -> None:
         raise ValueError(f"temperature must be >= {MIN_TEMPERATURE}, or 0 for greedy, got {sampling.temperature}")
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, adapter: HeldAdapter | None) -> Completion:
     """Raises EngineError unless every token has its log-probability and its version."""
     num_tokens = len(output.token_ids)
     if len(output.logprobs.logprobs) != num_tokens:
         raise EngineError(f"{num_tokens} tokens, but {len(output.logprobs.logprobs)} log-probabilities")
+    versions = token_versions(output.weight_versions or (), num_tokens)
     return Completion(
         token_ids=np.array(output.token_ids, dtype=np.int32),
         logprobs=np.array(output.logprobs.logprobs, dtype=np.float32),
-        token_versions=token_versions(output.weight_versions or (), num_tokens),
+        token_versions=versions if adapter is None else adapter_token_versions(versions, adapter.version),
         terminated=output.finish_reason == "stop",
     )
 

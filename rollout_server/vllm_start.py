@@ -10,16 +10,26 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from common.lifecycle import UserError
 from rollout_server.model_tensors import checkpoint_dtype
 
 CPU_KV_CACHE_BYTES = 256 << 20
 SHUTDOWN_S = 0.5  # the engine has nothing to save
 RANKS_SHUTDOWN_S = 10.0  # at most; with several ranks it has to give back the shared memory that they talk through
 KILLED_S = 5.0  # until a process is gone that was killed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSlots:
+    """Room for low-rank adapters beside the model, taken at the start."""
+
+    rank: int  # at most
+    target_modules: tuple[str, ...]  # such as q_proj
+    versions: int  # in use at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +46,14 @@ class VllmSettings:
     enforce_eager: bool | None = None  # None: eager on CPU, where compiling takes longer than it saves
     cpu_threads: int | None = None  # per worker; None is OMP_NUM_THREADS, or 1: more only pays for large models
     clear_cache: bool = True  # on a weight update, recompute running requests' KV cache: their versions are then exact
+    adapters: AdapterSlots | None = None  # None: snapshots are the whole policy
     seed: int = 0
 
 
 def start_vllm(settings: VllmSettings) -> Any:
     """Import vLLM and start an AsyncLLM with dummy weights; takes seconds to minutes.
 
-    Raises ValueError for a model or a setting that cannot work.
+    Raises ValueError for a model or a setting that cannot work, UserError for adapters that cannot.
     """
     on_cpu = torch.version.cuda is None and torch.version.hip is None
     _prepare_environment(settings, on_cpu=on_cpu)
@@ -125,9 +136,44 @@ def _engine_config(settings: VllmSettings, *, on_cpu: bool) -> Any:
         scheduling_policy="priority",  # all requests have the same, except those of vllm_engine.URGENT
         worker_extension_cls="rollout_server.vllm_worker.SnapshotLoader",
         disable_log_stats=True,
+        **(_adapter_arguments(settings.adapters) if settings.adapters is not None else {}),
     ).create_engine_config()
     if config.model_config.quantization is not None:
         raise ValueError(
             f"{settings.model} is quantised ({config.model_config.quantization}); weights like that cannot be updated"
         )
+    if settings.adapters is not None:
+        _check_adapters_supported(config.model_config)
     return config
+
+
+def _adapter_arguments(slots: AdapterSlots) -> dict[str, Any]:
+    """Raises UserError for a rank that vLLM does not take."""
+    from vllm.config.lora import MaxLoRARanks
+
+    allowed = [rank for rank in get_args(MaxLoRARanks) if rank >= slots.rank]
+    if not allowed:
+        raise UserError(
+            f"the learner's adapters have rank {slots.rank}, vLLM takes at most {max(get_args(MaxLoRARanks))}: set "
+            'lora_rank lower, or lora_snapshots = "merged", on the learner'
+        )
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(allowed),
+        "max_loras": slots.versions,
+        "max_cpu_loras": slots.versions,
+        "lora_target_modules": list(slots.target_modules),
+    }
+
+
+def _check_adapters_supported(model_config: Any) -> None:
+    """Raises UserError where vLLM has no adapters for this architecture; its own process would only die of it."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+    from vllm.model_executor.models import supports_lora
+
+    model_class, architecture = get_model_architecture(model_config)
+    if not supports_lora(model_class):
+        raise UserError(
+            f'vLLM has no adapters for {architecture}: set lora_snapshots = "merged" on the learner, and it publishes '
+            "the whole policy"
+        )

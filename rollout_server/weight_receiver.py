@@ -153,6 +153,8 @@ class WeightReceiver:
             num_useless = num_useless + 1 if arrived is None else 0
             if arrived is None:
                 await asyncio.sleep(ASK_AGAIN_S * min(num_useless, MAX_PATIENCE))
+            elif arrived.manifest.is_base_model:
+                self._target.base_model = arrived.manifest.content_digest
             elif run_id == self._target.run_id:
                 await self._judge(arrived.manifest, on_doubt)
                 if self.holding != NO_VERSION:
@@ -161,18 +163,26 @@ class WeightReceiver:
     async def _apply(self, arrived: ArrivedSnapshot) -> None:
         manifest = arrived.manifest
         snapshot = LocalSnapshot(manifest=manifest, path=arrived.path, changes=arrived.changes)
+        if manifest.is_base_model:
+            self._target.base_model = b""  # what the engine holds is not known until this one is loaded
+        kind = "base_model_update" if manifest.is_base_model else "weight_update"
         with self._events.interval(
-            "weight_update", version=manifest.version, num_bytes=arrived.num_bytes, form=arrived.form
+            kind, version=manifest.version, num_bytes=arrived.num_bytes, form=arrived.form
         ) as fields:
             try:
                 update = await self._engine.load_weights(snapshot)
             except EngineError as error:
                 # Half-applied weights are repaired by applying the whole snapshot once more; twice is not bad luck.
-                logger.warning("applying snapshot %d failed, once more: %s", manifest.version, error)
+                logger.warning("applying %s failed, once more: %s", manifest.title, error)
                 whole = LocalSnapshot(manifest=manifest, path=arrived.path)
                 update = await self._engine.load_weights(whole)
             fields |= {"pause_s": update.pause_s, "in_place": update.in_place}
         self.paused_s += update.pause_s
+        if manifest.is_base_model:
+            logger.info(
+                "the base model of the adapters is loaded: %.1f kB (%s)", manifest.num_bytes / 1e3, arrived.form
+            )
+            return
         self.deltas_loaded += arrived.changes is not None
         self.full_loaded += arrived.changes is None
         logger.info(
@@ -234,3 +244,4 @@ class WeightReceiver:
             )
         logger.error("out of service until the whole snapshot is loaded: %s", complaint)
         self._transport.forget()
+        self._target.base_model = b""  # what adapters are added to may be what is wrong

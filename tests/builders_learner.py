@@ -133,7 +133,10 @@ def gradients_of_one_step(engine: PpoEngine, batch: TrainBatch) -> dict[str, tor
     return gradients
 
 
-def weights_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
+def weights_of(engine: TrainEngine, settings: TrainSettings | None = None) -> dict[str, torch.Tensor]:
+    """What is published; with settings that publish adapters also what these stand beside."""
+    if settings is not None and settings.publishes_adapters:
+        return weights_of(engine) | {name: tensor.detach().clone() for name, tensor in engine.base_model_tensors()}
     return {name: tensor.detach().clone() for name, tensor in engine.snapshot_tensors()}
 
 

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-SHARED = {"live": "vllm", "faulty": "vllm", "pair": "ranks"}
+SHARED = {"live": "vllm", "faulty": "vllm", "adapted": "vllm", "pair": "ranks"}
 """Fixtures of the session that take long to start: of each kind one process makes them, and runs what wants them."""
 
 

@@ -143,6 +143,7 @@ class Inbound:
             weights_address=self.run.weights_address,
             published_version=self.core.book.published_version,
             evaluation_hold_s=self.settings.evaluation.hold_s if self.settings.evaluation is not None else 0.0,
+            adapters=self.run.adapters,
         )
 
     def _ready(self, session: Session, ready: Ready, now: float) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import zmq
 
 from common.snapshot import CHUNK_BYTES
-from learner.publisher import Publisher, lay_out, open_publisher
+from learner.publisher import Publisher, open_publisher
+from learner.slots import lay_out
 from tests.benchmarks.push_receiver import RUN_ID
 from tests.weights.fleet import Weights
 

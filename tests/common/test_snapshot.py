@@ -3,6 +3,8 @@ import pytest
 
 from common.canary import Canary
 from common.snapshot import (
+    NO_VERSION,
+    AdapterSpec,
     SnapshotError,
     SnapshotManifest,
     TensorSpec,
@@ -34,6 +36,30 @@ def test_every_chunk_of_the_snapshot_verifies():
     for index in range(manifest.num_chunks):
         start, end = manifest.chunk_range(index)
         verify_chunk(manifest, index, DATA[start:end])
+
+
+ADAPTER = AdapterSpec(base_model=bytes(range(16)), rank=4, alpha=8.0, target_modules=("q_proj",))
+CANARY = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=0.1)
+
+
+def test_an_adapter_says_so_in_its_manifest_and_nobody_can_change_what_it_is():
+    manifest = build_manifest(memoryview(DATA), a_manifest().tensors, run_id="run", version=7, adapter=ADAPTER)
+    assert decode_manifest(encode_manifest(manifest)).adapter == ADAPTER
+    other = msgspec.structs.replace(ADAPTER, alpha=16.0)
+    with pytest.raises(SnapshotError, match="does not match its digest"):
+        decode_manifest(encode_manifest(msgspec.structs.replace(manifest, adapter=other)))
+
+
+@pytest.mark.parametrize("changes", [{"adapter": ADAPTER}, {"canary": CANARY}])
+def test_a_base_model_is_of_no_version_and_is_neither_adapter_nor_policy(changes: dict[str, object]):
+    def a_base_model(run_id: str = "run", **changes: object) -> SnapshotManifest:
+        tensors = a_manifest().tensors
+        return build_manifest(memoryview(DATA), tensors, run_id=run_id, version=NO_VERSION, **changes)  # type: ignore[arg-type]
+
+    assert decode_manifest(encode_manifest(a_base_model())).is_base_model
+    with pytest.raises(SnapshotError, match="a base model is no adapter"):
+        decode_manifest(encode_manifest(a_base_model(**changes)))
+    assert a_base_model("run.2").content_digest == a_base_model().content_digest != a_manifest().content_digest
 
 
 @pytest.mark.parametrize("bit", range(0, 800, 37))

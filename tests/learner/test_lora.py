@@ -9,13 +9,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from common.lifecycle import UserError
+from learner.base_model import describe_adapter
 from learner.config import LearnerConfig
 from learner.deepspeed_engine import open_deepspeed_engine
-from learner.lora_settings import LoraSettings
+from learner.lora_settings import AdapterDescription, LoraSettings
 from learner.networks import load_policy
 from learner.ppo_engine import PpoEngine
 from learner.reference import ReferencePolicy
 from learner.reward_settings import KlSettings
+from learner.slots import lay_out
 from learner.torch_engine import open_torch_engine
 from learner.training import MicroBatch, TrainSettings
 from tests.builders_learner import a_batch, largest_difference, random_groups, some_train_settings, train
@@ -86,7 +88,7 @@ def test_chosen_layers_alone_have_adapters(model):
 @pytest.mark.parametrize("tied", [True, False])
 def test_merged_weights_are_the_formula_written_as_loops(tied, tmp_path):
     path = str(save_tiny_model(tmp_path / "model", tied=tied))
-    engine = open_torch_engine(lora_settings(path))
+    engine = open_torch_engine(lora_settings(path, lora_snapshots="merged"))
     train(engine, steps=2)
     engine.export_huggingface(tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
@@ -102,6 +104,21 @@ def test_merged_weights_are_the_formula_written_as_loops(tied, tmp_path):
         product = sum(float(b_OR[row, rank]) * float(a_RI[rank, column]) for rank in range(LORA.rank))
         expected = float(start[row, column]) + LORA.alpha / LORA.rank * product
         assert float(merged[row, column]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_published_is_the_adapter_beside_the_model_that_it_began_as(trained, model):
+    published = dict(trained.snapshot_tensors())
+    assert published.keys() == adapters_of(trained).keys()
+    assert largest_difference(published, adapters_of(trained)) == 0.0
+    assert describe_adapter(LORA, lay_out(published.items())) == AdapterDescription(
+        rank=4,
+        alpha=8.0,
+        target_modules=("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
+    )
+    base = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
+    found = dict(trained.base_model_tensors())
+    assert found.keys() == base.keys()
+    assert largest_difference(found, base) == 0.0
 
 
 def test_the_exported_adapters_are_loaded_by_peft(trained, model, tmp_path):

@@ -24,7 +24,8 @@ from common.messages import (
 from common.shared_slots import lock_to_read, unlock
 from common.snapshot import MAX_MANIFEST_BYTES, NO_VERSION, SnapshotManifest, decode_manifest, verify_chunk
 from common.wire import open_dealer
-from learner.publisher import NUM_SLOTS, Publisher, lay_out, open_publisher
+from learner.publisher import NUM_SLOTS, Publisher, open_publisher
+from learner.slots import lay_out
 
 PATIENCE_S = 30.0
 NUM_CHUNKS = 3

@@ -19,4 +19,4 @@ def settings_for(model: str, **overrides: Any) -> TrainSettings:
 def one_rank(settings: TrainSettings, steps: int) -> tuple[dict[str, Tensor], list[StepResult]]:
     engine = open_torch_engine(settings)
     results = train(engine, steps=steps)
-    return weights_of(engine), results
+    return weights_of(engine, settings), results

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from common.lifecycle import UserError
 from learner.engine_settings import EngineSettings
-from learner.lora_settings import LoraSettings
+from learner.lora_settings import LoraSettings, LoraSnapshots
 from learner.reward_settings import KlSettings, RewardSettings
 from learner.torch_engine import open_torch_engine
 from tests.builders_learner import largest_difference, train, weights_of
@@ -159,10 +159,12 @@ def test_a_checkpoint_is_resumed_at_another_stage_and_number_of_ranks(
     assert largest_difference(grown.weights, unbroken.weights) == 0.0
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_adapters_alone_are_shared_out_and_published_merged(stage: int, model: str, pair: Pair, tmp_path: Path):
-    kl = KlSettings(coefficient=0.1, reference_model=model)
-    settings = settings_for(model, zero_stage=stage, lora=LoraSettings(rank=4, alpha=8.0), kl=kl)
+@pytest.mark.parametrize(("stage", "snapshots"), [(1, "merged"), (3, "adapter")])
+def test_adapters_alone_are_shared_out_and_published_merged_or_beside_their_base_model(
+    stage: int, snapshots: LoraSnapshots, model: str, pair: Pair, tmp_path: Path
+):
+    kl, lora = KlSettings(coefficient=0.1, reference_model=model), LoraSettings(rank=4, alpha=8.0)
+    settings = settings_for(model, zero_stage=stage, lora=lora, lora_snapshots=snapshots, kl=kl)
     outcome = pair.play(settings, steps=STEPS, save=str(tmp_path / "saved"), save_after=STEPS - 1)
     weights, results = one_rank(settings, STEPS)
     for metrics, expected in zip(outcome.metrics, results, strict=True):
@@ -174,7 +176,7 @@ def test_adapters_alone_are_shared_out_and_published_merged(stage: int, model: s
 
 @pytest.mark.parametrize(("stage", "lora"), [(1, None), (3, None), (3, LoraSettings(rank=4, alpha=8.0))])
 def test_an_export_is_what_was_published(stage: int, lora: LoraSettings | None, model: str, pair: Pair, tmp_path: Path):
-    settings = settings_for(model, zero_stage=stage, lora=lora)
+    settings = settings_for(model, zero_stage=stage, lora=lora, lora_snapshots="merged")
     outcome = pair.play(settings, steps=1, export=str(tmp_path / "exported"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     assert largest_difference(dict(exported.named_parameters()), outcome.weights) == 0.0

@@ -63,7 +63,7 @@ def play(scenario: Scenario, ranks: Ranks, writing: Ranks) -> dict[str, Any]:
         write(Path(scenario.save))
     if scenario.export:
         engine.export_huggingface(Path(scenario.export))
-    save_file(weights_of(engine), scenario.weights)
+    save_file(weights_of(engine, scenario.settings), scenario.weights)
     engine.close()
     return {"results": results, "version": engine.version, "layout": asdict(engine.layout)}
 

@@ -16,6 +16,7 @@ from common.environments import Environments
 from common.events import EventLog
 from common.messages import (
     PROTOCOL_VERSION,
+    AdapterNeeds,
     ChunkReply,
     GroupFinished,
     Heartbeat,
@@ -224,6 +225,7 @@ async def a_joined_server(
     step_s: float = 0.0,
     engine_type: type[TableEngine] = TableEngine,
     hold_s: float = 0.0,
+    adapters: AdapterNeeds | None = None,
 ) -> AsyncIterator[asyncio.Task[None]]:
     """Greeted and ready; the run must be finished, or the task be cancelled, inside."""
     learner.hold_s = hold_s
@@ -233,7 +235,7 @@ async def a_joined_server(
     )
     try:
         await learner.hear_hello()
-        learner.say(learner.welcome())
+        learner.say(learner.welcome(adapters=adapters))
         assert await learner.hear(Ready) == READY
         yield serving
     finally:

@@ -8,6 +8,7 @@ import pytest
 
 from common.lifecycle import UserError
 from common.messages import (
+    AdapterNeeds,
     Finished,
     GroupAccepted,
     GroupFinished,
@@ -234,6 +235,36 @@ async def test_a_learner_that_comes_back_with_another_model_is_not_served(tmp_pa
         with pytest.raises(ExceptionGroup) as failure:
             await serving
         assert failure.group_contains(UserError, match="came back with another model or tokenizer")
+
+
+ADAPTERS = AdapterNeeds(rank=8, target_modules=("q_proj", "v_proj"), versions=4)
+
+
+@pytest.mark.parametrize(
+    ("had", "needs", "is_served"),
+    [
+        (ADAPTERS, ADAPTERS, True),
+        (ADAPTERS, AdapterNeeds(rank=4, target_modules=("v_proj",), versions=9), True),
+        (ADAPTERS, None, True),
+        (ADAPTERS, AdapterNeeds(rank=16, target_modules=("q_proj",), versions=4), False),
+        (ADAPTERS, AdapterNeeds(rank=8, target_modules=("o_proj",), versions=4), False),
+        (None, ADAPTERS, False),
+    ],
+)
+async def test_a_learner_that_comes_back_with_adapters_that_the_engine_has_no_room_for_is_not_served(
+    tmp_path, had, needs, is_served
+):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, adapters=had) as serving:
+        learner.session = "2"
+        learner.say(learner.welcome(adapters=needs))
+        if is_served:
+            learner.lease(3)
+            assert (await learner.hear_group()).lease_id == 3
+            return
+        with pytest.raises(ExceptionGroup) as failure:
+            await serving
+        said = f"came back with adapters of {needs}, this engine was started for {had or 'none'}: start a new rollout"
+        assert failure.group_contains(UserError, match=said)
 
 
 async def test_a_refusal_for_good_ends_the_server_with_its_reason(tmp_path):

@@ -120,7 +120,7 @@ async def test_a_chunk_of_another_version_under_this_ones_name_is_refused_and_pu
 
 
 def flipped_manifest(request: Message, answer: Answer) -> Answer:
-    return answer[0], answer[1][:-2] + bytes([answer[1][-2] ^ 4]) + answer[1][-1:]  # the last byte of the digest
+    return answer[0], answer[1][:-3] + bytes([answer[1][-3] ^ 4]) + answer[1][-2:]  # the last byte of the digest
 
 
 def manifest_of(version: int, run_id: str = RUN_ID) -> Fault:

@@ -16,7 +16,9 @@ from common.events import EventLog
 from common.messages import SnapshotReady
 from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
-from learner.publisher import Publisher, lay_out, open_publisher
+from learner.base_model import BaseModel
+from learner.publisher import Publisher, open_publisher
+from learner.slots import lay_out
 from rollout_server.inference import InferenceEngine, LocalSnapshot, WeightUpdate
 from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
 from rollout_server.table_engine import TableEngine
@@ -149,6 +151,7 @@ class Fleet:
         self.version = NO_VERSION
         self._tasks = tasks
         self._directory = directory
+        self.run_id = RUN_ID
         self._running = [tasks.create_task(self._follow())]
         self._stack = AsyncExitStack()
 
@@ -188,7 +191,7 @@ class Fleet:
         )
         engine = engine or DoubtingEngine(self.weights)
         receiver = self._stack.enter_context(closing(WeightReceiver(engine, events, transport=TRANSPORTS[transport])))
-        await receiver.follow(RUN_ID)
+        await receiver.follow(self.run_id)
         self._running.append(self._tasks.create_task(receiver.run(dealer)))
         self.members.append(Member(proxy, receiver, engine))
         return self.members[-1]
@@ -222,7 +225,9 @@ async def a_fleet(
     transport: TransportName = "zeromq",
     run_id: str = RUN_ID,
     chunk_bytes: int = CHUNK_BYTES,
+    base_model: BaseModel | None = None,
 ) -> AsyncIterator[Fleet]:
+    """base_model: what the weights are adapters of."""
     weights = weights or Weights()
     with tempfile.TemporaryDirectory() as private:  # a socket's path must be short
         async with (
@@ -234,12 +239,14 @@ async def a_fleet(
                 keys=None,
                 private_directory=Path(private),
                 chunk_bytes=chunk_bytes,
+                base_model=base_model,
             ) as publisher,
             asyncio.TaskGroup() as tasks,
         ):
             fleet = Fleet(weights, publisher, tasks, directory)
             try:
                 await publisher.listening()
+                fleet.run_id = run_id
                 for _ in range(num_members):
                     await fleet.join(transport)
                 yield fleet

@@ -14,7 +14,7 @@ from common import shared_slots
 from common.events import EventLog
 from common.shared_slots import NotSharedError, create_slot, lock_to_read, lock_to_write, open_slot_of, unlock
 from common.wire import open_dealer
-from learner import publisher as publisher_module
+from learner import slots as slots_module
 from learner.publisher import NUM_SLOTS
 from rollout_server import mapped_snapshots, weight_receiver
 from rollout_server.inference import LocalSnapshot, WeightUpdate
@@ -97,7 +97,7 @@ async def test_a_server_that_stops_while_it_reads_a_version_delays_no_other_and_
     tmp_path: Path, transport, monkeypatch, kept_s
 ):
     """kept_s: after how long its memory is given up and replaced, so that it cannot even cost the learner a slot."""
-    monkeypatch.setattr(publisher_module, "KEPT_S", kept_s)
+    monkeypatch.setattr(slots_module, "KEPT_S", kept_s)
     async with a_fleet(tmp_path, num_members=2, patience_s=PATIENCE_S, transport=transport) as fleet:
         slow = SlowEngine(fleet)
         with closing(EventLog(tmp_path / "slow.jsonl", "rollout_server")) as events:
@@ -158,8 +158,8 @@ async def test_a_server_on_the_learners_host_shares_its_memory_and_pulls_nothing
 
 
 async def test_memory_that_the_learner_has_replaced_is_let_go_of(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(publisher_module, "KEPT_S", 0.0)
-    monkeypatch.setattr(publisher_module, "KEPT_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(slots_module, "KEPT_S", 0.0)
+    monkeypatch.setattr(slots_module, "KEPT_BYTES_PER_S", 1e15)
     gc.collect()
     before = Path("/proc/self/maps").read_text().count(f"/memfd:{shared_slots.SLOT_NAME}")
     async with a_fleet(tmp_path, num_members=1, patience_s=PATIENCE_S, transport="shared_memory") as fleet:

@@ -1,11 +1,13 @@
 """What the coordinator says to rollout servers, without sockets."""
 
+import msgspec
 import pytest
 
 from common.codec import pack_group
 from common.environments import Environments
 from common.messages import (
     PROTOCOL_VERSION,
+    AdapterNeeds,
     Finished,
     GroupAccepted,
     GroupFinished,
@@ -99,6 +101,13 @@ def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample()
         weights_address="tcp://127.0.0.1:6000",
         published_version=0,
     )
+
+
+def test_servers_are_told_what_adapters_their_engine_must_have_room_for():
+    desk, needs = Desk(), AdapterNeeds(rank=8, target_modules=("q_proj",), versions=4)
+    desk.inbound.run = msgspec.structs.replace(desk.inbound.run, adapters=needs)
+    [(_, welcome)] = desk.say(A, a_hello())
+    assert welcome.adapters == needs
 
 
 def test_another_protocol_is_refused_with_both_versions_named():
