@@ -207,8 +207,8 @@ class LearnerConfig:
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float | None = option(
         None,
-        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, the less the more of it: 0.875 at 2, 0.5 "
-        "at 8, 0 from 9 on, since stale gradients are momentum themselves",
+        help="decay of Adam's first moment; default: 0.9 at max_staleness 0, and 0.1 less for each step of it, down "
+        "to 0: stale gradients are momentum themselves",
     )
     adam_beta2: float = option(0.95, help="decay of Adam's second moment")
     adam_epsilon: float = option(1e-8, help="added to the root of the second moment; more tames tiny gradients")
@@ -359,9 +359,7 @@ class LearnerConfig:
         if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
             raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
         if self.lora_settings is not None and self.tensor_parallel > 1:
-            raise ValueError(
-                f"tensor_parallel {self.tensor_parallel} trains whole policies: lora_rank needs it to be 1"
-            )
+            raise ValueError(f"tensor_parallel must be 1 with lora_rank, got {self.tensor_parallel}")
 
     def _check_canary(self) -> None:
         if self.canary_every is not None and self.canary_every < 0:

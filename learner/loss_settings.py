@@ -17,17 +17,16 @@ CriticKind = Literal["own", "value_head"]
 """A network of its own, or a head on the policy's trunk."""
 
 
-MOMENTUM_STEPS = 9.0
-"""Mean age, in steps, of the gradients in Adam's first moment at beta1 0.9, which is beta1 / (1 - beta1)."""
+MOMENTUM_STEPS = 10
+"""Over how many steps momentum averages, which is 1 / (1 - beta1): 0.9 where no data is stale."""
 
 
 def default_adam_beta1(max_staleness: int) -> float:
-    """Such that the age of data and that of gradients in the first moment are 9 steps together, where that can be.
+    """Such that momentum averages over MOMENTUM_STEPS / (max_staleness + 1) steps; none where that is less than one.
 
-    Stale gradients act as momentum does, and add to it: Mitliagkas et al. 2016, arXiv:1605.09774.
+    Staleness K is momentum already, implicitly over K + 1 steps: Mitliagkas et al. 2016, arXiv:1605.09774.
     """
-    steps = max(MOMENTUM_STEPS - max_staleness, 0.0)
-    return steps / (1.0 + steps)
+    return max(MOMENTUM_STEPS - 1 - max_staleness, 0) / MOMENTUM_STEPS
 
 
 def check_proximal(proximal: Proximal, loss: str) -> None:

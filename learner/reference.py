@@ -80,13 +80,13 @@ def open_reference(settings: TrainSettings, device: torch.device, policy: Policy
     network = load_policy(
         name, dtype=settings.dtype, temperature=settings.temperature, attention=settings.engine.attention
     )
+    kinds = network.model.config.model_type, policy.model.config.model_type
+    if policy.sequence_ranks is not None and kinds[0] != kinds[1]:
+        raise UserError(f"--sequence-parallel: the reference model {name} is a {kinds[0]}, the policy a {kinds[1]}")
     if name != settings.model and _token_ids(name) != _token_ids(settings.model):
         raise UserError(
             f"the reference model {name} has another tokenizer than {settings.model}: its token ids mean other words"
         )
-    kinds = network.model.config.model_type, policy.model.config.model_type
-    if policy.sequence_ranks is not None and kinds[0] != kinds[1]:
-        raise UserError(f"--sequence-parallel: the reference model {name} is a {kinds[0]}, the policy a {kinds[1]}")
     network.sequence_ranks = policy.sequence_ranks
     return ReferencePolicy(network, device=device, offload=settings.kl.reference_offload)
 

@@ -331,8 +331,8 @@ class Coordinator:
         """Leases to servers with room, as far as the bounds allow."""
         decisions: list[Decision] = []
         if now >= self._servers_return_until and not self.closed and not self.book.held_by():
-            free = self.members.free(now)
-            while free and not self.book.held_by():
+            free, room = self.members.free(now), self.book.room
+            while free and len(decisions) < room:
                 member = free.take()
                 grant = self.book.grant(member, now)
                 if grant is not None:

@@ -68,6 +68,14 @@ class LeaseBook:
             return "queue_bytes"
         return "depth" if num_open >= self.depth.leases else None
 
+    @property
+    def room(self) -> int:
+        """How many leases can be granted before held_by() names a bound: each takes one place, and a group's bytes."""
+        settings = self.settings
+        places = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups, self.depth.leases)
+        bytes_left = settings.queue_bytes - self.queue.num_bytes
+        return max(0, min(places - self.num_open, bytes_left // settings.max_group_bytes - len(self.running)))
+
     def hold(self) -> str:
         """Who must do what before leases can be granted to anybody, for people; empty when they can be."""
         settings, num_open = self.settings, self.num_open
@@ -307,7 +315,8 @@ class LeaseBook:
         return in_time and self.tasks.claim(claim.task_id, at_most_ahead=ceiling)
 
     def _open(self, lease: OpenLease, member: Member, now: float) -> None:
-        if not member.has_work(self.published_version):
+        # Many are granted at one moment: all that the server has is looked through before the first of them only.
+        if member.progressed_at < now and not member.has_work(self.published_version):
             member.progressed_at = now
         self.leased += 1
         self.running[lease.lease_id] = lease

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from common.lifecycle import UserError
+from learner.config import LearnerConfig
 from learner.engine_settings import EngineSettings
 from learner.lora_settings import LoraSettings
 from learner.parallelism import check_parallelism
@@ -104,6 +105,14 @@ def test_a_model_that_nobody_says_how_to_split_is_refused(config: PreTrainedConf
 def test_what_does_not_go_together_with_split_layers_is_refused(overrides: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=reason):
         some_train_settings("m", engine=EngineSettings(tensor_parallel=2), **overrides)
+
+
+def test_the_settings_of_a_run_refuse_it_before_ranks_are_started():
+    with pytest.raises(ValueError, match="tensor_parallel must be 1 with lora_rank, got 2"):
+        LearnerConfig(tensor_parallel=2, lora_rank=4)
+    with pytest.raises(ValueError, match="tensor_parallel 2 needs zero_stage 1 or 2, got 3"):
+        LearnerConfig(tensor_parallel=2, zero_stage=3)
+    assert LearnerConfig(sequence_parallel=2).engine_settings.sequence_parallel == 2
 
 
 def test_offloading_and_sequences_that_are_spread_do_not_go_together_with_split_layers():

@@ -53,7 +53,7 @@ def test_the_settings_of_training_are_those_of_the_configuration():
     assert (settings.loss_settings, settings.zero_stage, settings.critic_model) == ({"clip_ratio": 0.1}, 2, None)
 
 
-@pytest.mark.parametrize(("max_staleness", "beta1"), [(0, 0.9), (1, 8 / 9), (2, 0.875), (8, 0.5), (9, 0.0), (64, 0.0)])
+@pytest.mark.parametrize(("max_staleness", "beta1"), [(0, 0.9), (1, 0.8), (2, 0.7), (8, 0.1), (9, 0.0), (64, 0.0)])
 def test_the_older_data_may_be_the_less_momentum_is_added_to_it(max_staleness, beta1):
     assert plan.train_settings(LearnerConfig(max_staleness=max_staleness), "m").adam_betas == (beta1, 0.95)
 

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common.lifecycle import UserError
 from learner.engine_settings import EngineSettings
 from learner.lora_settings import LoraSettings
 from learner.reward_settings import KlSettings
 from tests.builders_learner import largest_difference
-from tests.models import a_model, save_model, save_tiny_model
+from tests.models import VOCAB_SIZE, a_model, save_model, save_tiny_model
 from tests.ranks.pair import Pair
 from tests.ranks.rank_settings import one_rank, settings_for
 
@@ -103,6 +104,17 @@ def test_what_cannot_be_shared_is_refused_on_all_ranks_with_what_to_set(model: s
     ]:
         with pytest.raises(UserError, match=reason):
             pair.play(settings_for(model, engine=engine), steps=1)
+
+
+def test_models_that_would_say_something_else_are_refused_on_all_ranks(model: str, pair: Pair, tmp_path: Path):
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path / "falcon")  # its attention asks nobody
+    with pytest.raises(UserError, match="FalconModel says something else of sequences that are spread over ranks"):
+        pair.play(settings_for(str(tmp_path / "falcon"), engine=TOGETHER), steps=1)
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32)).save_pretrained(tmp_path / "llama")
+    kl = KlSettings(coefficient=0.1, reference_model=str(tmp_path / "llama"))
+    with pytest.raises(UserError, match="llama is a llama, the policy a qwen2"):
+        pair.play(settings_for(model, engine=TOGETHER, kl=kl), steps=1)
 
 
 @pytest.mark.slow

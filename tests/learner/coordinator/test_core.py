@@ -11,6 +11,7 @@ from learner.coordinator.decisions import (
     RefuseGroup,
 )
 from learner.coordinator.delivery import LearnerError
+from learner.coordinator.members import Member
 from learner.coordinator.replay_queue import JournaledGroup
 from tests.builders_coordinator import (
     MAX_GROUP_BYTES,
@@ -31,6 +32,22 @@ def test_leases_are_granted_up_to_the_bound_of_pacing_and_no_further():
     assert [grant.lease_id for grant in granted] == list(range(12))  # (v + K + 1) * groups_per_step
     assert coordinator.hold() == "the learner to complete step 1: more data would be older than max_staleness"
     assert grants(coordinator.tick(now=1.0)) == []
+
+
+def test_many_leases_at_one_moment_do_not_each_look_through_all_that_the_server_has(monkeypatch):
+    has_work, looks = Member.has_work, []
+    monkeypatch.setattr(Member, "has_work", lambda *arguments: looks.append(1) or has_work(*arguments))
+    bounds = {"queue_groups": 2000, "queue_bytes": 2000 * MAX_GROUP_BYTES}
+    coordinator = a_coordinator(groups_per_step=300, max_staleness=0, **bounds)
+    for grant in join(coordinator, groups=1000):
+        coordinator.group_finished("a", group_for(grant), now=1.0)
+    [batch] = of_kind(coordinator.take_batch(0, now=2.0), DeliverBatch)
+    looks.clear()
+    lease_ids = tuple(group.lease_id for group in batch.groups)
+    granted = grants(coordinator.step_completed(1, lease_ids, now=3.0))
+    assert [grant.min_version for grant in granted] == [1] * 300  # none may be begun before version 1 is published
+    assert len(looks) == 1
+    assert coordinator.members["a"].progressed_at == 3.0
 
 
 def test_with_staleness_zero_exactly_one_batch_is_in_flight():
