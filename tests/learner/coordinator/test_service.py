@@ -50,7 +50,15 @@ from tests.builders_coordinator import (
     an_open_run,
     some_settings,
 )
-from tests.builders_coordinator_service import Party, a_coordinator_serving, a_learner, a_server, finish, settings_in
+from tests.builders_coordinator_service import (
+    PATIENCE_S,
+    Party,
+    a_coordinator_serving,
+    a_learner,
+    a_server,
+    finish,
+    settings_in,
+)
 
 
 def a_long_group(lease, *, num_tokens):
@@ -199,6 +207,7 @@ async def test_a_group_is_acknowledged_before_the_journal_is_tidied_up(tmp_path,
     async def endless_tidy(keeper):
         await may_end.wait()
 
+    monkeypatch.setattr(JournalKeeper, "is_untidy", True)
     monkeypatch.setattr(JournalKeeper, "tidy", endless_tidy)
     async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
         lease = await server.expect(Lease)
@@ -216,21 +225,27 @@ async def test_the_journal_is_not_tidied_up_while_a_group_waits_for_it(tmp_path,
             await disk_is_ready.wait()
         await keep(keeper, records, *arguments)
 
+    tidied = asyncio.Event()
+
     async def noted_tidy(keeper):
         calls.append("tidy")
+        tidied.set()
 
     monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
     monkeypatch.setattr(JournalKeeper, "tidy", noted_tidy)
+    monkeypatch.setattr(JournalKeeper, "is_untidy", property(lambda keeper: calls[-1:] != ["tidy"]))
     async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
-        await finish(server, await server.expect(Lease))
-        while (await learner.expect(CoordinatorStatus)).queued < 1:
-            pass
-        await finish(server, await server.expect(Lease))
-        while (await learner.expect(CoordinatorStatus)).queued < 2:
-            pass
+        async with asyncio.timeout(PATIENCE_S):
+            await tidied.wait()
+        calls.clear()
+        for number in (1, 2):
+            await finish(server, await server.expect(Lease))
+            while (await learner.expect(CoordinatorStatus)).queued < number:
+                pass
+        tidied.clear()
         disk_is_ready.set()
-        for _ in range(2):
-            await server.expect(GroupAccepted)
+        async with asyncio.timeout(PATIENCE_S):
+            await tidied.wait()
     assert calls == [1, 1, "tidy"]
 
 
