@@ -15,7 +15,7 @@ from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.snapshot import MAX_ADAPTER_RANK
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
