@@ -22,7 +22,7 @@ quickstart: venv ## train a small model end to end, with a summary and a picture
 
 test: venv ## all tests that need neither a GPU nor patience (at most 15 minutes on 2 cores)
 	@$(VENV)/python -m tests.environments --install openenv-core-0.3
-	$(VENV)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not environments" --durations=15
+	$(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not gpu and not environments" --durations=15
 
 test-slow: venv ## the tests that take minutes each: learning against a control
 	$(VENV)/python -m pytest -m "slow and not gpu and not environments" --timeout 1200

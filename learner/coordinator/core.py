@@ -330,8 +330,9 @@ class Coordinator:
     def _grant(self, now: float) -> list[Decision]:
         """Leases to servers with room, as far as the bounds allow."""
         decisions: list[Decision] = []
-        if now >= self._servers_return_until and not self.closed and not self.book.held_by():
-            free, room = self.members.free(now), self.book.room
+        room = self.book.room
+        if room and now >= self._servers_return_until and not self.closed:
+            free = self.members.free(now)
             while free and len(decisions) < room:
                 member = free.take()
                 grant = self.book.grant(member, now)

@@ -228,16 +228,19 @@ def new_tasks_come_before_those_given_back(monkeypatch):
 
 def without_bound(monkeypatch, **changes):
     """Granting goes by other settings than the rest."""
-    held_by = LeaseBook.held_by
 
-    def generous(self):
-        true, self.settings = self.settings, replace(self.settings, **changes)
-        try:
-            return held_by(self)
-        finally:
-            self.settings = true
+    def generous(rule):
+        def generous_rule(self):
+            true, self.settings = self.settings, replace(self.settings, **changes)
+            try:
+                return rule(self)
+            finally:
+                self.settings = true
 
-    monkeypatch.setattr(LeaseBook, "held_by", generous)
+        return generous_rule
+
+    monkeypatch.setattr(LeaseBook, "held_by", generous(LeaseBook.held_by))
+    monkeypatch.setattr(LeaseBook, "room", property(generous(LeaseBook.room.fget)))
 
 
 @mutation
