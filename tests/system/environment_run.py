@@ -59,8 +59,8 @@ def rules_for(environments: Environments) -> CoordinatorSettings:
 
 
 @asynccontextmanager
-async def a_run(environments: Environments, directory: Path) -> AsyncIterator[Run]:
-    """Entered once the rollout server has begun; left when both services have ended well."""
+async def a_run(environments: Environments, directory: Path, *, step_s: float = 0.0) -> AsyncIterator[Run]:
+    """Entered once the rollout server has begun; left when both services have ended well. step_s: s a token takes."""
     directory.mkdir(exist_ok=True)
     (directory / "rows.jsonl").write_text(json.dumps({"prompt": "12+3="}) + "\n")
     async with AsyncExitStack() as stack:
@@ -87,7 +87,7 @@ async def a_run(environments: Environments, directory: Path) -> AsyncIterator[Ru
         entered = {
             spec.name: await stack.enter_async_context(environment_at(spec.url, spec)) for spec in environments.specs
         }
-        server = processes.create_task(serve_rollouts(opened.listen_address, directory, entered))
+        server = processes.create_task(serve_rollouts(opened.listen_address, directory, entered, step_s=step_s))
         yield Run(learner, snapshots, Mix(settings.rules.environment_weights))
         await learner.say(CloseRun(reason="the run is over"))
         assert await coordinator == 0
