@@ -7,7 +7,8 @@ import pytest
 
 from common.config import ConfigError, parse_or_raise, write_resolved
 from learner.__main__ import KNOWN_TABLES, parse_learner
-from learner.config import COUNTS, LearnerConfig
+from learner.config import LearnerConfig
+from learner.config_checks import COUNTS
 
 
 def parsed(*argv: str) -> LearnerConfig:
