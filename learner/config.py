@@ -267,6 +267,12 @@ class LearnerConfig:
         help="address for rollout servers; port 0 takes a free one, tcp://0.0.0.0:5557 all networks",
     )
     weights_listen: str | None = option(None, help="address weights are pulled from; default: as listen, another port")
+    relay_weights: int = option(
+        0,
+        help="how many rollout servers each one gives its weights on to, and the learner itself serves: with 32, 1,000 "
+        "servers cost its uplink what 32 do; worth it from about 64 servers, which must reach each other; 0: the "
+        "learner serves all",
+    )
     advertise_host: str | None = option(None, help="host name printed for other nodes when listening on all networks")
 
     # Whether rollout servers compute with what was published

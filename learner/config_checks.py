@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from common.messages import MAX_GROUP_SIZE
+from common.messages import MAX_GROUP_SIZE, MAX_RELAY_WEIGHTS
 from learner.loss_settings import check_critic_warmup, check_proximal, check_strengths, check_value_head
 from learner.reward_settings import GROUP_RELATIVE, check_group_relative
 
@@ -49,6 +49,7 @@ def check(config: LearnerConfig) -> None:
             "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
         )
     check_canary(config)
+    check_relays(config)
     config.evaluation_settings  # noqa: B018  # raises ValueError for what is impossible
     check_lengths(config)
     check_queue(config)
@@ -78,6 +79,13 @@ def check_adapters(config: LearnerConfig) -> None:
         raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
     if config.lora_settings is not None and config.tensor_parallel > 1:
         raise ValueError(f"tensor_parallel must be 1 with lora_rank, got {config.tensor_parallel}")
+
+
+def check_relays(config: LearnerConfig) -> None:
+    if config.relay_weights != 0 and not 2 <= config.relay_weights <= MAX_RELAY_WEIGHTS:
+        raise ValueError(
+            f"relay_weights must be from 2 to {MAX_RELAY_WEIGHTS}, got {config.relay_weights}; 0 is for none"
+        )
 
 
 def check_canary(config: LearnerConfig) -> None:

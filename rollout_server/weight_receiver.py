@@ -16,6 +16,7 @@ from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest
 from common.wire import Dealer
 from rollout_server.inference import EngineError, InferenceEngine, LocalSnapshot
 from rollout_server.pulled_snapshots import PulledSnapshots
+from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, SnapshotTransport, WeightTarget
 from rollout_server.version_hold import VersionHold
@@ -43,13 +44,16 @@ class WeightReceiver:
         engine: InferenceEngine,
         events: EventLog,
         *,
-        transport: Callable[[WeightTarget, SnapshotClient], SnapshotTransport] = PulledSnapshots,
+        transport: Callable[[WeightTarget, SnapshotClient, Relaying], SnapshotTransport] = PulledSnapshots,
+        relaying: Relaying | None = None,
     ) -> None:
+        """relaying: None: weights come from the learner alone, and are given to nobody."""
         self._engine = engine
         self._events = events
         self._target = WeightTarget()
         self._client = SnapshotClient()
-        self._transport = transport(self._target, self._client)
+        self.relaying = relaying or Relaying()
+        self._transport = transport(self._target, self._client, self.relaying)
         self._changed = asyncio.Condition()
         self._failed_canaries = 0  # in a row
         self._hold = VersionHold()

@@ -1,5 +1,6 @@
 """Guards that are taken out, one at a time: a test must fail without each. The coordinator's are in simulation/."""
 
 from tests.mutations.adapters import ADAPTERS
+from tests.mutations.relays import RELAYS
 
-GUARDS = (*ADAPTERS,)
+GUARDS = (*ADAPTERS, *RELAYS)
