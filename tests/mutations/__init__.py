@@ -1,0 +1,5 @@
+"""Guards that are taken out, one at a time: a test must fail without each. The coordinator's are in simulation/."""
+
+from tests.mutations.adapters import ADAPTERS
+
+GUARDS = (*ADAPTERS,)
