@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.codec import Decoder, encode
+from common.codec import Decoder, Frame, encode
 from common.keys import ClientKey
 from common.messages import (
     ChunkLater,
@@ -160,9 +160,9 @@ async def test_a_relay_that_lies_is_named_counted_and_never_asked_again_and_noth
 ):
     honest = RelayShelf.chunk
 
-    def lies(self: RelayShelf, peer: bytes, request: ChunkRequest) -> bytes | None:
+    def lies(self: RelayShelf, peer: bytes, request: ChunkRequest) -> Frame | None:
         chunk = honest(self, peer, request)
-        return chunk if chunk is None or request.index != 3 else chunk[:-1] + bytes([chunk[-1] ^ 1])
+        return chunk if chunk is None or request.index != 3 else bytes(chunk[:-1]) + bytes([chunk[-1] ^ 1])
 
     async with a_chain(tmp_path, 2) as fleet:
         monkeypatch.setattr(RelayShelf, "chunk", lies)
@@ -280,7 +280,7 @@ async def test_before_a_server_changes_its_copy_it_gives_nothing_of_it_any_more(
         request = ChunkRequest(version=former.version, index=0, digest=former.digest)
         shelf = member.receiver.relaying.shelf
         assert shelf.chunk(b"peer", request) is not None
-        given: list[bytes | None] = []
+        given: list[Frame | None] = []
         change = getattr(HostCopy, step)
 
         def watched(self: HostCopy, *arguments: Any) -> Any:
