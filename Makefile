@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-apply bench-canary bench-stale-actions bench-learner test-environments real-model learn storm storm-real push-storm sigterm resume fuzz simulate simulate-scaling clean
+.PHONY: help venv quickstart test test-slow parity lint types contracts bench-overlap bench-rollout bench-dataplane bench-environments bench-weights bench-apply bench-canary bench-stale-actions bench-learner test-environments real-model learn storm storm-real push-storm sigterm resume fuzz mutations simulate simulate-scaling clean
 
 help: ## this list
 	@echo "Countercurrent: asynchronous reinforcement learning for language models."
@@ -60,6 +60,7 @@ bench-weights: venv ## weight deltas beside what others do, of a real training r
 	$(VENV)/python -m tests.benchmarks.record_deltas
 	$(VENV)/python -m tests.benchmarks.bench_push
 	$(VENV)/python -m tests.benchmarks.bench_push --megabytes 8 --servers 16 64 --rounds 3
+	$(VENV)/python -m tests.benchmarks.bench_relays
 
 bench-apply: venv ## what a weight update costs real vLLM: its pause, tokens lost, the KV cache kept or cleared, joining
 	$(VENV)/python -m tests.benchmarks.bench_apply
@@ -93,6 +94,9 @@ resume: venv ## final weights after kills at 200 random points, bit for bit thos
 
 fuzz: venv ## damaged frames for every decoder of bytes from outside: make fuzz FRAMES=100000000
 	$(VENV)/python -m tests.fuzz --frames $(or $(FRAMES),10000000)
+
+mutations: venv ## guards taken out one at a time, each of which a test must miss: make mutations ONLY=relay
+	$(VENV)/python -m tests.mutations $(ONLY)
 
 simulate: venv ## many histories of the coordinator under a virtual clock: make simulate SEEDS=1000000
 	$(VENV)/python -m tests.simulation --seeds $(or $(SEEDS),10000)

@@ -8,7 +8,7 @@ the key, both while the run is going on; the connections of a revoked key end wi
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,42 @@ class ServerKeys:
 
     def __repr__(self) -> str:
         return f"<ServerKeys {self.public.hex()[:8]} in {self.directory}>"  # never the secret
+
+    @property
+    def allowed(self) -> "AllowList":
+        return AllowList(self.directory)
+
+
+class GivenKeys:
+    """Public keys that may connect, as somebody with an allow-list has named them last; nobody at first."""
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, str] = {}
+
+    def __repr__(self) -> str:
+        return f"<GivenKeys, {len(self._names)} keys>"
+
+    def replace(self, keys: Iterable[bytes]) -> None:
+        """From now on these. Another thread may be looking."""
+        self._names = {key: f"key {key.hex()[:8]}" for key in keys}
+
+    def name_of(self, public: bytes) -> str | None:
+        return self._names.get(public)
+
+    def names(self) -> dict[bytes, str]:
+        return self._names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayKeys:
+    """The pair of a relay's socket, and who may connect to it."""
+
+    public: bytes
+    secret: bytes
+    allowed: GivenKeys
+
+    def __repr__(self) -> str:
+        return f"<RelayKeys {self.public.hex()[:8]} for {self.allowed!r}>"  # never the secret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

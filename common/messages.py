@@ -15,7 +15,7 @@ from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.snapshot import MAX_ADAPTER_RANK
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
@@ -24,6 +24,7 @@ MAX_REWARD = 1e9
 MAX_EVALUATION_TASKS = 1 << 16
 MAX_TOGETHER = 64  # leases, groups or acknowledgements in one message,
 MAX_TOGETHER_BYTES = 1 << 18  # of so many bytes, or a single one: see together.py
+MAX_RELAY_WEIGHTS = 1 << 10
 
 Name = Annotated[str, Meta(max_length=256)]
 Address = Annotated[str, Meta(max_length=512)]
@@ -34,6 +35,8 @@ Version = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # snapshot.NO_VERSION before 
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-MAX_REWARD, le=MAX_REWARD)]  # NaN and infinities do not pass a bound
 ContentDigest = Annotated[bytes, Meta(max_length=16)]
+PublicKey = Annotated[bytes, Meta(max_length=32)]  # empty where there are no keys
+RelayWeights = Annotated[int, Meta(ge=0, le=MAX_RELAY_WEIGHTS)]
 Proof = Annotated[bytes, Meta(max_length=64)]
 JsonBytes = Annotated[bytes, Meta(max_length=1 << 20)]
 
@@ -90,6 +93,8 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     updates: Count = 0  # versions loaded since the process started
     pulled_bytes: Count = 0  # of snapshots, since the process started
     holding: Version = -1  # the loaded version, where it stays at that because HoldVersions said so
+    relay_address: Address = ""  # where others may pull from it what it has pulled; empty: nowhere
+    relay_key: PublicKey = b""  # of the socket there
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them
@@ -195,6 +200,7 @@ class Welcome(Message, frozen=True, tag="Welcome"):
     published_version: Version
     evaluation_hold_s: Seconds = 0.0  # see HoldVersions
     adapters: AdapterNeeds | None = None  # None: snapshots are the whole policy
+    relay_weights: RelayWeights = 0  # servers that each gives its weights on to; 0: all pull from the learner
 
 
 class Refused(Message, frozen=True, tag="Refused"):
@@ -268,6 +274,22 @@ class Pulse(Message, frozen=True, tag="Pulse"):
 
     published_version: Version
     waiting_for: Text = ""  # what keeps new leases away from this server, for people; empty when nothing does
+
+
+class RelayPlace(Message, frozen=True):
+    """Another rollout server that gives on what it has pulled."""
+
+    server: Name
+    address: Address
+    key: PublicKey
+    level: Annotated[int, Meta(ge=1, le=1 << 14)]  # relays between the one who pulls there and the learner
+
+
+class RelayPlan(Message, frozen=True, tag="RelayPlan"):
+    """Where this server pulls chunks, and whom its own relay lets in, from now on. Manifests are the learner's."""
+
+    source: RelayPlace | None  # None: from the learner
+    admitted: Annotated[tuple[PublicKey, ...], Meta(max_length=MAX_RELAY_WEIGHTS)]
 
 
 class Finished(Message, frozen=True, tag="Finished"):
@@ -412,7 +434,7 @@ class CloseRun(Message, frozen=True, tag="CloseRun"):
     reason: Text
 
 
-# --- rollout server <-> snapshot server --------------------------------------------------------------------------
+# --- rollout server <-> snapshot server, or another rollout server's relay -------------------------------------------
 
 
 class ManifestRequest(Message, frozen=True, tag="ManifestRequest"):
@@ -476,10 +498,19 @@ class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
     version: Version
     index: Count
     base_version: Version = -1  # of the delta; -1: of the full snapshot
+    digest: ContentDigest = b""  # of its manifest: a relay may hold another run's version of this number
 
 
 class ChunkReply(Message, frozen=True, tag="ChunkReply"):
     """The payload is the chunk."""
+
+    version: Version
+    index: Count
+    base_version: Version = -1
+
+
+class ChunkLater(Message, frozen=True, tag="ChunkLater"):
+    """A relay is about to have the chunk itself: ask again."""
 
     version: Version
     index: Count
@@ -541,6 +572,7 @@ CoordinatorToServer = (
     | Finished
     | HoldVersions
     | Evaluate
+    | RelayPlan
 )
 LearnerToCoordinator = (
     OpenRun
@@ -555,7 +587,15 @@ LearnerToCoordinator = (
 CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus | EvaluationReport
 ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
 SnapshotsToServer = (
-    ManifestReply | BaseModelReply | DeltaReply | NoNewer | ChunkReply | SnapshotGone | MappingReply | OtherHost
+    ManifestReply
+    | BaseModelReply
+    | DeltaReply
+    | NoNewer
+    | ChunkReply
+    | ChunkLater
+    | SnapshotGone
+    | MappingReply
+    | OtherHost
 )
 LearnerToSnapshots = SnapshotWritten
 SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

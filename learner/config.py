@@ -1,13 +1,12 @@
 """LearnerConfig: every setting of a run, as flags, as [learner] keys of a TOML file, and with their help."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from common.config import option
 from common.environments import Environments
-from common.messages import MAX_GROUP_SIZE
+from learner.config_checks import check
 from learner.coordinator.settings import StaleAction
 from learner.engine_settings import Attention, EngineSettings, Offload, ZeroStage, read_deepspeed_file
 from learner.evaluation_settings import EvaluationSettings
@@ -16,18 +15,9 @@ from learner.loss_settings import (
     CriticKind,
     OnNonfinite,
     Proximal,
-    check_critic_warmup,
-    check_proximal,
-    check_strengths,
-    check_value_head,
     default_adam_beta1,
 )
-from learner.reward_settings import GROUP_RELATIVE, KlSettings, RewardSettings, check_group_relative
-
-COUNTS = (
-    "total_steps", "groups_per_step", "group_size", "max_new_tokens", "max_attempts",
-    "max_skipped_steps", "micro_batch_tokens", "checkpoint_every_steps", "keep_checkpoints", "ranks",
-)  # fmt: skip
+from learner.reward_settings import KlSettings, RewardSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +267,12 @@ class LearnerConfig:
         help="address for rollout servers; port 0 takes a free one, tcp://0.0.0.0:5557 all networks",
     )
     weights_listen: str | None = option(None, help="address weights are pulled from; default: as listen, another port")
+    relay_weights: int = option(
+        0,
+        help="how many rollout servers each one gives its weights on to, and the learner itself serves: with 32, 1,000 "
+        "servers cost its uplink what 32 do; worth it from about 64 servers, which must reach each other; 0: the "
+        "learner serves all",
+    )
     advertise_host: str | None = option(None, help="host name printed for other nodes when listening on all networks")
 
     # Whether rollout servers compute with what was published
@@ -305,92 +301,7 @@ class LearnerConfig:
     wandb_project: str | None = option(None, help="also log to this Weights & Biases project")
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_staleness < 0:
-            raise ValueError(f"max_staleness must be >= 0, got {self.max_staleness}; 0 means strictly on-policy")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be finite and > 0, got {self.temperature}; a greedy policy explores nothing"
-            )
-        self._check_numbers()
-        if self.advantage in GROUP_RELATIVE and self.group_size == 1:
-            raise ValueError(
-                f"group_size 1 leaves {self.advantage} nothing to compare with; use at least 2, or --advantage gae"
-            )
-        self.reward_settings.check_advantage(self.advantage)
-        self._check_dynamic_sampling()
-        check_critic_warmup(self.critic_warmup_steps, self.advantage)
-        check_proximal(self.proximal, self.loss)
-        if self.critic == "value_head":
-            check_value_head(self.critic_model, self.critic_warmup_steps, self.advantage)
-        check_strengths(self.entropy_coefficient, self.value_clip, self.value_coefficient)
-        self._check_adapters()
-        self.engine_settings.check_stage(self.zero_stage)
-        self.kl_settings(self.model or "the demo model")  # raises ValueError for what is impossible
-        if self.dtype == "bfloat16" and self.zero_stage == 0:
-            raise ValueError(
-                "dtype bfloat16 needs zero_stage 1, 2 or 3; at stage 0 DeepSpeed's Adam counts a step too many"
-            )
-        self._check_canary()
-        self.evaluation_settings  # noqa: B018  # raises ValueError for what is impossible
-        self._check_lengths()
-        self._check_queue()
-
-    def _check_numbers(self) -> None:
-        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name in ("max_grad_norm", "server_timeout_s", "adam_epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        for name, beta in zip(("adam_beta1", "adam_beta2"), self.adam_betas, strict=True):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, got {beta}")
-
-    def _check_dynamic_sampling(self) -> None:
-        if self.dynamic_sampling < 0:
-            raise ValueError(f"dynamic_sampling must be >= 0, got {self.dynamic_sampling}; 0 filters nothing")
-        if self.dynamic_sampling > 0:
-            check_group_relative("dynamic_sampling", self.advantage)
-
-    def _check_adapters(self) -> None:
-        if self.lora_settings is not None and self.reference_offload and self.reference_model is None:
-            raise ValueError("reference_offload: with lora_rank the reference is the policy without its adapters")
-        if self.lora_settings is not None and self.tensor_parallel > 1:
-            raise ValueError(f"tensor_parallel must be 1 with lora_rank, got {self.tensor_parallel}")
-
-    def _check_canary(self) -> None:
-        if self.canary_every is not None and self.canary_every < 0:
-            raise ValueError(f"canary_every must be >= 0, got {self.canary_every}; 0 means never")
-        if self.canary_tolerance is not None and not 0 < self.canary_tolerance < math.inf:
-            raise ValueError(f"canary_tolerance must be finite and > 0, got {self.canary_tolerance}")
-
-    def _check_lengths(self) -> None:
-        if self.group_size > MAX_GROUP_SIZE:
-            raise ValueError(f"group_size must be at most {MAX_GROUP_SIZE}, got {self.group_size}")
-        if self.max_model_len is None:
-            return
-        if self.max_model_len < 2:
-            raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}: a prompt and an answer")
-        if self.max_new_tokens >= self.max_model_len:
-            raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt within max_model_len "
-                f"{self.max_model_len}"
-            )
-
-    def _check_queue(self) -> None:
-        if self.queue_groups is not None and self.queue_groups < self.groups_per_step:
-            raise ValueError(
-                f"queue_groups {self.queue_groups} can never hold a batch of groups_per_step {self.groups_per_step}"
-            )
-        batch_bytes = self.groups_per_step * self.max_group_bytes
-        if batch_bytes > self.queue_bytes:
-            raise ValueError(
-                f"queue_bytes {self.queue_bytes} can never hold a batch: {self.groups_per_step} groups of up to "
-                f"{self.max_group_bytes} bytes; raise it to {batch_bytes}, or lower max_new_tokens or group_size"
-            )
+        check(self)
 
     @property
     def adam_betas(self) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 Ranks of a part follow one another, so that on one node they are where communication is fast.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,4 +98,10 @@ def check_attention(model: Any, engine: EngineSettings) -> None:
         raise UserError(
             f"{engine.parallel_flag} needs --attention {' or '.join(KINDS_OF_ATTENTION)}, got {kind} for "
             f"{type(model).__name__}"
+        )
+    takes = inspect.signature(model.base_model.forward).parameters.values()
+    if engine.sequence_parallel > 1 and not any(each.kind is each.VAR_KEYWORD for each in takes):
+        raise UserError(
+            f"{engine.parallel_flag}: {type(model).__name__} takes no keyword arguments that it would hand on to its "
+            "attention, which has to be told how sequences are spread"
         )

@@ -112,6 +112,7 @@ def coordinator_settings(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         evaluation=held_out(evaluation) if evaluation is not None else None,
+        relay_weights=config.relay_weights,
         keys=str(keys.directory) if keys is not None else "",
         lease_secret=secrets.token_hex(32),
         journal=str(run.path / "journal.sqlite"),

@@ -4,15 +4,14 @@ The critic is a network of its own, or a head of the policy's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from learner.algorithms import OFF_POLICY_ADVANTAGES, build_advantages
@@ -23,6 +22,7 @@ from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
 from learner.algorithms.samples import BatchRatios
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
+from learner.learning_rate import learning_rate_scale
 from learner.lora_settings import check_adapters_note, write_adapters_note
 from learner.metric_codec import merged_over
 from learner.networks import CriticNetwork, PolicyNetwork
@@ -32,46 +32,11 @@ from learner.packing import FLASH
 from learner.ranks import Alone, Ranks, concatenated
 from learner.reference import Reference
 from learner.reward_shaping import RewardShaper
-from learner.sharded_state import ShardedState
 from learner.targets import Targets, build_targets
+from learner.trainable import Trainable
 from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings, WriteState
 
 NETWORK_NAMES = ("policy", "critic")  # directories of a checkpoint
-
-
-class Trainable(Protocol):
-    """A network together with its optimizer."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The network's outputs; inputs may lie on any device."""
-        ...
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Adds to the gradient; `is_last` says that the next call is step()."""
-        ...
-
-    def step(self, learning_rate: float) -> float:
-        """Clips, updates, clears the gradient; returns its norm before clipping."""
-        ...
-
-    def discard_gradient(self) -> None:
-        """Forget what backward() added since the last step."""
-        ...
-
-    def gathered(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-        """Named parameters, whole, one after the other; each is to be copied before the next is asked for."""
-        ...
-
-    def copy_state(self) -> ShardedState:
-        """A copy of the parameters and of the optimizer's state, as far as this rank holds them."""
-        ...
-
-    def load(self, directory: Path) -> None:
-        """Continue from what all ranks wrote there; raises UserError when it does not fit."""
-        ...
 
 
 class PpoEngine:
@@ -346,18 +311,6 @@ def _in_host_memory(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def _engine_file(directory: Path, rank: int) -> Path:
     return directory / f"engine-{rank:05d}.safetensors"
-
-
-def learning_rate_scale(version: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate for the step that updates `version`: a warm-up, then the schedule."""
-    if version < settings.warmup_steps:
-        return (version + 1) / (settings.warmup_steps + 1)
-    progress = (version - settings.warmup_steps) / max(settings.total_steps - settings.warmup_steps, 1)
-    if settings.lr_schedule == "linear":
-        return max(1.0 - progress, 0.0)
-    if settings.lr_schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-    return 1.0
 
 
 def _is_finite(metrics: Mapping[str, Metric]) -> bool:

@@ -20,13 +20,14 @@ from typing import NoReturn
 import msgspec
 
 from common import messages
-from common.codec import Decoder, ProtocolError, encode
+from common.codec import Decoder, Frame, Frames, encode
 from common.delta import encode_delta_manifest
 from common.keys import load_server_keys
 from common.lifecycle import configure_logging, die_with_parent, leave, run_until_stopped
 from common.shared_slots import host_id
 from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
-from common.wire import Dealer, Incoming, Router, open_dealer, open_router
+from common.snapshot_answers import MAX_REQUEST_BYTES, answer_requests
+from common.wire import Dealer, Router, open_dealer, open_router
 from learner.delta_shelf import Delta, DeltaShelf
 from learner.served_base_model import BaseModelPlace, ServedBaseModel
 from learner.slot_maps import SlotMaps
@@ -36,7 +37,6 @@ from learner.snapshot_shelf import SnapshotShelf
 logger = logging.getLogger(__name__)
 
 RELEASE_INTERVAL_S = 0.25
-MAX_REQUEST_BYTES = 1 << 12
 MAX_LAYOUT_BYTES = 16 << 20
 
 layout_decoder = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
@@ -85,12 +85,11 @@ class SnapshotService:
         self._written: WrittenSnapshot | None = None
         self._is_written = asyncio.Event()
         self._overtaken_versions = 0
-        self._requests = Decoder(messages.ServerToSnapshots, max_payload_bytes=0, max_header_bytes=MAX_REQUEST_BYTES)
         self._orders = Decoder(messages.LearnerToSnapshots, max_payload_bytes=MAX_LAYOUT_BYTES)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._serve_servers())
+            tasks.create_task(answer_requests(self._servers, self))
             tasks.create_task(self._take_orders())
             tasks.create_task(self._publish())
             tasks.create_task(self._release_slots())
@@ -134,32 +133,19 @@ class SnapshotService:
         )
         await self._learner.send(encode(ready))
 
-    async def _serve_servers(self) -> None:
-        while True:
-            for incoming in await self._servers.receive():
-                self._answer(incoming)
+    @property
+    def newest_version(self) -> int:
+        return self._shelf.newest_version
 
-    def _answer(self, incoming: Incoming) -> None:
-        try:
-            request, _ = self._requests.decode(incoming.frames)
-        except ProtocolError as error:
-            logger.warning("refused a request for weights: %s", error)
-            return
-        match request:
-            case messages.ManifestRequest():
-                frames = self._manifest_reply(request)
-            case messages.MappingRequest():
-                frames = self._mapping_reply(request)
-            case _:
-                assert isinstance(request, messages.ChunkRequest)
-                frames = self._chunk_reply(incoming.peer.routing_id, request)
-        # A server that cannot take the answer now asks again after its time-out.
-        self._servers.send(incoming.peer, frames)
-
-    def _manifest_reply(self, request: messages.ManifestRequest) -> list[bytes | memoryview]:
+    def offer(self, request: messages.ManifestRequest | messages.MappingRequest) -> Frames | None:
+        """See SnapshotSource."""
+        if isinstance(request, messages.MappingRequest) and request.host != host_id():
+            return encode(messages.OtherHost())
         newest = self._shelf.newest_version
         if newest == NO_VERSION or newest <= request.newer_than:
-            return encode(messages.NoNewer(version=newest))
+            return None
+        if isinstance(request, messages.MappingRequest):
+            return self._mapping_reply(request)
         if self._base_model is not None and not self._base_model.is_held_by(request):
             return self._base_model.reply()
         step = self._deltas.after(request.held_version)
@@ -168,30 +154,22 @@ class SnapshotService:
             return encode(reply, encode_delta_manifest(step.manifest))
         return encode(messages.ManifestReply(version=newest, why_full=step), encode_manifest(self._shelf.newest()))
 
-    def _mapping_reply(self, request: messages.MappingRequest) -> list[bytes | memoryview]:
-        if request.host != host_id():
-            return encode(messages.OtherHost())
-        newest = self._shelf.newest_version
-        if newest == NO_VERSION or newest <= request.newer_than:
-            return encode(messages.NoNewer(version=newest))
+    def _mapping_reply(self, request: messages.MappingRequest) -> Frames:
         if self._base_model is not None and not self._base_model.is_held_by(request):
             return self._base_model.mapping_reply()
         process, descriptor, inode = self._slots.place(self._shelf.newest_slot)
-        reply = messages.MappingReply(version=newest, process=process, descriptor=descriptor, inode=inode)
+        reply = messages.MappingReply(
+            version=self._shelf.newest_version, process=process, descriptor=descriptor, inode=inode
+        )
         return encode(reply, encode_manifest(self._shelf.newest()))
 
-    def _chunk_reply(self, peer: bytes, request: messages.ChunkRequest) -> list[bytes | memoryview]:
-        chunk: bytes | memoryview | None
+    def chunk(self, peer: bytes, request: messages.ChunkRequest) -> Frame | None:
+        """See SnapshotSource."""
         if request.version == NO_VERSION:
-            chunk = self._base_model.chunk(request.index) if self._base_model is not None else None
-        elif request.base_version == NO_VERSION:
-            chunk = self._full_chunk(peer, request)
-        else:
-            chunk = self._deltas.chunk(request.base_version, request.version, request.index)
-        if chunk is None:
-            return encode(messages.SnapshotGone(version=request.version, newest=self._shelf.newest_version))
-        reply = messages.ChunkReply(version=request.version, index=request.index, base_version=request.base_version)
-        return encode(reply, chunk)
+            return self._base_model.chunk(request.index) if self._base_model is not None else None
+        if request.base_version == NO_VERSION:
+            return self._full_chunk(peer, request)
+        return self._deltas.chunk(request.base_version, request.version, request.index)
 
     def _full_chunk(self, peer: bytes, request: messages.ChunkRequest) -> bytes | None:
         slot = self._shelf.request_chunk(peer, request.version, request.index, time.monotonic())

@@ -61,6 +61,12 @@ class RolloutServerConfig:
         "or the nearest that works",
     )
 
+    relay_listen: str | None = option(
+        None,
+        help="tcp://HOST:PORT where other servers pull weights from this one, in a run with --relay-weights; empty: "
+        "nowhere; default: a free port of the network that reaches the learner",
+    )
+
     run_dir: Path = option(Path("runs/rollout-server"), help="where this server's event log goes")
     metrics_listen: str | None = option("127.0.0.1:0", help="address of the Prometheus endpoint; empty for none")
 

@@ -29,6 +29,11 @@ class DeltaDecoder:
     def is_complete(self) -> bool:
         return self._num_decoded == len(self._blocks)
 
+    @property
+    def data(self) -> memoryview:
+        """The delta, as far as its chunks have come."""
+        return memoryview(self._data).toreadonly()
+
     def add(self, index: int, chunk: bytes | memoryview) -> None:
         """Chunk `index`, verified."""
         start, end = self._manifest.chunk_range(index)
@@ -40,7 +45,7 @@ class DeltaDecoder:
     def decode_arrived(self) -> None:
         """Raises SnapshotError when a block does not fit the base."""
         available = min(self._num_whole_chunks * self._manifest.chunk_bytes, len(self._data))
-        memory, data = self._copy.memory, memoryview(self._data).toreadonly()
+        memory, data = self._copy.memory, self.data
         while not self.is_complete and self._ends[self._num_decoded][1] <= available:
             start, end = self._ends[self._num_decoded]
             self._decode(data[start:end], memory)

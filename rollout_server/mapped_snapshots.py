@@ -22,6 +22,7 @@ from common.shared_slots import (
 )
 from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest, verify_all
 from common.wire import Dealer
+from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
 
@@ -34,7 +35,8 @@ MAX_FAILURES = 3  # in a row, of what was offered and is then not there
 class MappedSnapshots:
     """A SnapshotTransport. Raises NotSharedError where the learner's memory cannot be mapped."""
 
-    def __init__(self, target: WeightTarget, client: SnapshotClient) -> None:
+    def __init__(self, target: WeightTarget, client: SnapshotClient, relaying: Relaying) -> None:
+        """relaying: takes no part here, where nothing is held."""
         self._target = target
         self._client = client
         self._verifying = DedicatedThread("weights")

@@ -9,6 +9,7 @@ from common.shared_slots import NotSharedError
 from common.wire import Dealer
 from rollout_server.mapped_snapshots import MappedSnapshots
 from rollout_server.pulled_snapshots import PulledSnapshots
+from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, SnapshotTransport, WeightTarget
 
@@ -20,10 +21,10 @@ TransportName = Literal["nearest", "zeromq", "shared_memory"]
 class NearestSnapshots:
     """A SnapshotTransport that chooses one of the two, anew for each life of the run."""
 
-    def __init__(self, target: WeightTarget, client: SnapshotClient) -> None:
+    def __init__(self, target: WeightTarget, client: SnapshotClient, relaying: Relaying) -> None:
         self._target = target
-        self._mapped = MappedSnapshots(target, client)
-        self._pulled = PulledSnapshots(target, client)
+        self._mapped = MappedSnapshots(target, client, relaying)
+        self._pulled = PulledSnapshots(target, client, relaying)
         self._run_id = ""  # that the choice was made for
         self._chosen: SnapshotTransport = self._mapped
 
@@ -55,7 +56,9 @@ class NearestSnapshots:
         return await stack.enter_async_context(self._pulled.next_version(dealer))
 
 
-TRANSPORTS: Mapping[TransportName, Callable[[WeightTarget, SnapshotClient], SnapshotTransport]] = {
+OpenTransport = Callable[[WeightTarget, SnapshotClient, Relaying], SnapshotTransport]
+
+TRANSPORTS: Mapping[TransportName, OpenTransport] = {
     "nearest": NearestSnapshots,
     "zeromq": PulledSnapshots,
     "shared_memory": MappedSnapshots,

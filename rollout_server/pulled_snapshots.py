@@ -9,16 +9,18 @@ verified stays.
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from common import messages
 from common.delta import DeltaManifest, decode_delta_manifest
 from common.lifecycle import DedicatedThread
 from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest
 from common.wire import Dealer
+from rollout_server.chunk_sources import ChunkSources
 from rollout_server.delta_decoding import DeltaDecoder
 from rollout_server.host_copy import HostCopy
 from rollout_server.pulling import PullState
+from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import PullGivenUp, SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, WeightTarget
 
@@ -33,9 +35,11 @@ Offer = tuple[SnapshotManifest | DeltaManifest, str]
 class PulledSnapshots:
     """A SnapshotTransport. Whatever fails, the next pull is a full one."""
 
-    def __init__(self, target: WeightTarget, client: SnapshotClient) -> None:
+    def __init__(self, target: WeightTarget, client: SnapshotClient, relaying: Relaying) -> None:
         self._target = target
         self._client = client
+        self._upstream = relaying.upstream
+        self._shelf = relaying.shelf
         self._copy = HostCopy()
         self._writing = DedicatedThread("weights")  # into the copy
         self._gave_up = False  # the pull before this one
@@ -44,10 +48,12 @@ class PulledSnapshots:
         return f"<PulledSnapshots, {self._copy!r}>"
 
     def close(self) -> None:
+        self._shelf.withdraw()
         self._writing.close()
         self._copy.close()
 
     def forget(self) -> None:
+        self._shelf.withdraw()
         self._copy.manifest = None
 
     @asynccontextmanager
@@ -57,47 +63,68 @@ class PulledSnapshots:
 
     async def _pull(self, dealer: Dealer) -> ArrivedSnapshot | None:
         """Bring the copy to the next version; None when that turned out to be gone or not ours."""
+        await self._upstream.settled()
         offer = await self._request_manifest(dealer)
         if offer is None:
             return None
         manifest, form = offer
         try:
-            if isinstance(manifest, DeltaManifest):
-                return await self._pull_delta(dealer, manifest)
-            return await self._pull_full(dealer, manifest, form)
+            async with self._sources(dealer, manifest) as sources:
+                if isinstance(manifest, DeltaManifest):
+                    arrived = await self._pull_delta(sources, manifest)
+                else:
+                    arrived = await self._pull_full(sources, manifest, form)
         except SnapshotError as error:
             self.forget()
             logger.warning("not loaded, the full snapshot is next: %s", error)
         except PullGivenUp as reason:
+            self._shelf.withdraw()
+            self._gave_up = True
             logger.info("%s is given up after %s", manifest.title, reason)
+        else:
+            self._gave_up = False
+            return arrived
         return None
 
-    async def _pull_full(self, dealer: Dealer, manifest: SnapshotManifest, form: str) -> ArrivedSnapshot:
+    def _sources(
+        self, learner: Dealer, manifest: SnapshotManifest | DeltaManifest
+    ) -> AbstractAsyncContextManager[ChunkSources]:
+        """The learner alone for what no relay has, and once after a pull was given up: to get somewhere for certain."""
+        if self._gave_up or manifest.version == NO_VERSION:
+            return nullcontext(ChunkSources(self._upstream, self._client, learner))
+        return self._upstream.sources(self._client, learner, manifest.chunk_bytes)
+
+    async def _pull_full(self, sources: ChunkSources, manifest: SnapshotManifest, form: str) -> ArrivedSnapshot:
+        self._shelf.withdraw()
         await self._writing.run(self._copy.begin, manifest.num_bytes)
         pull = self._begin(manifest)
+        if not manifest.is_base_model:
+            self._shelf.begin(manifest, self._copy.memory)
         while pull.missing:
             if self._is_overtaken(pull):
-                self._gave_up = True
                 newest = self._target.published_version
                 raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: {newest} is published")
-            arrived = await self._client.next_chunk(dealer, pull)
+            arrived = await sources.next_chunk(pull)
             if arrived is not None:
                 index, data = arrived
                 await self._writing.run(self._copy.write, manifest.chunk_range(index)[0], data)
+                self._shelf.arrived(index)
         self._copy.manifest = manifest
-        self._gave_up = False
         return ArrivedSnapshot(manifest=manifest, path=self._copy.path, form=form, num_bytes=pull.num_bytes_received)
 
-    async def _pull_delta(self, dealer: Dealer, manifest: DeltaManifest) -> ArrivedSnapshot:
+    async def _pull_delta(self, sources: ChunkSources, manifest: DeltaManifest) -> ArrivedSnapshot:
         decoder = DeltaDecoder(manifest, self._copy)
+        self._shelf.begin(manifest, decoder.data)
         pull = self._begin(manifest, manifest.base_version)
         while pull.missing:
-            arrived = await self._client.next_chunk(dealer, pull)
+            arrived = await sources.next_chunk(pull)
             if arrived is not None:
                 decoder.add(*arrived)
+                self._shelf.arrived(arrived[0])
                 await self._writing.run(decoder.decode_arrived)
+        self._shelf.change()
         changes = await self._writing.run(self._copy.apply, manifest, decoder.changes)
-        self._gave_up = False
+        self._shelf.complete(manifest.target, self._copy.memory)
         return ArrivedSnapshot(
             manifest=manifest.target,
             path=self._copy.path,

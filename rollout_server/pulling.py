@@ -75,9 +75,15 @@ class PullState:
         self.num_bytes_received += num_bytes
 
     def damaged(self, index: int, now_s: float) -> None:
-        """What came as chunk `index` is not it."""
+        """What came as chunk `index` is not it, or that it will be there later."""
         self._heard(index, now_s)
         self._again.append(index)
+
+    def ask_others(self, now_s: float) -> None:
+        """Who was asked so far will be asked no more: what is in flight has to be asked for again."""
+        self.heard_s, self.patience = now_s, 1
+        self._again = sorted({*self._again, *self.in_flight})
+        self.in_flight.clear()
 
     def _heard(self, index: int, now_s: float) -> None:
         self.heard_s = now_s

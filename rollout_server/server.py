@@ -135,6 +135,7 @@ class RolloutServer:
         yield Measurement(name="out_of_service", value=bool(self._receiver.doubt), help="1: its weights are wrong")
         yield Measurement(name="failed_canaries_total", value=self._receiver.canaries_failed, help="wrong weights")
         yield Measurement(name="full_snapshots_loaded_total", value=self._receiver.full_loaded, help="versions, whole")
+        yield from self._receiver.relaying.metrics()
 
     async def run(self, welcome: messages.Welcome) -> None:
         """Returns when the run is finished."""
@@ -197,13 +198,12 @@ class RolloutServer:
                 case messages.Pulse():
                     self._waiting_for = message.waiting_for
                     await self._receiver.announce(message.published_version)
-                case messages.Welcome() if message.session != self._session:
-                    await self._enter_again(message)
-                case messages.Welcome() if self._is_greeting_again:
-                    self._is_greeting_again = False
-                    await self._say_ready()
+                case messages.Welcome():
+                    await self._hear_welcome(message)
                 case messages.Refused():
                     self._hear_refusal(message)
+                case messages.RelayPlan():
+                    self._receiver.relaying.follow(message)
                 case messages.HoldVersions() | messages.Evaluate():
                     await self._hear_of_evaluation(message)
                 case messages.Finished(reason=reason):
@@ -243,6 +243,13 @@ class RolloutServer:
             task_id = self._leases.task_of(lease_id)
             self._events.emit("group_acknowledged", run=self._run_id, lease=lease_id, task=task_id)
             self._leases.drop(lease_id)
+
+    async def _hear_welcome(self, welcome: messages.Welcome) -> None:
+        if welcome.session != self._session:
+            await self._enter_again(welcome)
+        elif self._is_greeting_again:
+            self._is_greeting_again = False
+            await self._say_ready()
 
     async def _enter_again(self, welcome: messages.Welcome) -> None:
         same_model = welcome.model_fingerprint == self._ready.model_fingerprint
@@ -351,6 +358,8 @@ class RolloutServer:
             updates=self._receiver.deltas_loaded + self._receiver.full_loaded,
             pulled_bytes=self._receiver.received_bytes,
             holding=self._receiver.holding,
+            relay_address=self._receiver.relaying.offered_at,
+            relay_key=self._receiver.relaying.public_key,
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat

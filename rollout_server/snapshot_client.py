@@ -12,6 +12,8 @@ from rollout_server.pulling import PullState
 
 logger = logging.getLogger(__name__)
 
+LATER_S = 0.01  # before what a relay does not have yet is asked for again
+
 Reply = tuple[messages.Message, memoryview]
 
 
@@ -19,8 +21,16 @@ class PullGivenUp(Exception):
     """The version being pulled is gone, or a newer one is there and much of this one is not."""
 
 
+class DamagedChunkError(SnapshotError):
+    """What came as chunk `index` is not it."""
+
+    def __init__(self, index: int, what: SnapshotError) -> None:
+        super().__init__(str(what))
+        self.index = index
+
+
 class SnapshotClient:
-    """Nothing that it is sent raises, except that the version is gone; silence and nonsense are None."""
+    """What it is sent only raises where a version is gone or a chunk is damaged; silence and nonsense are None."""
 
     def __init__(self) -> None:
         self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
@@ -36,30 +46,34 @@ class SnapshotClient:
             reply = await self._receive(dealer, "the manifest", timeout_s)
         return reply
 
-    async def next_chunk(self, dealer: Dealer, pull: PullState) -> tuple[int, memoryview] | None:
+    async def next_chunk(self, dealer: Dealer, pull: PullState, timeout_s: float) -> tuple[int, memoryview] | None:
         """Ask for what is to be asked for, and take one answer: (index, bytes) of a verified chunk, or None.
 
-        Raises PullGivenUp when what is pulled is gone.
+        Raises PullGivenUp when what is pulled is gone, DamagedChunkError for a chunk that is another's.
         """
         for index in pull.next_requests(time.monotonic()):
-            request = messages.ChunkRequest(version=pull.version, index=index, base_version=pull.base_version)
+            request = messages.ChunkRequest(
+                version=pull.version, index=index, base_version=pull.base_version, digest=pull.manifest.digest
+            )
             await dealer.send(encode(request))
-        reply = await self._receive(dealer, f"chunks of {pull.manifest.title}", pull.timeout_s)
+        reply = await self._receive(dealer, f"chunks of {pull.manifest.title}", timeout_s)
         if reply is None:
             return None
         message, payload = reply
         if isinstance(message, messages.SnapshotGone) and message.version == pull.version:
             raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: it is gone, {message.newest} is the newest")
-        if not isinstance(message, messages.ChunkReply) or message.index not in pull.missing:
+        if not isinstance(message, messages.ChunkReply | messages.ChunkLater) or message.index not in pull.missing:
             return None  # an answer to something asked earlier
         if (message.version, message.base_version) != (pull.version, pull.base_version):
+            return None
+        if isinstance(message, messages.ChunkLater):
+            pull.damaged(message.index, time.monotonic())
+            await asyncio.sleep(LATER_S)
             return None
         try:
             verify_chunk(pull.manifest, message.index, payload)
         except SnapshotError as error:
-            logger.warning("%s", error)
-            pull.damaged(message.index, time.monotonic())
-            return None
+            raise DamagedChunkError(message.index, error) from error
         pull.arrived(message.index, len(payload), time.monotonic())
         self.received_bytes += len(payload)
         return message.index, payload

@@ -45,7 +45,7 @@ class VllmAdapters:
         if spec.rank > self._slots.rank or not {*spec.target_modules} <= {*self._slots.target_modules}:
             raise SnapshotError(
                 f"{where} is an adapter of rank {spec.rank} in {', '.join(spec.target_modules)}; this engine was "
-                f"started for rank {self._slots.rank} in {', '.join(self._slots.target_modules)}: start it anew"
+                f"started for rank {self._slots.rank} in {', '.join(self._slots.target_modules)}"
             )
         if spec.base_model != self.base_model:
             held = self.base_model.hex() or "none"

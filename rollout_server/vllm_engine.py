@@ -165,9 +165,7 @@ class VllmEngine:
         """Beside those that running requests began with and end on: nothing is computed again, nothing fails by it."""
         version = snapshot.manifest.version
         if self._adapters is None:
-            raise SnapshotError(
-                f"snapshot {version} is an adapter, and this engine was started without room for any: start it anew"
-            )
+            raise SnapshotError(f"snapshot {version} is an adapter, and this engine was started without room for any")
         self._adapters.check(snapshot, self._shapes, self._dtype)
         async with self._call(f"snapshot {version} cannot be applied"):
             await self._adapters.wait_for_room(version)

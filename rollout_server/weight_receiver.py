@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 
 from common.events import EventLog
 from common.lifecycle import UserError
-from common.snapshot import NO_VERSION, SnapshotManifest
+from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest
 from common.wire import Dealer
 from rollout_server.inference import EngineError, InferenceEngine, LocalSnapshot
 from rollout_server.pulled_snapshots import PulledSnapshots
+from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import SnapshotClient
 from rollout_server.snapshot_transport import ArrivedSnapshot, SnapshotTransport, WeightTarget
 from rollout_server.version_hold import VersionHold
@@ -43,13 +44,16 @@ class WeightReceiver:
         engine: InferenceEngine,
         events: EventLog,
         *,
-        transport: Callable[[WeightTarget, SnapshotClient], SnapshotTransport] = PulledSnapshots,
+        transport: Callable[[WeightTarget, SnapshotClient, Relaying], SnapshotTransport] = PulledSnapshots,
+        relaying: Relaying | None = None,
     ) -> None:
+        """relaying: None: weights come from the learner alone, and are given to nobody."""
         self._engine = engine
         self._events = events
         self._target = WeightTarget()
         self._client = SnapshotClient()
-        self._transport = transport(self._target, self._client)
+        self.relaying = relaying or Relaying()
+        self._transport = transport(self._target, self._client, self.relaying)
         self._changed = asyncio.Condition()
         self._failed_canaries = 0  # in a row
         self._hold = VersionHold()
@@ -138,7 +142,7 @@ class WeightReceiver:
         on_doubt: told why nothing that the engine samples may be used, before the weights are repaired.
         on_hold: told when a version was loaded that is to be held.
         Raises EngineError when the weights cannot be brought into a known state, UserError when the engine computes
-        with others than it was given.
+        with others than it was given, or refuses what the learner publishes.
         """
         num_useless = 0  # answers in a row
         while True:
@@ -176,6 +180,8 @@ class WeightReceiver:
                 logger.warning("applying %s failed, once more: %s", manifest.title, error)
                 whole = LocalSnapshot(manifest=manifest, path=arrived.path)
                 update = await self._engine.load_weights(whole)
+            except SnapshotError as error:
+                raise self._refused(error) from error
             fields |= {"pause_s": update.pause_s, "in_place": update.in_place}
         self.paused_s += update.pause_s
         if manifest.is_base_model:
@@ -189,6 +195,14 @@ class WeightReceiver:
             "at version %d, %d behind: %.1f kB (%s) of %.1f kB pulled, paused for %.0f ms",
             *(manifest.version, max(0, self.published_version - manifest.version), arrived.num_bytes / 1e3),
             *(arrived.form, manifest.num_bytes / 1e3, update.pause_s * 1e3),
+        )
+
+    def _refused(self, error: SnapshotError) -> UserError:
+        """What comes next would be refused too."""
+        self.doubt = f"the engine refuses what the learner publishes: {error}"
+        return UserError(
+            f"{self.doubt}; start a new rollout server, whose engine will be as the run needs it now, and if that is "
+            "refused too, give it the learner's own model with --model"
         )
 
     async def _judge(self, manifest: SnapshotManifest, on_doubt: Callable[[str], Awaitable[None]]) -> None:

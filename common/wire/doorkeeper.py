@@ -1,9 +1,8 @@
 """Who may connect: answers ZeroMQ's question about each new connection (ZeroMQ RFC 27, ZAP) from the allow-list."""
 
 import logging
-from pathlib import Path
 
-from common.keys import AllowList
+from common.keys import AllowList, GivenKeys
 from common.wire.refusals import Reason, Refusals
 
 logger = logging.getLogger(__name__)
@@ -17,8 +16,8 @@ _REFUSED = b"300"
 class Doorkeeper:
     """The decision about one connection after the other. The name a peer gets here is its proven public key, in hex."""
 
-    def __init__(self, directory: Path, refusals: Refusals) -> None:
-        self._allowed = AllowList(directory)
+    def __init__(self, allowed: AllowList | GivenKeys, refusals: Refusals) -> None:
+        self._allowed = allowed
         self._refusals = refusals
         self._let_in: dict[str, str] = {}  # keys of connections that may still be there, by their names
         self._missing: frozenset[str] = frozenset()  # not on the allow-list when it was last looked at

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, closing, contextmanager
 
 import zmq
 
-from common.keys import ClientKey, ServerKeys
+from common.keys import ClientKey, RelayKeys, ServerKeys
 from common.memory import MemoryBound
 from common.wire import options
 from common.wire.addresses import WireError, check_address, check_path_is_free, is_local
@@ -21,7 +21,7 @@ async def open_router(
     address: str,
     *,
     max_frame_bytes: int,
-    keys: ServerKeys | None = None,
+    keys: ServerKeys | RelayKeys | None = None,
     send_queue_messages: int = options.SEND_QUEUE_MESSAGES,
     max_growth_bytes: int | None = None,
 ) -> AsyncIterator[Router]:
@@ -37,7 +37,7 @@ async def open_router(
     encrypted = keys is not None
     watch = Watch(
         limits=options.connection_limits(max_frame_bytes, encrypted=encrypted),
-        keys_directory=keys.directory if keys is not None else None,
+        allowed=keys.allowed if keys is not None else None,
         memory=MemoryBound(max_growth_bytes) if max_growth_bytes is not None else None,
     )
     options.hide_routing_ids()
@@ -71,11 +71,16 @@ def _bind(socket: "zmq.Socket[bytes]", address: str) -> str:
 
 @asynccontextmanager
 async def open_dealer(
-    address: str, *, max_frame_bytes: int | None = None, key: ClientKey | None = None
+    address: str,
+    *,
+    max_frame_bytes: int | None = None,
+    key: ClientKey | None = None,
+    linger_ms: int = options.LINGER_MS,
 ) -> AsyncIterator[Dealer]:
     """Connects to `address`, now or whenever something listens there.
 
     max_frame_bytes: if None, a router of this machine is trusted with any size, another with REMOTE_FRAME_BYTES.
+    linger_ms: how long closing may wait, and hold up the event loop, for what is not on its way yet.
     Raises WireError for an address that is none, or is on another machine when there is no key.
     """
     check_address(address, has_keys=key is not None, where_keys_are="give the key file the learner wrote, with --key")
@@ -87,12 +92,13 @@ async def open_dealer(
         closing(Lifeline(context, socket, address)) as lifeline,
     ):
         options.set_options(socket, address, max_frame_bytes, encrypted=key is not None)
+        socket.set(zmq.LINGER, linger_ms)
         # Messages may queue before there is a connection (IMMEDIATE stays off): Hello arrives when the router does.
         socket.set(zmq.RECONNECT_IVL, options.RECONNECT_MS)
         socket.set(zmq.RECONNECT_IVL_MAX, options.RECONNECT_MAX_MS)
         if key is not None:
             options.set_key_pair(socket, key)
-            socket.set(zmq.CURVE_SERVERKEY, key.server_public)
+            options.expect_key(socket, key.server_public)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:

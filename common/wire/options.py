@@ -7,7 +7,7 @@ import resource
 import zmq
 from zmq.utils import z85
 
-from common.keys import ClientKey, KeyPair, ServerKeys
+from common.keys import ClientKey, KeyPair, RelayKeys, ServerKeys
 from common.wire.addresses import WireError
 from common.wire.connections import CURVE_OVERHEAD_BYTES, Limits, wire_bytes
 
@@ -112,7 +112,15 @@ def ask_for_keys(socket: "zmq.Socket[bytes]") -> None:
     socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a watch nobody is let in, instead of everybody
 
 
-def set_key_pair(socket: "zmq.Socket[bytes]", pair: ServerKeys | ClientKey) -> None:
+def expect_key(socket: "zmq.Socket[bytes]", public: bytes) -> None:
+    """At the other end. Raises WireError for what is no public key."""
+    try:
+        socket.set(zmq.CURVE_SERVERKEY, public)
+    except zmq.ZMQError as error:
+        raise WireError(f"{public.hex() or 'nothing'} is not the public key of a socket") from error
+
+
+def set_key_pair(socket: "zmq.Socket[bytes]", pair: ServerKeys | RelayKeys | ClientKey) -> None:
     """Raises WireError when its halves do not belong together."""
     if z85.decode(zmq.curve_public(z85.encode(pair.secret))) != pair.public:
         raise WireError(f"the public and the secret key of {pair} do not belong together; make new keys")

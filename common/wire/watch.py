@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 
 import zmq
 
+from common.keys import AllowList, GivenKeys
 from common.memory import MemoryBound, give_back_memory
 from common.wire.connections import Connections, Ending, Limits
 from common.wire.doorkeeper import Doorkeeper
@@ -42,14 +42,14 @@ class Watch:
         self,
         limits: Limits,
         *,
-        keys_directory: Path | None = None,
+        allowed: AllowList | GivenKeys | None = None,
         memory: MemoryBound | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """keys_directory: who may connect; None: everybody."""
+        """allowed: who may connect; None: everybody."""
         self.refusals = Refusals()
         self._limits = limits
-        self._doorkeeper = Doorkeeper(keys_directory, self.refusals) if keys_directory is not None else None
+        self._doorkeeper = Doorkeeper(allowed, self.refusals) if allowed is not None else None
         self._connections: Connections | None = None
         self._memory = memory
         self._now = now

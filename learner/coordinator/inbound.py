@@ -147,6 +147,7 @@ class Inbound:
             published_version=self.core.book.published_version,
             evaluation_hold_s=self.settings.evaluation.hold_s if self.settings.evaluation is not None else 0.0,
             adapters=self.run.adapters,
+            relay_weights=self.settings.relay_weights,
         )
 
     def _ready(self, session: Session, ready: Ready, now: float) -> None:

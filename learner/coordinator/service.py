@@ -38,6 +38,7 @@ from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.lender import Lender
 from learner.coordinator.mailer import MAX_KEPT_BYTES, Mailer
 from learner.coordinator.outbound import Outbound
+from learner.coordinator.relay_plans import RelayPlans
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.status import status_of
 from learner.coordinator.tasks import Tasks
@@ -73,6 +74,7 @@ class Service:
         self._core = core
         self._outbound = Outbound(settings, core)
         self._inbound = Inbound(settings, core, run, self._outbound, session=secrets.token_hex(8))
+        self._relay_plans = RelayPlans(settings.relay_weights, self._outbound)
         self._servers = servers
         self._learner = learner
         self._learner_peer = learner_peer
@@ -197,6 +199,7 @@ class Service:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
             self._inbound.tick(now)
+            self._relay_plans.tell(now, self._servers.is_revoked)
             self._post()
             self._report(now)
 

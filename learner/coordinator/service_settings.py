@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.lifecycle import UserError
+from common.messages import RelayWeights
 from learner.coordinator.settings import CoordinatorSettings
 
 
@@ -35,6 +36,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 22)]
     temperature: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
     evaluation: HeldOut | None = None
+    relay_weights: RelayWeights = 0  # servers that each gives its weights on to
     keys: str = ""  # folder with the learner's key and the allow-list; needed unless `listen` is loopback
     lease_secret: Annotated[str, Meta(pattern="^[0-9a-f]{32,128}$")]  # known to the coordinators of one learner
     journal: str  # SQLite file of accepted groups; made if it is not there

@@ -56,8 +56,10 @@ class Servers:
 
 
 @asynccontextmanager
-async def servers(count: int, *arguments: str) -> AsyncIterator[Servers]:
-    command = (sys.executable, "-m", "tests.benchmarks.push_receiver", *arguments)
+async def servers(
+    count: int, *arguments: str, module: str = "tests.benchmarks.push_receiver"
+) -> AsyncIterator[Servers]:
+    command = (sys.executable, "-m", module, *arguments)
     pipe = asyncio.subprocess.PIPE
     started = [await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe) for _ in range(count)]
     try:

@@ -1,7 +1,7 @@
 """What happens to bytes on their way, by accident or on purpose."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -84,6 +84,14 @@ def swell(data: bytes, rng: random.Random) -> bytes:
     return data[:position] + announced + data[position:]
 
 
+def damaged(data: bytes, damages: Sequence[Damage], rng: random.Random) -> bytes:
+    """Once, and sometimes more than once."""
+    while True:
+        data = rng.choice(damages)(data, rng)
+        if not data or rng.random() < 0.8:
+            return data
+
+
 def _changed(data: bytes, rng: random.Random, change: Callable[[list[object], int], object]) -> bytes:
     tree = values = msgspec.msgpack.decode(data)
     assert isinstance(values, list)
@@ -97,4 +105,5 @@ def _changed(data: bytes, rng: random.Random, change: Callable[[list[object], in
 
 
 OF_BYTES: tuple[Damage, ...] = (flip_a_byte, cut, insert, repeat_a_part, swap_parts)
-OF_MESSAGES: tuple[Damage, ...] = (*OF_BYTES, replace_a_value, leave_out_a_value, repeat_a_value, nest, swell)
+OF_TREES: tuple[Damage, ...] = (replace_a_value, leave_out_a_value, repeat_a_value)
+OF_MESSAGES: tuple[Damage, ...] = (*OF_BYTES, *OF_TREES, nest, swell)

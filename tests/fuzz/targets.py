@@ -1,7 +1,6 @@
 """The decoders, each with valid bytes to damage, the error it may raise, and what must hold for all that it accepts."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +33,8 @@ from learner.coordinator.replay_queue import FinishedGroup
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Outcome, pack
 from rollout_server.environments.worker_process import REPLY_SLACK_BYTES
 from tests.builders_codec import UNIONS, a_group, a_trajectory, examples_of
-from tests.fuzz.damages import OF_BYTES, OF_MESSAGES, Damage
+from tests.fuzz.adapters import Adapters
+from tests.fuzz.damages import OF_BYTES, OF_MESSAGES, damaged
 
 MAX_WORDS_CHARS = 1_000
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -50,14 +50,6 @@ class Target(Protocol):
     def refuses(self, rng: random.Random) -> bool:
         """Damage one example and decode it. Raises AssertionError when what is accepted breaks a promise."""
         ...
-
-
-def damaged(data: bytes, damages: Sequence[Damage], rng: random.Random) -> bytes:
-    """Once, and sometimes more than once."""
-    while True:
-        data = rng.choice(damages)(data, rng)
-        if not data or rng.random() < 0.8:
-            return data
 
 
 def check_words(error: ProtocolError) -> bool:
@@ -285,4 +277,7 @@ class KeyFiles:
 
 
 def all_targets() -> list[Target]:
-    return [*map(Messages, UNIONS), Groups(), Manifests(), DeltaManifests(), Frontiers(), WorkerFrames(), KeyFiles()]
+    return [
+        *map(Messages, UNIONS), Groups(), Manifests(), DeltaManifests(), Adapters(), Frontiers(), WorkerFrames(),
+        KeyFiles(),
+    ]  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 
 from common.config import ConfigError, parse_or_raise, write_resolved
 from learner.__main__ import KNOWN_TABLES, parse_learner
-from learner.config import COUNTS, LearnerConfig
+from learner.config import LearnerConfig
+from learner.config_checks import COUNTS
 
 
 def parsed(*argv: str) -> LearnerConfig:
@@ -38,6 +39,8 @@ def test_a_count_below_one_is_refused(name, value):
         ({"critic_learning_rate": math.inf}, "critic_learning_rate must be finite and >= 0, got inf"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
         ({"canary_every": -1}, "canary_every must be >= 0, got -1; 0 means never"),
+        ({"relay_weights": 1}, "relay_weights must be from 2 to 1024, got 1; 0 is for none"),
+        ({"relay_weights": 1025}, "relay_weights must be from 2 to 1024, got 1025; 0 is for none"),
         ({"canary_tolerance": math.inf}, "canary_tolerance must be finite and > 0, got inf"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and > 0, got 0.0"),
         ({"server_timeout_s": 0.0}, "server_timeout_s must be finite and > 0, got 0.0"),

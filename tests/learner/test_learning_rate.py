@@ -1,6 +1,6 @@
 import pytest
 
-from learner.ppo_engine import learning_rate_scale
+from learner.learning_rate import learning_rate_scale
 from tests.builders_learner import some_train_settings
 
 

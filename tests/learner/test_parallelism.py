@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, GPT2Config, GPT2Model, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from common.lifecycle import UserError
 from learner.config import LearnerConfig
 from learner.engine_settings import EngineSettings
 from learner.lora_settings import LoraSettings
-from learner.parallelism import check_parallelism
+from learner.parallelism import check_attention, check_parallelism
 from learner.reward_settings import KlSettings
 from learner.tensor_parallel import partition_config
 from tests.builders_learner import some_train_settings
@@ -57,6 +58,21 @@ def test_rotary_embeddings_that_need_a_sequences_length_are_refused(model: str, 
     settings = some_train_settings(dynamic, engine=EngineSettings(sequence_parallel=2))
     with pytest.raises(UserError, match=r"are dynamic, which depend on a sequence's length"):
         check_parallelism(settings, 2)
+
+
+class SetInItsWays(GPT2Model):
+    """As older remote code is written: without room for what it does not know."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return super().forward(input_ids, attention_mask=attention_mask)
+
+
+def test_a_model_that_hands_nothing_on_to_its_attention_is_refused_before_its_first_step():
+    engine = EngineSettings(sequence_parallel=2)
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8, attn_implementation="sdpa")
+    check_attention(GPT2Model(config), engine)
+    with pytest.raises(UserError, match=r"--sequence-parallel 2: SetInItsWays takes no keyword arguments"):
+        check_attention(SetInItsWays(config), engine)
 
 
 def test_layers_may_be_split_over_ranks_that_divide_their_heads_and_inner_size(model: str, tmp_path: Path):

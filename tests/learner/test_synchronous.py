@@ -30,7 +30,7 @@ def draw(rng: np.random.Generator) -> list[list[Sample]]:
 @pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
 def test_every_step_is_that_of_the_plain_synchronous_trainer(tmp_path, micro_batch_tokens):
     model = str(save_tiny_model(tmp_path / "model", tied=True))
-    trainer = SynchronousTrainer(model, learning_rate=LEARNING_RATE, betas=(0.9, 0.95), max_grad_norm=1.0)
+    trainer = SynchronousTrainer(model, learning_rate=LEARNING_RATE, betas=(0.9, 0.95), epsilon=1e-8, max_grad_norm=1.0)
     engine = open_torch_engine(TrainSettings(model=model, learning_rate=LEARNING_RATE, total_steps=STEPS))
     start = weights_of(engine)
     rng = np.random.default_rng(0)

@@ -53,11 +53,15 @@ class ChosenTokens(LogitsProcessor):
 class SynchronousTrainer:
     """GRPO (arXiv:2402.03300) with PPO's clip and the mean over tokens, by AdamW with a constant learning rate."""
 
-    def __init__(self, model: str, *, learning_rate: float, betas: tuple[float, float], max_grad_norm: float) -> None:
+    def __init__(
+        self, model: str, *, learning_rate: float, betas: tuple[float, float], epsilon: float, max_grad_norm: float
+    ) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self._max_grad_norm = max_grad_norm
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, betas=betas, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0
+        )
 
     def step(self, groups: Sequence[Sequence[Sample]], reward: Callable[[str, str], float]) -> Step:
         samples = [sample for group in groups for sample in group]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.lifecycle import UserError
 from common.snapshot import SnapshotError
@@ -18,7 +19,7 @@ from rollout_server.vllm_adapters import adapter_token_versions
 from rollout_server.vllm_engine import VllmEngine, open_vllm_engine
 from rollout_server.vllm_start import AdapterSlots
 from tests.adapters import RANK, TARGETS, an_adapted_model, write_adapter, write_base_model
-from tests.models import a_model, forward_logprobs, save_model
+from tests.models import VOCAB_SIZE, a_model, forward_logprobs, save_model
 from tests.rollout_server.conftest import tiny_settings
 from tests.rollout_server.test_vllm_engine import TOLERANCE, a_prompt, a_sampling, logprob_error
 
@@ -164,7 +165,7 @@ async def test_an_adapter_of_fewer_layers_leaves_the_others_as_the_base_has_them
     ("changes", "complaint"),
     [
         ({"base_model": bytes(16)}, "is an adapter of base model 0000.*, the engine holds "),
-        ({"rank": 8}, "adapter of rank 8 in .*; this engine was started for rank 4 in .*: start it anew"),
+        ({"rank": 8}, "adapter of rank 8 in .*; this engine was started for rank 4 in q_proj, "),
         ({"target_modules": ("q_proj", "lm_head")}, "adapter of rank 4 in q_proj, lm_head; this engine was started"),
         ({"target_modules": ("q_proj",)}, "has an adapter for model.layers.0.mlp.down_proj, which is none of"),
         ({"rank": 3}, r"lora_A.weight is float32 of shape \(4, .*expected float32 of \(3, "),
@@ -218,6 +219,37 @@ async def test_a_rank_that_vllm_does_not_take_is_refused_before_it_is_started(tm
     settings = replace(tiny_settings(save_model(tmp_path / "model", a_model(0, tied=True))), adapters=slots)
     with pytest.raises(UserError, match="rank 513, vLLM takes at most 512: set lora_rank lower, or lora_snapshots ="):
         async with open_vllm_engine(settings):
+            pass
+
+
+async def test_a_version_number_that_comes_again_reads_nothing_that_its_former_weights_have_cached(
+    adapted: AdaptedEngine, monkeypatch: pytest.MonkeyPatch
+):
+    salts: list[str] = []
+    generate = adapted.engine._llm.generate
+
+    def watched(prompt: dict[str, Any], *rest: Any, **settings: Any) -> Any:
+        salts.append(prompt["cache_salt"])
+        return generate(prompt, *rest, **settings)
+
+    monkeypatch.setattr(adapted.engine._llm, "generate", watched)
+    prompt = a_prompt(200, seed=5)  # more than one block of the prefix cache
+    for seed in range(2):
+        adapted.models[20_000] = an_adapted_model(adapted.base, seed)
+        path = adapted.directory / f"again-{seed}"
+        await adapted.engine.load_weights(write_adapter(path, adapted.models[20_000], adapted.manifest, version=20_000))
+        completion = await adapted.engine.generate(prompt, a_sampling(seed), "a")
+        assert logprob_error(adapted, prompt, completion) < TOLERANCE
+    assert len(set(salts)) == 2
+
+
+async def test_an_architecture_for_which_vllm_has_no_adapters_is_refused_before_it_is_started(tmp_path: Path):
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 1024}
+    model = save_model(tmp_path / "model", GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, **sizes)))
+    slots = AdapterSlots(rank=RANK, target_modules=("c_attn",), versions=2)
+    says = 'vLLM has no adapters for GPT2LMHeadModel: set lora_snapshots = "merged" on the learner'
+    with pytest.raises(UserError, match=says):
+        async with open_vllm_engine(replace(tiny_settings(model), adapters=slots)):
             pass
 
 

@@ -23,10 +23,13 @@ from common.messages import (
     Ready,
     Refused,
 )
+from common.snapshot import SnapshotError
 from common.wire import open_dealer
 from rollout_server import server as server_module
 from rollout_server.environments.environment import EnvironmentFailure
+from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.server import RunFinishedError, join, with_host_of
+from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner, a_lease
 from tests.rollout_server.test_episodes import ScriptedEnvironment
 
@@ -274,6 +277,20 @@ async def test_a_learner_that_comes_back_with_adapters_that_the_engine_has_no_ro
             await serving
         said = f"came back with adapters of {needs}, this engine was started for {had or 'none'}: start a new rollout"
         assert failure.group_contains(UserError, match=said)
+
+
+class RefusingEngine(TableEngine):
+    async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
+        raise SnapshotError(f"snapshot {snapshot.manifest.version} is an adapter of rank 8")
+
+
+async def test_a_version_that_the_engine_refuses_ends_the_server_with_a_sentence_that_says_what_to_do(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path, engine_type=RefusingEngine) as serving:
+        with pytest.raises(ExceptionGroup) as failure:
+            await serving
+        why = "the engine refuses what the learner publishes: snapshot 0 is an adapter of rank 8"
+        assert failure.group_contains(UserError, match=f"{why}; start a new rollout server")
+        assert (await learner.hear(Leaving)).reason == why
 
 
 async def test_a_refusal_for_good_ends_the_server_with_its_reason(tmp_path):

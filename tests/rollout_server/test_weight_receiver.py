@@ -89,7 +89,7 @@ async def test_a_chunk_with_a_flipped_bit_is_refused_and_pulled_again(tmp_path, 
     server = SnapshotServer()
 
     def flips_a_bit_once(request: Message, answer: Answer) -> Answer:
-        if request == ChunkRequest(version=0, index=5) and server.chunks_asked(0).count(5) == 1:
+        if isinstance(request, ChunkRequest) and request.index == 5 and server.chunks_asked(0).count(5) == 1:
             return answer[0], bytes([answer[1][0] ^ 4]) + answer[1][1:]
         return answer
 
@@ -106,7 +106,7 @@ async def test_a_chunk_of_another_version_under_this_ones_name_is_refused_and_pu
     server = SnapshotServer(newest=3)
 
     def mixes_once(request: Message, answer: Answer) -> Answer:
-        if request == ChunkRequest(version=3, index=5) and server.chunks_asked(3).count(5) == 1:
+        if isinstance(request, ChunkRequest) and request.index == 5 and server.chunks_asked(3).count(5) == 1:
             start = 5 * CHUNK_BYTES
             return answer[0], a_table(2).tobytes()[start : start + CHUNK_BYTES]
         return answer
@@ -174,7 +174,7 @@ async def test_a_snapshot_that_is_gone_in_the_middle_is_given_up_for_the_newest(
     server = SnapshotServer(newest=1)
 
     def moves_on(request: Message, answer: Answer) -> Answer:
-        if request == ChunkRequest(version=1, index=9):
+        if isinstance(request, ChunkRequest) and (request.version, request.index) == (1, 9):
             server.newest = 7
             return SnapshotGone(version=1, newest=7), b""
         return answer

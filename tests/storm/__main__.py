@@ -2,6 +2,7 @@
 
 The learner and the rollout servers run with a table policy in place of DeepSpeed and vLLM, so that a step takes
 milliseconds; everything else is what users run. With --real these two are real as well. Whatever dies is started again.
+Storms of odd seeds sample dynamically: groups of equal rewards are filtered.
 """
 
 import argparse
@@ -17,7 +18,10 @@ from tests.storm.audit import Verdict, audit, read_records
 from tests.storm.faults import LONGEST_END_S, Faults
 from tests.storm.fleet import REAL, TABLE, Fleet, Stack
 
-GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 4, 2, 2
+GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS, MAX_FILTERED = 4, 2, 2, 4
+FILTERING = (
+    "--dynamic-sampling", MAX_FILTERED, "--evaluation-data", "python:tests.storm.task:evaluation_prompts",
+)  # fmt: skip
 TIMEOUT_S = 1800.0
 
 
@@ -28,9 +32,10 @@ async def storm(
         "--groups-per-step", GROUPS_PER_STEP, "--group-size", GROUP_SIZE, "--max-staleness", MAX_STALENESS,
         "--total-steps", steps, "--checkpoint-every-steps", 25, "--learning-rate", stack.learning_rate,
         "--server-timeout-s", 3, "--seed", seed, "--evaluate-every-steps", 20, "--evaluation-tasks", 8,
-        "--evaluation-samples", 2, "--evaluation-timeout-s", 60,
+        "--evaluation-samples", 2, "--evaluation-timeout-s", 60, *(FILTERING if filters(seed) else ()),
     )  # fmt: skip
-    fleet = Fleet(directory, flags, servers=servers, stack=stack)
+    reward = "noted_reward" if filters(seed) else "reward"
+    fleet = Fleet(directory, flags, servers=servers, reward=reward, stack=stack)
     faults = Faults(fleet, random.Random(seed), kills, steps)
     try:
         async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as tasks:
@@ -41,13 +46,22 @@ async def storm(
     finally:
         fleet.kill_all()
     verdict = audit(
-        read_records(directory), total_steps=steps, groups_per_step=GROUPS_PER_STEP, max_staleness=MAX_STALENESS
+        read_records(directory),
+        total_steps=steps,
+        groups_per_step=GROUPS_PER_STEP,
+        max_staleness=MAX_STALENESS,
+        max_filtered=MAX_FILTERED if filters(seed) else 0,
     )
     verdict.check(not left, f"processes were left behind: {left}")
     verdict.check(
         not faults.overdue, f"still there {LONGEST_END_S} s after SIGTERM, or their children: {faults.overdue}"
     )
     return verdict, faults
+
+
+def filters(seed: int) -> bool:
+    """Whether the storm of the seed samples dynamically."""
+    return seed % 2 == 1
 
 
 def main() -> int:
@@ -61,7 +75,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the directory of a storm that went well, too")
     arguments = parser.parse_args()
     steps = max(1, arguments.trajectories // (GROUPS_PER_STEP * GROUP_SIZE))
-    print("seed  seconds  steps  repeated  learners  acknowledged  faults  complaints")
+    print("seed  seconds  steps  repeated  learners  acknowledged  filtered  faults  complaints")
     failed = 0
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         directory = Path(tempfile.mkdtemp(prefix=f"storm-{seed}-"))
@@ -78,8 +92,8 @@ def main() -> int:
         )
         print(
             f"{seed:4}  {time.monotonic() - started_s:7.0f}  {verdict.num_steps:5}  {verdict.num_repeated:8}  "
-            f"{verdict.num_lineages:8}  {verdict.num_acknowledged:12}  {faults.hits.total():6}  "
-            f"{len(verdict.complaints):10}  {dict(sorted(faults.hits.items()))}",
+            f"{verdict.num_lineages:8}  {verdict.num_acknowledged:12}  {verdict.num_filtered:8}  "
+            f"{faults.hits.total():6}  {len(verdict.complaints):10}  {dict(sorted(faults.hits.items()))}",
             flush=True,
         )
         for complaint in verdict.complaints:

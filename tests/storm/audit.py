@@ -6,6 +6,7 @@ It reads files only, and knows nothing of how the coordinator comes to its decis
 import base64
 import json
 import sqlite3
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Records:
     num_covered: int  # groups that are still in the journal though the last checkpoint covers them
     evaluations: list[dict[str, Any]]  # by time
     canaries: dict[bool, int]  # how many versions servers computed with as they should, and how many they did not
+    equal_rewards: set[int]  # tasks of which two samples had the same reward, as environments said
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Verdict:
     num_acknowledged: int = 0
     num_repeated: int = 0  # steps that were taken in more than one lineage
     num_evaluations: int = 0  # complete
+    num_filtered: int = 0  # tasks
     complaints: list[str] = field(default_factory=list)
 
     def check(self, is_right: bool, complaint: str) -> None:
@@ -72,11 +75,22 @@ def read_records(directory: Path) -> Records:
     frontier = json.loads(base64.b64decode(state["frontier"]))
     return Records(
         steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered,
-        canaries=canaries, evaluations=evaluations,
+        canaries=canaries, evaluations=evaluations, equal_rewards=_with_equal_rewards(directory / "rewards.jsonl"),
     )  # fmt: skip
 
 
-def audit(records: Records, *, total_steps: int, groups_per_step: int, max_staleness: int) -> Verdict:
+def _with_equal_rewards(path: Path) -> set[int]:
+    """Nothing where rewards were not noted."""
+    if not path.exists():
+        return set()
+    samples = Counter(tuple(json.loads(line)) for line in path.read_text().splitlines())
+    return {int(task) for (task, _), number in samples.items() if number > 1}
+
+
+def audit(
+    records: Records, *, total_steps: int, groups_per_step: int, max_staleness: int, max_filtered: int = 0
+) -> Verdict:
+    """max_filtered: groups that may be filtered for a step, of two samples each."""
     verdict = Verdict(
         num_steps=len(records.steps),
         num_lineages=max(record["lineage"] for taken in records.steps.values() for record in taken),
@@ -93,11 +107,17 @@ def audit(records: Records, *, total_steps: int, groups_per_step: int, max_stale
     trained = {
         lease: task for record in survived for lease, task in zip(record["leases"], record["tasks"], strict=True)
     }
-    _check_tasks(records, verdict, [task for record in survived for task in record["tasks"]])
+    filtered = _check_tasks(records, verdict, [task for record in survived for task in record["tasks"]])
+    verdict.num_filtered = len(filtered)
+    most = max_filtered * (total_steps + 1)
+    verdict.check(len(filtered) <= most, f"{len(filtered)} tasks were filtered, {most} may be: {sorted(filtered)}")
     for lease, tasks in sorted(records.acknowledged.items()):
         verdict.check(len(tasks) == 1, f"lease {lease} was acknowledged for tasks {sorted(tasks)}")
         kept = trained.get(lease, records.journaled.get(lease))
-        verdict.check(kept in tasks, f"lease {lease} of task {sorted(tasks)} was acknowledged, and is lost")
+        verdict.check(
+            kept in tasks or (kept is None and tasks <= filtered),
+            f"lease {lease} of task {sorted(tasks)} was acknowledged, and is lost",
+        )
     return verdict
 
 
@@ -128,17 +148,19 @@ def _check_evaluations(records: Records, verdict: Verdict, total_steps: int) -> 
     verdict.num_evaluations = len(complete)
 
 
-def _check_tasks(records: Records, verdict: Verdict, trained: list[int]) -> None:
-    """Every task that was handed out is in exactly one place."""
+def _check_tasks(records: Records, verdict: Verdict, trained: list[int]) -> set[int]:
+    """Every task that was handed out is in exactly one place. Returns those that are in none: they were filtered."""
     verdict.check(len(trained) == len(set(trained)), f"tasks were trained twice: {_doubles(trained)}")
     still_open = [task[0] for task in records.frontier["open_tasks"]]
     parked = [int(task) for task in records.frontier["parked"]]
     places = sorted([*trained, *still_open, *parked])
     handed_out = list(range(records.frontier["next_task_id"]))
-    lost, doubles = sorted(set(handed_out) - set(places)), _doubles(places)
+    filtered, doubles = set(handed_out) - set(places), _doubles(places)
+    lost = sorted(filtered - records.equal_rewards)
     verdict.check(not lost, f"tasks were skipped: {lost}")
     verdict.check(not doubles, f"tasks are in two places: {doubles}")
     verdict.check(not parked, f"tasks are parked: {parked}")
+    return filtered
 
 
 def _doubles(numbers: list[int]) -> list[int]:

@@ -66,6 +66,7 @@ class Fleet:
         servers: int,
         reward: str = "reward",
         stack: Stack = TABLE,
+        server_flags: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         self.stack = stack
@@ -78,7 +79,7 @@ class Fleet:
             f"python:tests.storm.task:{reward}", "--listen", self._address, "--run-dir", "run", "--no-tensorboard",
             "--max-model-len", "64", "--max-new-tokens", "8", *common, *map(str, learner_flags),
         )  # fmt: skip
-        self._server_flags = ("--learner", self._address, "--environment-timeout-s", "10", *common)
+        self._server_flags = ("--learner", self._address, "--environment-timeout-s", "10", *common, *server_flags)
         self._num_servers = servers
         self.is_done = asyncio.Event()
         self.starts = 0

@@ -4,7 +4,8 @@ import sys
 from typing import NoReturn
 
 from common.lifecycle import configure_logging, leave, run_until_stopped
-from learner.__main__ import learn, parse_learner
+from learner.__main__ import parse_learner
+from learner.running import learn
 from tests.storm.table_policy import open_table_engine
 
 

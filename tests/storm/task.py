@@ -1,6 +1,7 @@
 """The storm's prompts and reward. Light: the environment's worker processes import it."""
 
 import asyncio
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ def prompts() -> Iterator[dict[str, Any]]:
         number += 1
 
 
+def evaluation_prompts() -> Iterator[dict[str, Any]]:
+    """None of the prompts above, so that nothing is held out there: the number of a row is that of its task."""
+    return ({"prompt": f"{number}+", "number": -1} for number in range(20))
+
+
 def reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
     """The share of characters that are the wanted one: something to learn for a table of bigrams."""
     del prompt, row
@@ -31,6 +37,14 @@ def recorded_reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
     with Path("answered.txt").open("a") as file:
         file.write(f"{prompt}\n")
     return reward(prompt, completion, row)
+
+
+def noted_reward(prompt: str, completion: str, row: dict[str, Any]) -> float:
+    """The same; the row's number and each reward are a line of a file in the working directory."""
+    found = reward(prompt, completion, row)
+    with Path("rewards.jsonl").open("a") as file:
+        file.write(json.dumps([row["number"], found]) + "\n")
+    return found
 
 
 async def slow_reward(prompt: str, completion: str, row: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ async def test_a_storm_of_kills_loses_nothing_trains_nothing_twice_and_nothing_t
     assert faults.hits.total() >= 6
     assert verdict.num_evaluations >= 10  # every 20 of 300 versions; some are due while the learner is away
     assert verdict.num_acknowledged > 1000  # of 1200; a server that was killed may not have noted its last ones
+    assert verdict.num_filtered > 100
 
 
 @pytest.mark.timeout(400)

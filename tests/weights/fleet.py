@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,20 +13,24 @@ import torch
 from common.canary import Canary
 from common.delta.formats import FORMATS
 from common.events import EventLog
-from common.messages import SnapshotReady
+from common.messages import RelayPlace, RelayPlan, SnapshotReady
 from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
 from learner.base_model import BaseModel
 from learner.publisher import Publisher, open_publisher
 from learner.slots import lay_out
+from rollout_server.chunk_sources import Upstream
 from rollout_server.inference import InferenceEngine, LocalSnapshot, WeightUpdate
 from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
+from rollout_server.relay import Relaying, open_relay
 from rollout_server.table_engine import TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 from tests.fault_proxy import FaultProxy
 
 RUN_ID = "run.1"
 CHUNK_BYTES = 1 << 15
+RELAYED = "relayed"
+"""A transport: over ZeroMQ, from the member that joined before, if there is one."""
 SHAPES = {"embedding": (800, 512), "layer.weight": (512, 300), "norm": (512,)}
 
 
@@ -132,12 +136,31 @@ async def a_cutting_proxy(target: str) -> AsyncIterator[CuttingProxy]:
 
 
 class Member:
-    """One receiver with its engine, and the proxy in front of it."""
+    """One receiver with its engine, the proxy between it and the learner, and one between its relay and others."""
 
     def __init__(self, proxy: CuttingProxy, receiver: WeightReceiver, engine: Any) -> None:
         self.proxy = proxy
         self.receiver = receiver
         self.engine = engine
+        self.relay_proxy: CuttingProxy | None = None
+
+    @property
+    def upstream(self) -> Upstream:
+        return self.receiver.relaying.upstream
+
+    @property
+    def bytes_of_learner(self) -> int:
+        """Of chunks."""
+        return self.receiver.received_bytes - self.upstream.pulled_bytes
+
+
+def follow(member: Member, source: Member | None, *, level: int = 1) -> None:
+    """As if the coordinator had said where the member pulls; None: from the learner."""
+    place = None
+    if source is not None:
+        assert source.relay_proxy is not None
+        place = RelayPlace(server="the one before", address=source.relay_proxy.address, key=b"", level=level)
+    member.receiver.relaying.follow(RelayPlan(source=place, admitted=()))
 
 
 class Fleet:
@@ -177,7 +200,7 @@ class Fleet:
 
     async def join(
         self,
-        transport: TransportName = "zeromq",
+        transport: TransportName | Literal["relayed"] = "zeromq",
         engine: InferenceEngine | None = None,
         *,
         is_direct: bool = False,
@@ -189,12 +212,19 @@ class Fleet:
         events = self._stack.enter_context(
             closing(EventLog(self._directory / f"{len(self.members)}.jsonl", "rollout_server"))
         )
-        engine = engine or DoubtingEngine(self.weights)
-        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events, transport=TRANSPORTS[transport])))
+        engine, relaying = engine or DoubtingEngine(self.weights), Relaying()
+        if transport == RELAYED:
+            await self._stack.enter_async_context(open_relay(relaying, "tcp://127.0.0.1:0"))
+        way = TRANSPORTS["zeromq" if transport == RELAYED else transport]
+        receiver = self._stack.enter_context(closing(WeightReceiver(engine, events, transport=way, relaying=relaying)))
         await receiver.follow(self.run_id)
+        member = Member(proxy, receiver, engine)
+        if transport == RELAYED:
+            member.relay_proxy = await self._stack.enter_async_context(a_cutting_proxy(relaying.address))
+            follow(member, self.members[-1] if self.members else None)
         self._running.append(self._tasks.create_task(receiver.run(dealer)))
-        self.members.append(Member(proxy, receiver, engine))
-        return self.members[-1]
+        self.members.append(member)
+        return member
 
     async def deliver(self) -> None:
         """Tell all members of the newest version, and wait until they have it."""
@@ -222,7 +252,7 @@ async def a_fleet(
     num_members: int,
     patience_s: float,
     weights: Weights | None = None,
-    transport: TransportName = "zeromq",
+    transport: TransportName | Literal["relayed"] = "zeromq",
     run_id: str = RUN_ID,
     chunk_bytes: int = CHUNK_BYTES,
     base_model: BaseModel | None = None,

@@ -28,7 +28,7 @@ ADAPTER_SHAPES = {"q_proj.lora_A.weight": (4, 512), "q_proj.lora_B.weight": (512
 CANARY = Canary(token_ids=(0, 1), logprobs=(-1.0,), tolerance=0.1)
 
 
-@pytest.fixture(params=["zeromq", "shared_memory"])
+@pytest.fixture(params=["zeromq", "shared_memory", "relayed"])
 def transport(request: pytest.FixtureRequest) -> TransportName:
     return request.param
 
@@ -109,7 +109,9 @@ async def test_the_base_model_comes_once_and_then_nothing_but_adapters_also_to_w
         if transport == "zeromq":
             assert received[1] == base_bytes + 2 * adapter_bytes
             assert base_bytes + 3 * adapter_bytes < received[0] < base_bytes + 4 * adapter_bytes  # one was a delta
-        assert fleet.members[0].receiver.deltas_loaded == (1 if transport == "zeromq" else 0)
+        assert fleet.members[0].receiver.deltas_loaded == (0 if transport == "shared_memory" else 1)
+        if transport == "relayed":  # the base model is the learner's to give
+            assert (fleet.members[1].bytes_of_learner, received[1]) == (base_bytes, base_bytes + 2 * adapter_bytes)
 
 
 @pytest.mark.parametrize("same_base", [True, False])

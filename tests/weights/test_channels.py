@@ -5,27 +5,24 @@ import gc
 import os
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from common import shared_slots
-from common.events import EventLog
 from common.shared_slots import NotSharedError, create_slot, lock_to_read, lock_to_write, open_slot_of, unlock
 from common.wire import open_dealer
 from learner import slots as slots_module
 from learner.publisher import NUM_SLOTS
 from rollout_server import mapped_snapshots, weight_receiver
 from rollout_server.inference import LocalSnapshot, WeightUpdate
-from rollout_server.nearest_snapshots import TRANSPORTS, TransportName
-from rollout_server.weight_receiver import WeightReceiver
+from rollout_server.nearest_snapshots import TransportName
 from tests.weights.fleet import RUN_ID, DoubtingEngine, Fleet, a_fleet
 
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(params=["zeromq", "shared_memory"])
+@pytest.fixture(params=["zeromq", "shared_memory", "relayed"])
 def transport(request: pytest.FixtureRequest) -> TransportName:
     return request.param
 
@@ -100,26 +97,23 @@ async def test_a_server_that_stops_while_it_reads_a_version_delays_no_other_and_
     monkeypatch.setattr(slots_module, "KEPT_S", kept_s)
     async with a_fleet(tmp_path, num_members=2, patience_s=PATIENCE_S, transport=transport) as fleet:
         slow = SlowEngine(fleet)
-        with closing(EventLog(tmp_path / "slow.jsonl", "rollout_server")) as events:
-            receiver = WeightReceiver(slow, events, transport=TRANSPORTS[transport])
-            async with open_dealer(fleet.publisher.address) as dealer, asyncio.TaskGroup() as tasks:
-                await receiver.follow(RUN_ID)
-                running = tasks.create_task(receiver.run(dealer))
-                await fleet.publish(None)
-                await receiver.announce(0)
-                await slow.is_reading.wait()
-                for _ in range(8):
-                    await fleet.publish(None)
-                    await fleet.deliver()
-                assert slow.loaded_version == -1
-                slow.may_go_on.set()
-                await receiver.wait_for_version(0)
-                assert slow.mixed == []
-                await receiver.announce(8)
-                await receiver.wait_for_version(8)
-                assert slow.mixed == []
-                running.cancel()
-            receiver.close()
+        receiver = (await fleet.join(transport, slow)).receiver
+        fleet.members.pop()  # it is not waited for
+        await fleet.publish(None)
+        await receiver.announce(0)
+        for member in fleet.members:
+            await member.receiver.announce(0)
+        await slow.is_reading.wait()
+        for _ in range(8):
+            await fleet.publish(None)
+            await fleet.deliver()
+        assert slow.loaded_version == -1
+        slow.may_go_on.set()
+        await receiver.wait_for_version(0)
+        assert slow.mixed == []
+        await receiver.announce(8)
+        await receiver.wait_for_version(8)
+        assert slow.mixed == []
         for member in fleet.members:
             assert (member.engine.loaded_version, member.engine.mixed) == (8, [])
 

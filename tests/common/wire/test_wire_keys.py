@@ -139,7 +139,7 @@ async def test_keys_that_do_not_belong_together_are_refused_before_anything_is_t
 def test_refusals_are_logged_with_the_key_but_not_at_the_pace_of_the_attempts(
     keys: ServerKeys, caplog: pytest.LogCaptureFixture
 ):
-    doorkeeper = Doorkeeper(keys.directory, Refusals())
+    doorkeeper = Doorkeeper(keys.allowed, Refusals())
     public = curve_keypair()[0]
     with caplog.at_level(logging.WARNING):
         for _ in range(1000):

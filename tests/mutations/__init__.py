@@ -1,0 +1,7 @@
+"""Guards that are taken out, one at a time: a test must fail without each. The coordinator's are in simulation/."""
+
+from tests.mutations.adapters import ADAPTERS
+from tests.mutations.relays import RELAYS
+from tests.mutations.together import TOGETHER
+
+GUARDS = (*ADAPTERS, *RELAYS, *TOGETHER)
