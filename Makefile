@@ -61,6 +61,7 @@ bench-weights: venv ## weight deltas beside what others do, of a real training r
 	$(VENV)/python -m tests.benchmarks.bench_push
 	$(VENV)/python -m tests.benchmarks.bench_push --megabytes 8 --servers 16 64 --rounds 3
 	$(VENV)/python -m tests.benchmarks.bench_relays
+	$(VENV)/python -m tests.benchmarks.bench_relays --keys
 
 bench-apply: venv ## what a weight update costs real vLLM: its pause, tokens lost, the KV cache kept or cleared, joining
 	$(VENV)/python -m tests.benchmarks.bench_apply

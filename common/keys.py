@@ -47,7 +47,7 @@ class GivenKeys:
 
     def replace(self, keys: Iterable[bytes]) -> None:
         """From now on these. Another thread may be looking."""
-        self._names = {key: f"key {key.hex()[:8]}" for key in keys}
+        self._names = dict.fromkeys(keys, "of another server")
 
     def name_of(self, public: bytes) -> str | None:
         return self._names.get(public)

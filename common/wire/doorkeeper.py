@@ -47,6 +47,8 @@ class Doorkeeper:
             return
         missing = frozenset(self._let_in.keys() - {public.hex() for public in allowed})
         for key in sorted((missing & self._missing) - self.revoked):
-            logger.warning("the key %s (%s...) was revoked: its connections end", self._let_in[key], key[:8])
+            logger.warning(
+                "the key %s (%s...) is not allowed any more: its connections end", self._let_in[key], key[:8]
+            )
         self.revoked = missing & self._missing
         self._missing = missing

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import zmq
 
+from common.keys import ServerKeys
 from common.snapshot import CHUNK_BYTES
 from learner.publisher import Publisher, open_publisher
 from learner.slots import lay_out
@@ -109,14 +110,14 @@ class Learner:
 
 
 @asynccontextmanager
-async def a_learner(megabytes: int) -> AsyncIterator[Learner]:
+async def a_learner(megabytes: int, keys: ServerKeys | None = None) -> AsyncIterator[Learner]:
     weights = Weights(shapes={f"layer{i}.weight": (1 << 19,) for i in range(megabytes)})
     with tempfile.TemporaryDirectory() as private:
         opened = open_publisher(
             lay_out(weights.tensors),
             run_id=RUN_ID,
             listen="tcp://127.0.0.1:0",
-            keys=None,
+            keys=keys,
             private_directory=Path(private),
         )
         async with opened as publisher:

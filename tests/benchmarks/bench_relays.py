@@ -7,11 +7,16 @@ Run as `python -m tests.benchmarks.bench_relays`.
 import argparse
 import asyncio
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import msgspec
 
+from common.keys import ServerKeys, ensure_client_key, ensure_server_keys, load_client_key
+from common.wire import curve_keypair
 from learner.coordinator.relays import RelayServer, RelayTree
 from tests.benchmarks.bench_push import DENSITY, Learner, Servers, a_learner, servers
 
@@ -22,12 +27,18 @@ async def line_of(process: asyncio.subprocess.Process) -> str:
         return (await process.stdout.readline()).decode().strip()
 
 
-async def follow_plans(group: Servers, addresses: Sequence[str], fan_out: int) -> None:
+def named_servers(said: Sequence[str], own_key: bytes) -> list[RelayServer]:
+    named = []
+    for number, line in enumerate(said):
+        address, _, key = line.partition(" ")
+        named.append(
+            RelayServer(server_id=f"server {number}", address=address, relay_key=bytes.fromhex(key), own_key=own_key)
+        )
+    return named
+
+
+async def follow_plans(group: Servers, named: Sequence[RelayServer], fan_out: int) -> None:
     """As the coordinator would have it; 0: all pull from the learner."""
-    named = [
-        RelayServer(server_id=f"server {number}", address=address, relay_key=b"", own_key=b"")
-        for number, address in enumerate(addresses)
-    ]
     plans = RelayTree(fan_out or len(named)).plans(named)
     for process, server in zip(group.processes, named, strict=True):
         assert process.stdin is not None
@@ -47,21 +58,28 @@ async def push(learner: Learner, group: Servers, density: float | None) -> list[
     return [took_s, from_learner, from_relays, busy_s, int(answers[0][2]) / float(answers[0][3])]
 
 
-async def measure(megabytes: int, count: int, fan_outs: Sequence[int], rounds: int) -> None:
-    async with (
-        a_learner(megabytes) as learner,
-        servers(count, learner.publisher.address, module="tests.benchmarks.relaying_server") as group,
-    ):
-        addresses = [await line_of(process) for process in group.processes]
-        await follow_plans(group, addresses, 0)
+async def measure(
+    megabytes: int, count: int, fan_outs: Sequence[int], rounds: int, key_file: Path | None, keys: ServerKeys | None
+) -> None:
+    async with AsyncExitStack() as stack:
+        learner = await stack.enter_async_context(a_learner(megabytes, keys))
+        own_key = load_client_key(key_file).public if key_file is not None else b""
+        arguments = (learner.publisher.address, *([str(key_file)] if key_file is not None else []))
+        opened = servers(count, *arguments, module="tests.benchmarks.relaying_server")
+        group = await stack.enter_async_context(opened)
+        named = named_servers([await line_of(process) for process in group.processes], own_key)
+        await follow_plans(group, named, 0)
         group.tell(learner.version)
         await asyncio.gather(*map(line_of, group.processes))
-        print(f"model of {learner.publisher.num_bytes / 1e6:.0f} MB in bfloat16, {count} servers on this host")
+        print(
+            f"model of {learner.publisher.num_bytes / 1e6:.0f} MB in bfloat16, {count} servers on this host, "
+            f"{'with' if keys is not None else 'without'} keys"
+        )
         for name, density in (("full", None), (f"delta at {DENSITY:.0%}", DENSITY)):
             rows: dict[int, list[list[float]]] = {fan_out: [] for fan_out in fan_outs}
             for _ in range(rounds):
                 for fan_out in fan_outs:
-                    await follow_plans(group, addresses, fan_out)
+                    await follow_plans(group, named, fan_out)
                     rows[fan_out].append(await push(learner, group, density))
             for fan_out in fan_outs:
                 report(name, fan_out, rows[fan_out])
@@ -80,8 +98,15 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=16, help="(default: 16)")
     parser.add_argument("--fan-outs", type=int, nargs="+", default=[0, 2, 4], help="0: no relays (default: 0 2 4)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keys", action="store_true", help="encrypt, as beyond loopback")
     options = parser.parse_args()
-    asyncio.run(measure(options.megabytes, options.servers, options.fan_outs, options.rounds))
+    given = (options.megabytes, options.servers, options.fan_outs, options.rounds)
+    if not options.keys:
+        asyncio.run(measure(*given, None, None))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        keys = ensure_server_keys(Path(directory), curve_keypair)
+        asyncio.run(measure(*given, ensure_client_key(keys, "servers", curve_keypair), keys))
 
 
 if __name__ == "__main__":

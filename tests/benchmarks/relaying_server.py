@@ -1,8 +1,8 @@
 """A process that receives weights, gives them on, and has something else to do meanwhile.
 
-python -m tests.benchmarks.relaying_server ADDRESS
+python -m tests.benchmarks.relaying_server ADDRESS [KEY FILE]
 
-Says where its relay listens, then reads a line for each thing to do and answers each with one:
+Says where its relay listens and its public key in hexadecimal. Then it reads lines, and answers each with one:
 a RelayPlan in hexadecimal MessagePack; or a version, answered once it is there with
 "bytes pulled from the learner, bytes pulled from relays, pieces of work done, seconds".
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from common.events import EventLog
+from common.keys import load_client_key
 from common.messages import RelayPlan
 from common.wire import open_dealer
 from rollout_server.nearest_snapshots import TRANSPORTS
@@ -43,8 +44,9 @@ class Work:
             await asyncio.sleep(PAUSE_S)
 
 
-async def receive(address: str) -> None:
-    engine, relaying, work = IdleEngine(vocab_size=2, max_model_len=8, eos_id=0), Relaying(), Work()
+async def receive(address: str, key_file: str = "") -> None:
+    key = load_client_key(Path(key_file)) if key_file else None
+    engine, relaying, work = IdleEngine(vocab_size=2, max_model_len=8, eos_id=0), Relaying(key), Work()
     with (
         tempfile.TemporaryDirectory() as directory,
         closing(EventLog(Path(directory) / "events.jsonl", "rollout_server")) as events,
@@ -52,12 +54,12 @@ async def receive(address: str) -> None:
     ):
         async with (
             open_relay(relaying, "tcp://127.0.0.1:0"),
-            open_dealer(address) as dealer,
+            open_dealer(address, key=key) as dealer,
             asyncio.TaskGroup() as tasks,
         ):
             await receiver.follow(RUN_ID)
             running = [tasks.create_task(receiver.run(dealer)), tasks.create_task(work.run())]
-            say(relaying.address)
+            say(f"{relaying.address} {relaying.public_key.hex()}")
             before = (0, 0)
             while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
                 if not line.isdecimal():
@@ -76,4 +78,4 @@ async def receive(address: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(receive(sys.argv[1]))
+    asyncio.run(receive(*sys.argv[1:]))

@@ -78,6 +78,13 @@ RELAYS = (
         test=f"{RELAYS_TEST}::test_a_key_that_is_none_is_no_reason_to_fail",
     ),
     Guard(
+        missing="a relay where nobody listens holds up the event loop",
+        file=SOURCES,
+        code=", linger_ms=0)",
+        broken=")",
+        test=f"{RELAYS_TEST}::test_a_relay_where_nobody_listens_is_left_without_holding_up_the_event_loop",
+    ),
+    Guard(
         missing="who joins pulls from the learner before the coordinator has said where",
         file=SOURCES,
         code="                await self._is_told.wait()\n",

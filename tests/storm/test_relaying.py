@@ -1,4 +1,4 @@
-"""Servers as real processes that give weights on to each other, one of which is killed."""
+"""Servers as real processes that give weights on to each other, with keys, one of which is killed."""
 
 import asyncio
 import re
@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from deploy.up import a_free_port
 from tests.storm.fleet import Fleet
 
 FLAGS = (
@@ -16,7 +17,14 @@ FLAGS = (
 
 @pytest.mark.timeout(300)
 async def test_a_run_whose_servers_give_weights_on_to_each_other_ends_also_when_one_of_them_is_killed(tmp_path):
-    fleet = Fleet(tmp_path, FLAGS, servers=5, server_flags=("--weights-from", "zeromq"))
+    port = a_free_port()
+    from_elsewhere = ("--learner", f"tcp://127.0.0.1:{port}", "--key", str(tmp_path / "run/keys/rollout-server.key"))
+    fleet = Fleet(
+        tmp_path,
+        (*FLAGS, "--listen", f"tcp://0.0.0.0:{port}"),
+        servers=5,
+        server_flags=("--weights-from", "zeromq", *from_elsewhere),
+    )
 
     def said(pattern: str) -> list[str]:
         logs = (path.read_text() for path in tmp_path.glob("server-*.log"))
@@ -38,6 +46,7 @@ async def test_a_run_whose_servers_give_weights_on_to_each_other_ends_also_when_
     given = [float(kilobytes) for kilobytes in said(r"gave ([0-9.]+) kB of weights to other rollout servers")]
     assert sum(given) > 0
     assert not said("Traceback")
+    assert not said("is not on the allow-list")
     assert fleet.last_step() == 300
 
 

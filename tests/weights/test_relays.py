@@ -26,6 +26,7 @@ from common.messages import (
     SnapshotsToServer,
 )
 from common.wire import Dealer, WireError, curve_keypair, open_dealer, open_router
+from common.wire.options import LINGER_MS
 from rollout_server import chunk_sources, pulled_snapshots
 from rollout_server.chunk_sources import Upstream, patience_s
 from rollout_server.host_copy import HostCopy
@@ -388,6 +389,16 @@ async def test_a_key_that_is_none_is_no_reason_to_fail():
     async with upstream.sources(None, None, 1) as sources:  # type: ignore[arg-type]  # they are not asked
         assert sources._relay is None
     assert upstream.times_left == 1
+
+
+async def test_a_relay_where_nobody_listens_is_left_without_holding_up_the_event_loop(unused_tcp_port: int):
+    upstream = Upstream()
+    upstream.tell(RelayPlace(server="gone", address=f"tcp://127.0.0.1:{unused_tcp_port}", key=b"", level=1))
+    async with upstream.sources(None, None, 1) as sources:  # type: ignore[arg-type]  # they are not asked
+        assert sources._relay is not None
+        await sources._relay.send(encode(ChunkRequest(version=3, index=0)))
+        start_s = time.monotonic()
+    assert time.monotonic() - start_s < 0.8 * LINGER_MS / 1e3
 
 
 async def test_beyond_loopback_a_relay_without_keys_does_not_listen():
