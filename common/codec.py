@@ -1,12 +1,12 @@
 """Messages to frames and back. Everything that comes off the wire is doubted here, and nowhere after.
 
-A message is exactly two frames: the MessagePack header and the payload. The payload of a group is, with N the number
-of tokens of all its trajectories in order:
+A message is exactly two frames: the MessagePack header and the payload. The payload of a group, or of groups that are
+sent together, is, with N the number of tokens of all their trajectories in order:
 
     token_ids [N] int32, behavior_logprobs [N] float32, loss_mask [N] uint8 (0 or 1), all little-endian, no padding
 
-So a whole group is checked at once: numpy looks at 16 trajectories in the time it needs for 2. token_versions are not
-in the payload: the header has them as runs over the sampled tokens.
+So all of it is checked at once: numpy looks at 16 trajectories in the time it needs for 2. token_versions are not in
+the payload: the header has them as runs over the sampled tokens.
 """
 
 import math
@@ -24,8 +24,8 @@ from common.messages import (
     Batch,
     ChunkReply,
     DeltaReply,
-    GroupFinished,
     GroupHeader,
+    GroupsFinished,
     ManifestReply,
     MappingReply,
     Message,
@@ -43,7 +43,7 @@ LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than 
 MAX_QUOTED_CHARS = 200
 
 _WITH_PAYLOAD = (
-    *(GroupFinished, Batch, ManifestReply, BaseModelReply, DeltaReply, ChunkReply, MappingReply),
+    *(GroupsFinished, Batch, ManifestReply, BaseModelReply, DeltaReply, ChunkReply, MappingReply),
     SnapshotWritten,
 )
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
@@ -112,8 +112,8 @@ def pack_group(group: Group) -> tuple[GroupHeader, bytes]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GroupColumns:
-    """The tokens of a group's trajectories, one trajectory after the other. N = tokens of the group."""
+class Columns:
+    """The tokens of one trajectory after the other, of one group or several. N = all of them."""
 
     bounds: tuple[int, ...]  # trajectory i has the tokens bounds[i] to bounds[i + 1]
     token_ids_N: np.ndarray  # int32
@@ -125,18 +125,18 @@ class GroupColumns:
         return f"trajectory {bisect_right(self.bounds, int(bad_N.argmax())) - 1}"
 
 
-def read_columns(header: GroupHeader, payload: Frame) -> GroupColumns:
-    """The group's tokens, each of them plausible by itself; raises ProtocolError unless header and payload fit.
+def read_columns(trajectories: Sequence[TrajectoryHeader], payload: Frame) -> Columns:
+    """Their tokens, each of them plausible by itself; raises ProtocolError unless headers and payload fit.
 
     The arrays are read-only, and views of the payload wherever they can be.
     """
-    bounds = tuple(accumulate((trajectory.num_tokens for trajectory in header.trajectories), initial=0))
+    bounds = tuple(accumulate((trajectory.num_tokens for trajectory in trajectories), initial=0))
     count = bounds[-1]
     if len(payload) != count * BYTES_PER_TOKEN:
         raise ProtocolError(f"payload: expected {count * BYTES_PER_TOKEN} bytes for {count} tokens, got {len(payload)}")
     payload = memoryview(payload).toreadonly()
     mask_N = np.frombuffer(payload, np.uint8, count, 8 * count)
-    columns = GroupColumns(
+    columns = Columns(
         bounds,
         np.frombuffer(payload, "<i4", count),
         np.frombuffer(payload, "<f4", count, 4 * count),
@@ -146,17 +146,17 @@ def read_columns(header: GroupHeader, payload: Frame) -> GroupColumns:
         raise ProtocolError(f"{columns.where(mask_N > 1)}.loss_mask: expected 0 or 1, got {mask_N[mask_N > 1][0]}")
     _check_token_ids(columns)
     _check_logprobs(columns)
-    _check_version_runs(header, columns)
+    _check_version_runs(trajectories, columns)
     return columns
 
 
-def _check_token_ids(columns: GroupColumns) -> None:
+def _check_token_ids(columns: Columns) -> None:
     ids_N = columns.token_ids_N
     if np.minimum.reduce(ids_N) < 0:
         raise ProtocolError(f"{columns.where(ids_N < 0)}.token_ids: expected ids >= 0, got {ids_N[ids_N < 0][0]}")
 
 
-def _check_logprobs(columns: GroupColumns) -> None:
+def _check_logprobs(columns: Columns) -> None:
     logprobs_N = columns.behavior_logprobs_N
     highest, lowest = float(np.maximum.reduce(logprobs_N)), float(np.minimum.reduce(logprobs_N))  # NaN if there is one
     if not (math.isfinite(highest) and math.isfinite(lowest)):
@@ -172,10 +172,10 @@ def _check_logprobs(columns: GroupColumns) -> None:
         raise ProtocolError(f"{columns.where(bad_N)}.behavior_logprobs: expected 0 where no token was sampled")
 
 
-def _check_version_runs(header: GroupHeader, columns: GroupColumns) -> None:
+def _check_version_runs(trajectories: Sequence[TrajectoryHeader], columns: Columns) -> None:
     for index, (start, end) in enumerate(pairwise(columns.bounds)):
         num_sampled = np.count_nonzero(columns.loss_mask_N[start:end])
-        covered = sum([length for _, length in header.trajectories[index].version_runs])
+        covered = sum([length for _, length in trajectories[index].version_runs])
         if num_sampled == 0:
             raise ProtocolError(f"trajectory {index}: expected at least one sampled token")
         if covered != num_sampled:
@@ -200,7 +200,7 @@ def unpack_groups(headers: Sequence[GroupHeader], payload: Frame) -> tuple[Group
 
 
 def _unpack_group(header: GroupHeader, payload: memoryview) -> Group:
-    columns = read_columns(header, payload)
+    columns = read_columns(header.trajectories, payload)
     logprobs_N = columns.behavior_logprobs_N
     if logprobs_N.max() > 0:  # by rounding
         logprobs_N = _read_only(np.minimum(logprobs_N, np.float32(0)))
@@ -234,17 +234,9 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def check_group(
-    header: GroupHeader,
-    columns: GroupColumns,
-    *,
-    vocab_size: int,
-    max_model_len: int,
-    group_size: int,
-    newest_version: int,
-) -> None:
-    """Raises ProtocolError unless the group is one this run can have asked for."""
-    num_episodes = sum(not trajectory.continues for trajectory in header.trajectories)
+def check_group(header: GroupHeader, *, max_model_len: int, group_size: int, newest_version: int) -> None:
+    """Raises ProtocolError unless the group is one this run can have asked for, as far as its header says."""
+    num_episodes = sum([not trajectory.continues for trajectory in header.trajectories])
     if num_episodes != group_size or header.trajectories[0].continues:
         raise ProtocolError(f"group: expected {group_size} trajectories, got {num_episodes}")
     for index, trajectory in enumerate(header.trajectories):
@@ -254,6 +246,10 @@ def check_group(
             )
         if (newest := max(trajectory.version_runs)[0]) > newest_version:
             raise ProtocolError(f"trajectory {index}: sampled by version {newest}, the newest is {newest_version}")
+
+
+def check_vocabulary(columns: Columns, vocab_size: int) -> None:
+    """Raises ProtocolError unless the policy can have sampled these tokens."""
     ids_N = columns.token_ids_N
     if np.maximum.reduce(ids_N) >= vocab_size:
         bad_N = ids_N >= vocab_size

@@ -15,13 +15,15 @@ from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.snapshot import MAX_ADAPTER_RANK
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 MAX_GROUP_SIZE = 4096
 MAX_TOKENS = 1 << 22
 MAX_VERSION_RUNS = 1 << 16
 MAX_REWARD = 1e9
 MAX_EVALUATION_TASKS = 1 << 16
+MAX_TOGETHER = 64  # leases, groups or acknowledgements in one message,
+MAX_TOGETHER_BYTES = 1 << 18  # of so many bytes, or a single one: see together.py
 MAX_RELAY_WEIGHTS = 1 << 10
 
 Name = Annotated[str, Meta(max_length=256)]
@@ -111,17 +113,20 @@ class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and t
 
 
 class GroupHeader(Message, frozen=True, gc=False):
-    """One group; the payload holds the tokens of its trajectories in the same order."""
+    """One group; a payload holds the tokens of its trajectories in the same order."""
 
     lease_id: Id
     task_id: Id
     trajectories: Annotated[tuple[TrajectoryHeader, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
 
 
-class GroupFinished(Message, frozen=True, tag="GroupFinished"):
-    """A lease is fulfilled. Resent until GroupAccepted or GroupRefused answers."""
+class GroupsFinished(Message, frozen=True, tag="GroupsFinished"):
+    """Leases are fulfilled. Each group is resent until GroupsAccepted or GroupRefused answers.
 
-    group: GroupHeader
+    The payload holds the tokens of all their trajectories in the same order, as if they were one group.
+    """
+
+    groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=MAX_TOGETHER)]
 
 
 class LeaseFailed(Message, frozen=True, tag="LeaseFailed"):
@@ -206,7 +211,7 @@ class Refused(Message, frozen=True, tag="Refused"):
     retry: bool = False
 
 
-class Lease(Message, frozen=True, tag="Lease"):
+class Lease(Message, frozen=True):
     """A task granted to one server: also its credit for one group of at most `max_group_bytes`."""
 
     lease_id: Id
@@ -218,6 +223,10 @@ class Lease(Message, frozen=True, tag="Lease"):
     min_version: Version  # no token may be sampled by an older policy: it would be too stale when trained
     max_group_bytes: Count
     proof: Proof = b""  # to be shown when the lease is claimed again, see HeldLease
+
+
+class Leases(Message, frozen=True, tag="Leases"):
+    leases: Annotated[tuple[Lease, ...], Meta(min_length=1, max_length=MAX_TOGETHER)]
 
 
 class LeaseCancelled(Message, frozen=True, tag="LeaseCancelled"):
@@ -248,10 +257,10 @@ class Evaluate(Message, frozen=True, tag="Evaluate"):
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)]  # 0: always the likeliest token
 
 
-class GroupAccepted(Message, frozen=True, tag="GroupAccepted"):
-    """The group is safe with the coordinator; forget it."""
+class GroupsAccepted(Message, frozen=True, tag="GroupsAccepted"):
+    """The groups of these leases are safe with the coordinator; forget them."""
 
-    lease_id: Id
+    lease_ids: Annotated[tuple[Id, ...], Meta(min_length=1, max_length=MAX_TOGETHER)]
 
 
 class GroupRefused(Message, frozen=True, tag="GroupRefused"):
@@ -552,13 +561,13 @@ class SlotReleased(Message, frozen=True, tag="SlotReleased"):
     slot: Count
 
 
-ServerToCoordinator = Hello | Ready | Heartbeat | GroupFinished | LeaseFailed | Leaving | Evaluated | EvaluationFailed
+ServerToCoordinator = Hello | Ready | Heartbeat | GroupsFinished | LeaseFailed | Leaving | Evaluated | EvaluationFailed
 CoordinatorToServer = (
     Welcome
     | Refused
-    | Lease
+    | Leases
     | LeaseCancelled
-    | GroupAccepted
+    | GroupsAccepted
     | GroupRefused
     | Pulse
     | Finished

@@ -76,3 +76,7 @@ class Group:
     @cached_property
     def oldest_version(self) -> int:
         return min(trajectory.oldest_version for trajectory in self.trajectories)
+
+    @cached_property
+    def newest_version(self) -> int:
+        return max(int(trajectory.token_versions.max()) for trajectory in self.trajectories)

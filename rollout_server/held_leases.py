@@ -1,10 +1,35 @@
 """HeldLeases: what this server has promised: leases it works on, and groups that nobody has acknowledged yet."""
 
 import asyncio
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
 
 from common import messages
-from common.codec import Frames
+from common.codec import Frames, encode, pack_group
+from common.together import in_messages, join_payloads
+from common.trajectory import Group
+
+
+@dataclass(slots=True)
+class _Finished:
+    """A group that nobody has acknowledged."""
+
+    header: messages.GroupHeader
+    payload: bytes
+    num_bytes: int  # in a message
+    newest_version: int  # of its tokens
+    sent_s: float = math.inf  # when it was last sent, in seconds; infinite: not yet
+
+
+class FinishedMessage(NamedTuple):
+    """Groups on their way."""
+
+    frames: Frames
+    newest_version: int  # of their tokens
 
 
 class HeldLeases:
@@ -13,7 +38,9 @@ class HeldLeases:
     def __init__(self) -> None:
         self._proofs: dict[int, messages.HeldLease] = {}
         self._working: dict[int, asyncio.Task[None]] = {}
-        self._unacknowledged: dict[int, tuple[Frames, float]] = {}  # and when they were sent, in seconds
+        self._unacknowledged: dict[int, _Finished] = {}
+        self._unsent: dict[int, _Finished] = {}  # those of them that were not sent yet, the earliest first
+        self._has_unsent = asyncio.Event()
 
     def __contains__(self, lease_id: int) -> bool:
         return lease_id in self._proofs
@@ -42,15 +69,31 @@ class HeldLeases:
         held = self._proofs.get(lease_id)
         return held.task_id if held is not None else None
 
-    def finished(self, lease_id: int, frames: Frames, now_s: float) -> None:
-        """The group is being sent, and kept until it is acknowledged."""
-        self._working.pop(lease_id, None)
-        self._unacknowledged[lease_id] = (frames, now_s)
+    def finished(self, group: Group) -> None:
+        """The group is to be sent, and kept until it is acknowledged."""
+        self._working.pop(group.lease_id, None)
+        header, payload = pack_group(group)
+        num_bytes = len(msgspec.msgpack.encode(header)) + len(payload)
+        finished = _Finished(header, payload, num_bytes, group.newest_version)
+        self._unacknowledged[group.lease_id] = self._unsent[group.lease_id] = finished
+        self._has_unsent.set()
+
+    async def next_message(self, now_s: Callable[[], float]) -> FinishedMessage:
+        """Groups that were not sent yet, as many as are there by now and fit; waits for one. Now they count as sent."""
+        while not self._unsent:
+            self._has_unsent.clear()
+            await self._has_unsent.wait()
+        some, sent_s = next(in_messages(self._unsent.values(), lambda finished: finished.num_bytes)), now_s()
+        for finished in some:
+            finished.sent_s = sent_s
+            del self._unsent[finished.header.lease_id]
+        return FinishedMessage(_frames(some), max(finished.newest_version for finished in some))
 
     def drop(self, lease_id: int) -> None:
         """Nothing more is to be done about the lease."""
         self._proofs.pop(lease_id, None)
         self._unacknowledged.pop(lease_id, None)
+        self._unsent.pop(lease_id, None)
         work = self._working.pop(lease_id, None)
         if work is not None and work is not asyncio.current_task():
             work.cancel()
@@ -68,10 +111,19 @@ class HeldLeases:
         return tuple(self._proofs.values())
 
     def resend(self, send: Callable[[Frames], bool], now_s: float, *, after_s: float) -> None:
-        """Groups that were not acknowledged for `after_s` seconds: the coordinator may have been away."""
-        for lease_id, (frames, sent_s) in self._unacknowledged.items():
-            if now_s - sent_s >= after_s and send(frames):
-                self._unacknowledged[lease_id] = (frames, now_s)
+        """Groups that were not acknowledged for `after_s` seconds: the coordinator may have been away.
+
+        Each in a message of its own: one that cannot be read takes no other with it.
+        """
+        for finished in self._unacknowledged.values():
+            if now_s - finished.sent_s >= after_s and send(_frames([finished])):
+                finished.sent_s = now_s
 
     def __repr__(self) -> str:
         return f"<HeldLeases {self.num_working} working, {self.num_unacknowledged} unacknowledged>"
+
+
+def _frames(groups: list[_Finished]) -> Frames:
+    headers = tuple(finished.header for finished in groups)
+    payload = join_payloads(headers, [finished.payload for finished in groups])
+    return encode(messages.GroupsFinished(groups=headers), payload)

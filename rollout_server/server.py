@@ -3,19 +3,18 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 import msgspec
 
 from common import messages
-from common.codec import Decoder, ProtocolError, encode, pack_group
+from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
 from common.keys import ClientKey
 from common.lifecycle import UserError
 from common.metrics import Measurement
 from common.snapshot import NO_VERSION
-from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner
@@ -33,8 +32,9 @@ HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
 HEALTH_INTERVAL_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
+MAX_HEADER_BYTES = 2 << 20  # a lease with the largest row, and what is said beside it
 
-decoder = Decoder(messages.CoordinatorToServer, max_payload_bytes=0)
+decoder = Decoder(messages.CoordinatorToServer, max_payload_bytes=0, max_header_bytes=MAX_HEADER_BYTES)
 
 
 class RunFinishedError(Exception):
@@ -144,6 +144,7 @@ class RolloutServer:
             async with asyncio.TaskGroup() as self._tasks:
                 await self._enter(welcome)
                 self._tasks.create_task(self._receive())
+                self._tasks.create_task(self._send_groups())
                 self._tasks.create_task(self._heartbeat())
                 self._tasks.create_task(self._watch_engine())
         except* RunFinishedError as finished:
@@ -220,19 +221,28 @@ class RolloutServer:
 
     async def _hear_of_lease(self, message: messages.Message | None) -> None:
         match message:
-            case messages.Lease() if self._receiver.doubt:
-                await self._say_alive()  # and out of service: the lease was granted before that was heard
-            case messages.Lease() if message.lease_id not in self._leases:
-                self._leases.begin(message, self._tasks.create_task(self._work(message)))
+            case messages.Leases() if self._receiver.doubt:
+                await self._say_alive()  # and out of service: they were granted before that was heard
+            case messages.Leases(leases=leases):
+                self._begin_work(leases)
             case messages.LeaseCancelled(lease_id=lease_id):
                 self._leases.drop(lease_id)
-            case messages.GroupAccepted(lease_id=lease_id):
-                task_id = self._leases.task_of(lease_id)
-                self._events.emit("group_acknowledged", run=self._run_id, lease=lease_id, task=task_id)
-                self._leases.drop(lease_id)
+            case messages.GroupsAccepted(lease_ids=lease_ids):
+                self._forget(lease_ids)
             case messages.GroupRefused(lease_id=lease_id, reason=reason):
                 logger.warning("the learner refused group %d: %s", lease_id, reason)
                 self._leases.drop(lease_id)
+
+    def _begin_work(self, leases: Iterable[messages.Lease]) -> None:
+        for lease in leases:
+            if lease.lease_id not in self._leases:
+                self._leases.begin(lease, self._tasks.create_task(self._work(lease)))
+
+    def _forget(self, accepted: Iterable[int]) -> None:
+        for lease_id in accepted:
+            task_id = self._leases.task_of(lease_id)
+            self._events.emit("group_acknowledged", run=self._run_id, lease=lease_id, task=task_id)
+            self._leases.drop(lease_id)
 
     async def _hear_welcome(self, welcome: messages.Welcome) -> None:
         if welcome.session != self._session:
@@ -293,19 +303,18 @@ class RolloutServer:
             await self._dealer.send(encode(failed))
             self._leases.drop(lease.lease_id)
         else:
-            await self._confirm(group)
-            header, payload = pack_group(group)
-            frames = encode(messages.GroupFinished(group=header), payload)
-            self._leases.finished(lease.lease_id, frames, time.monotonic())
-            await self._dealer.send(frames)
+            # A token may only claim a version that this server has loaded, and found right.
+            await self._receiver.wait_for_version(group.newest_version)
+            self._leases.finished(group)
         self._progress += 1
 
-    async def _confirm(self, group: Group) -> None:
-        """A token may only claim a version that this server has said it loaded."""
-        newest_version = max(int(trajectory.token_versions.max()) for trajectory in group.trajectories)
-        if newest_version > self._confirmed_version:
-            await self._receiver.wait_for_version(newest_version)
-            await self._say_alive()
+    async def _send_groups(self) -> None:
+        """What is finished while a message is made and sent goes with the next one."""
+        while True:
+            message = await self._leases.next_message(time.monotonic)
+            if message.newest_version > self._confirmed_version:  # the learner has to know first that it is loaded
+                await self._say_alive()
+            await self._dealer.send(message.frames)
 
     async def _say_alive(self) -> None:
         heartbeat = self._describe()

@@ -6,7 +6,18 @@ from typing import TypeVar
 import numpy as np
 
 from common.environments import Environments
-from common.messages import PROTOCOL_VERSION, GroupHeader, Heartbeat, Hello, OpenRun, Ready, TrajectoryHeader
+from common.messages import (
+    PROTOCOL_VERSION,
+    GroupHeader,
+    GroupsAccepted,
+    Heartbeat,
+    Hello,
+    Leases,
+    Message,
+    OpenRun,
+    Ready,
+    TrajectoryHeader,
+)
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.coordinator.core import Coordinator
@@ -173,3 +184,13 @@ def a_sampled_group(lease_id: int, task_id: int, *, version: int = 0, samples: i
             for sample in range(samples)
         ),
     )
+
+
+def one_by_one(message: Message) -> list[Message]:
+    """Leases and acknowledgements each by itself, however many came in one message."""
+    match message:
+        case Leases(leases=leases):
+            return list(leases)
+        case GroupsAccepted(lease_ids=lease_ids):
+            return [GroupsAccepted(lease_ids=(lease_id,)) for lease_id in lease_ids]
+    return [message]

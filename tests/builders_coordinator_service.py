@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from contextlib import asynccontextmanager
 
 from common.codec import Decoder, encode, pack_group
@@ -9,7 +10,7 @@ from common.messages import (
     CloseRun,
     CoordinatorToLearner,
     CoordinatorToServer,
-    GroupFinished,
+    GroupsFinished,
     RunOpened,
     SnapshotPublished,
     Welcome,
@@ -23,6 +24,7 @@ from tests.builders_coordinator import (
     a_ready,
     a_sampled_group,
     an_open_run,
+    one_by_one,
     some_service_settings,
 )
 
@@ -35,17 +37,24 @@ class Party:
     def __init__(self, dealer, union):
         self._dealer = dealer
         self._decoder = Decoder(union, max_payload_bytes=1 << 24)
+        self._heard = deque()  # came, and was not asked for yet
 
     async def say(self, message, payload=b""):
         await self._dealer.send(encode(message, payload))
 
     async def hear(self, kind):
-        """The next message of this kind and its payload; others are skipped."""
+        """The next message of this kind and its payload; others are skipped. One lease or acknowledgement at a time."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                message, payload = self._decoder.decode(await self._dealer.receive())
+                message, payload = await self._next()
                 if isinstance(message, kind):
                     return message, payload
+
+    async def _next(self):
+        while not self._heard:
+            message, payload = self._decoder.decode(await self._dealer.receive())
+            self._heard += ((one, payload) for one in one_by_one(message))
+        return self._heard.popleft()
 
     async def expect(self, kind):
         return (await self.hear(kind))[0]
@@ -55,7 +64,7 @@ class Party:
         heard = []
         async with asyncio.timeout(PATIENCE_S):
             while not heard or not isinstance(heard[-1], kind):
-                heard.append(self._decoder.decode(await self._dealer.receive())[0])
+                heard.append((await self._next())[0])
         return heard
 
     async def ask(self, message, kind):
@@ -107,4 +116,4 @@ async def a_coordinator_serving(settings, run=None):
 
 async def finish(server, lease, **changes):
     header, payload = pack_group(a_sampled_group(lease.lease_id, lease.task_id, **changes))
-    await server.say(GroupFinished(group=header), payload)
+    await server.say(GroupsFinished(groups=(header,)), payload)

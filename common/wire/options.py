@@ -23,7 +23,7 @@ RECONNECT_MAX_MS = 2_000
 LINGER_MS = 500
 SEND_QUEUE_MESSAGES = 1_000  # per connection
 RECEIVE_QUEUE_MESSAGES = 1_000  # likewise, and fewer if they are large:
-RECEIVE_QUEUE_BYTES = 64 << 20
+RECEIVE_QUEUE_BYTES = 16 << 20
 
 HELD_BYTES = 128 << 20  # of messages on their way to a router, for one connection
 HELD_MESSAGES = 3  # and if they are large, at least so many

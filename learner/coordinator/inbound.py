@@ -8,7 +8,7 @@ from common.messages import (
     Evaluated,
     EvaluationFailed,
     Finished,
-    GroupFinished,
+    GroupsFinished,
     Heartbeat,
     Hello,
     LeaseFailed,
@@ -20,7 +20,7 @@ from common.messages import (
     Welcome,
 )
 from common.wire import Peer
-from learner.coordinator.admission import admit
+from learner.coordinator.admission import Admission
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Quarantine
 from learner.coordinator.outbound import Outbound, cut
@@ -44,6 +44,9 @@ class Inbound:
         self.run = run
         self.outbound = outbound
         self.session = session  # random per coordinator start
+        self._admission = Admission(
+            group_size=settings.group_size, vocab_size=run.vocab_size, max_model_len=run.max_model_len
+        )
 
     def hear(self, peer: Peer, message: ServerToCoordinator, payload: Frame, now: float) -> None:
         """One message."""
@@ -94,8 +97,8 @@ class Inbound:
                 self._ready(session, message, now)
             case Heartbeat():
                 self._heartbeat(session, message, now)
-            case GroupFinished():
-                self._group_finished(session, message, payload, now)
+            case GroupsFinished():
+                self._groups_finished(session, message, payload, now)
             case LeaseFailed():
                 kind, reason = message.kind, message.reason
                 self.outbound.carry_out(self.core.lease_failed(server_id, message.lease_id, kind, reason, now))
@@ -202,25 +205,27 @@ class Inbound:
         self.outbound.carry_out(decisions)
         self.outbound.pulse(session, now)
 
-    def _group_finished(self, session: Session, message: GroupFinished, payload: Frame, now: float) -> None:
-        server_id, lease_id = session.server_id, message.group.lease_id
-        if self.core.book.lease_of(server_id, lease_id) is None:
-            self.outbound.carry_out(self.core.refuse_group(server_id, lease_id, now))
+    def _groups_finished(self, session: Session, message: GroupsFinished, payload: Frame, now: float) -> None:
+        """Each group is taken or refused by itself, in order."""
+        server_id, headers = session.server_id, message.groups
+        if not any(self.core.book.lease_of(server_id, header.lease_id) for header in headers):  # floods must be cheap
+            for header in headers:
+                self.outbound.carry_out(self.core.refuse_group(server_id, header.lease_id, now))
             return
         try:
-            group = admit(
-                message.group,
-                payload,
-                group_size=self.settings.group_size,
-                vocab_size=self.run.vocab_size,
-                max_model_len=self.run.max_model_len,
-                newest_version=self.core.version,
-            )
+            groups = self._admission.judge(headers, payload, newest_version=self.core.version)
         except ProtocolError as error:
-            logger.warning("server %s, lease %d: %s", server_id, lease_id, error)
-            self.outbound.carry_out(self.core.group_invalid(server_id, lease_id, "invalid", cut(str(error)), now))
+            self.hear_garbage(session.peer, str(error), now)
             return
-        self.outbound.carry_out(self.core.group_finished(server_id, group, now))
+        for header, group in zip(headers, groups, strict=True):
+            if isinstance(group, ProtocolError):
+                self._group_invalid(server_id, header.lease_id, group, now)
+            else:
+                self.outbound.carry_out(self.core.group_finished(server_id, group, now))
+
+    def _group_invalid(self, server_id: str, lease_id: int, error: ProtocolError, now: float) -> None:
+        logger.warning("server %s, lease %d: %s", server_id, lease_id, error)
+        self.outbound.carry_out(self.core.group_invalid(server_id, lease_id, "invalid", cut(str(error)), now))
 
     def _evaluated(self, session: Session, message: Evaluated | EvaluationFailed, now: float) -> None:
         server_id, evaluation_id = session.server_id, message.evaluation_id

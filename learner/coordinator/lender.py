@@ -1,9 +1,11 @@
 """Lender: granted leases become messages once their dataset rows are there, no faster than servers read them."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
+from common.together import in_messages
 from learner.coordinator.background import in_thread
 from learner.coordinator.decisions import GrantEvaluation, GrantLease
 from learner.coordinator.mailer import Mailer
@@ -11,6 +13,7 @@ from learner.coordinator.outbound import Outbound
 from learner.coordinator.tasks import Task, Tasks
 
 ROWS_AT_ONCE = 64
+LEASE_BYTES = 256  # of a lease in a message, beside its row
 
 Grant = GrantLease | GrantEvaluation
 
@@ -51,14 +54,25 @@ class Lender:
             await self._granted.wait()
             self._granted.clear()
             while grants := self._next_grants():
-                for grant, task in await in_thread(partial(self._make_tasks, grants)):
-                    if self._must_wait(grant):
-                        self._waiting.append(grant)
-                        continue
-                    if isinstance(grant, GrantEvaluation):
-                        self._outbound.lend_evaluation(grant, task)
-                    else:
-                        self._outbound.lend(grant, task)
+                self._lend(await in_thread(partial(self._make_tasks, grants)))
+
+    def _lend(self, made: list[tuple[Grant, Task]]) -> None:
+        """A message after the other, as long as its server reads them."""
+        leases: defaultdict[str, list[tuple[GrantLease, Task]]] = defaultdict(list)
+        for grant, task in made:
+            if isinstance(grant, GrantLease):
+                leases[grant.server_id].append((grant, task))
+            elif self._must_wait(grant):
+                self._waiting.append(grant)
+            else:
+                self._outbound.lend_evaluation(grant, task)
+                self._post()
+        for server_id, granted in leases.items():
+            for some in in_messages(granted, lambda one: LEASE_BYTES + len(one[1].row)):
+                if self._must_wait(some[0][0]):
+                    self._waiting += (grant for grant, _ in some)
+                else:
+                    self._outbound.lend(server_id, some)
                     self._post()
 
     def _next_grants(self) -> list[Grant]:

@@ -1,7 +1,8 @@
 """Outbound: the core's decisions become messages to rollout servers. No socket, no clock, no waiting."""
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.messages import (
@@ -10,14 +11,16 @@ from common.messages import (
     EvaluatedTask,
     EvaluationReport,
     Finished,
-    GroupAccepted,
     GroupRefused,
+    GroupsAccepted,
     HoldVersions,
     Lease,
     LeaseCancelled,
+    Leases,
     Pulse,
     Refused,
 )
+from common.together import in_messages
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import (
@@ -49,6 +52,7 @@ Promise = AcceptGroup | FilterGroup | DeliverBatch | RefuseGroup
 
 MAX_BLOCKED = 1 << 12
 MAX_TEXT = 2000
+MAX_ID_BYTES = 9  # in a message
 
 
 def cut(text: str) -> str:
@@ -106,14 +110,21 @@ class Outbound:
         if session is not None:
             self.say(session.peer, message)
 
-    def lend(self, grant: GrantLease, task: Task) -> None:
-        """The row of a granted lease is there: tell the server, unless the lease has ended meanwhile."""
-        if self.core.book.lease_of(grant.server_id, grant.lease_id) is None:
-            return
-        session = self.sessions.of_server(grant.server_id)
+    def lend(self, server_id: str, granted: Sequence[tuple[GrantLease, Task]]) -> None:
+        """The rows of granted leases are there: tell the server those that have not ended meanwhile, in one message."""
+        session = self.sessions.of_server(server_id)
         if session is None:  # it is told when it is back
             return
-        lease = Lease(
+        leases = tuple(
+            self._lease(grant, task, session)
+            for grant, task in granted
+            if self.core.book.lease_of(server_id, grant.lease_id) is not None
+        )
+        if leases:
+            self.say(session.peer, Leases(leases=leases))
+
+    def _lease(self, grant: GrantLease, task: Task, session: Session) -> Lease:
+        return Lease(
             lease_id=grant.lease_id,
             task_id=grant.task_id,
             environment=self.settings.environments[task.environment].name,
@@ -126,7 +137,6 @@ class Outbound:
                 lease_id=grant.lease_id, task_id=grant.task_id, min_version=grant.min_version, holder=session.holder
             ),
         )
-        self.say(session.peer, lease)
 
     def lend_evaluation(self, grant: GrantEvaluation, task: Task) -> None:
         """Likewise for a task of an evaluation. Nothing of it is journaled, and no coordinator but this knows of it."""
@@ -178,12 +188,20 @@ class Outbound:
         self.records, self.promises = [], []
         return taken
 
-    def acknowledge(self, promise: AcceptGroup | FilterGroup | RefuseGroup) -> None:
-        """The journal has the group, or says that it is not needed: the server may forget it."""
-        if isinstance(promise, RefuseGroup):
-            self._refuse(promise)
-        else:
-            self.say_to(promise.server_id, GroupAccepted(lease_id=promise.lease_id))
+    def acknowledge(self, promises: Iterable[AcceptGroup | FilterGroup | RefuseGroup]) -> None:
+        """The journal has these groups, or says that they are not needed: servers may forget them."""
+        accepted: defaultdict[str, list[int]] = defaultdict(list)
+        refused: list[RefuseGroup] = []  # duplicates of those that were accepted before
+        for promise in promises:
+            if isinstance(promise, RefuseGroup):
+                refused.append(promise)
+            else:
+                accepted[promise.server_id].append(promise.lease_id)
+        for server_id, all_lease_ids in accepted.items():
+            for lease_ids in in_messages(all_lease_ids, lambda _: MAX_ID_BYTES):
+                self.say_to(server_id, GroupsAccepted(lease_ids=tuple(lease_ids)))
+        for refusal in refused:
+            self._refuse(refusal)
 
     def _record(self, decision: AcceptGroup | FilterGroup | DeliverBatch | ForgetTrained | ParkTask) -> None:
         match decision:

@@ -13,6 +13,7 @@ import time
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
 from common.messages import (
+    MAX_TOGETHER_BYTES,
     CheckpointSaved,
     CloseRun,
     CoordinatorToLearner,
@@ -88,7 +89,7 @@ class Service:
         )
         self._decoder = Decoder(
             ServerToCoordinator,
-            max_payload_bytes=settings.rules.max_group_bytes,
+            max_payload_bytes=max(MAX_TOGETHER_BYTES, settings.rules.max_group_bytes),
             max_header_bytes=MAX_HEADER_BYTES,
         )
         self._recorded = asyncio.Event()
@@ -184,11 +185,13 @@ class Service:
     async def _keep_records(self) -> None:
         records, promises = self._outbound.take_records()
         await self._journal.keep(records, self._core.book.past())
+        answers = []
         for promise in promises:
             if isinstance(promise, DeliverBatch):
                 self._batches.put(promise)
             else:
-                self._outbound.acknowledge(promise)
+                answers.append(promise)
+        self._outbound.acknowledge(answers)
 
     async def _tick(self) -> None:
         self._inbound.tick(time.monotonic())  # from now on its own pauses are told from the servers' silence

@@ -2,12 +2,12 @@
 
 The coordinator is the real process: real ZeroMQ over TCP, every value validated, every group in the journal (SQLite,
 WAL, synchronous FULL) before it is acknowledged. Rollout servers and the learner are imitations which do no work of
-their own: servers send a group for every lease at once, the learner takes one batch after the other. Trajectories have
-256 + 1,024 tokens, 11.5 kB. Controls, run in turns with it:
+their own: servers send groups for the leases of one message at once and together, the learner takes one batch after
+the other. Trajectories have 256 + 1,024 tokens, 11.5 kB. Controls, run in turns with it:
 
   raw       one process sends the same bytes over ZeroMQ, another one receives them in a blocking loop and throws them
             away: no validation, no journal, no second hop to a learner, nobody answers. Once with one trajectory a
-            message, which is what the gate compares with, and once with the messages that our servers send.
+            message, which is what the gate compares with, and once with one group a message.
   volatile  the coordinator with a journal that keeps nothing.
 
 What is printed, as medians over the rounds:
@@ -156,7 +156,7 @@ def bench_throughput(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
             f"  groups of {size}: raw {median(raw):.0f}/s, volatile {median(volatile):.0f}/s, durable "
             f"{median(durable):.0f}/s = {median(durable) * TRAJECTORY_BYTES / 1e6:.0f} MB/s into the journal"
         )
-        same = f" (over raw with the same messages: {ratio(volatile, raw):.2f})"
+        same = f" (over raw with one group a message: {ratio(volatile, raw):.2f})"
         verdicts.judge(f"groups of {size}: over raw", ratio(volatile, "raw, groups of 1"), OVER_RAW, note=same)
         volatile_us = f" (volatile: {median(volatile, lambda flow: flow.cpu_us):.1f})"
         verdicts.judge(

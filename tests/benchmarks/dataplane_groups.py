@@ -1,12 +1,15 @@
 """What bench_dataplane sends: groups of trajectories of 256 + 1,024 tokens, and the messages that fulfil leases."""
 
+from collections.abc import Iterable, Iterator
+
 import msgspec
 import numpy as np
 import zmq
 
 from common.codec import BYTES_PER_TOKEN, pack_group
-from common.messages import GroupFinished, GroupHeader
+from common.messages import GroupHeader, GroupsFinished
 from common.staleness import NOT_SAMPLED
+from common.together import in_messages, join_payloads
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.coordinator.replay_queue import header_bytes
 
@@ -43,17 +46,26 @@ def a_group(group_size: int) -> Group:
 
 
 class GroupMaker:
-    """Messages that fulfil leases. The payload is made once: what sampling costs is not measured here."""
+    """Messages that fulfil leases. The payloads are made once: what sampling costs is not measured here."""
 
     def __init__(self, group_size: int) -> None:
-        self._header, payload = pack_group(a_group(group_size))
-        self.payload = zmq.Frame(payload)
-        self.payload_bytes = len(payload)
+        self._header, self._payload = pack_group(a_group(group_size))
+        self._payloads: dict[int, zmq.Frame] = {}  # by number of groups
 
-    def header(self, lease_id: int, task_id: int, version: int) -> bytes:
+    def messages(self, leases: Iterable[tuple[int, int]], version: int) -> Iterator[tuple[bytes, zmq.Frame]]:
+        """Header and payload. leases: with their tasks."""
         runs = ((version, SAMPLED_TOKENS),)
         trajectories = tuple(
             msgspec.structs.replace(trajectory, version_runs=runs) for trajectory in self._header.trajectories[:1]
         ) * len(self._header.trajectories)
-        group = GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=trajectories)
-        return msgspec.msgpack.encode(GroupFinished(group=group))
+        for some in in_messages(leases, lambda _: len(self._payload)):
+            groups = tuple(
+                GroupHeader(lease_id=lease_id, task_id=task_id, trajectories=trajectories) for lease_id, task_id in some
+            )
+            yield msgspec.msgpack.encode(GroupsFinished(groups=groups)), self._payload_of(len(groups))
+
+    def _payload_of(self, num_groups: int) -> zmq.Frame:
+        if num_groups not in self._payloads:
+            payload = join_payloads((self._header,) * num_groups, (self._payload,) * num_groups)
+            self._payloads[num_groups] = zmq.Frame(payload)
+        return self._payloads[num_groups]

@@ -10,7 +10,7 @@ import msgspec
 import zmq
 from msgspec.structs import replace
 
-from common.messages import CloseRun, CoordinatorStatus
+from common.messages import MAX_TOGETHER_BYTES, CloseRun, CoordinatorStatus
 from common.wire.options import RECEIVE_QUEUE_BYTES
 from learner.coordinator.service import MAX_HEADER_BYTES
 from tests.benchmarks.dataplane_groups import group_bytes
@@ -156,7 +156,8 @@ class Memory:
 
 def ingress_bytes(num_servers: int, group_size: int) -> int:
     """What may have arrived from so many servers and not have been received yet."""
-    return num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * group_bytes(group_size)
+    message_bytes = max(MAX_TOGETHER_BYTES, group_bytes(group_size))
+    return num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * message_bytes
 
 
 def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: int = 4) -> Memory:

@@ -15,12 +15,13 @@ from common.codec import (
     Decoder,
     ProtocolError,
     check_group,
+    check_vocabulary,
     encode,
     pack_group,
     read_columns,
     unpack_groups,
 )
-from common.messages import GroupFinished, GroupHeader, Leaving, ServerToCoordinator, TakeFrontier, TrajectoryHeader
+from common.messages import GroupHeader, GroupsFinished, Leaving, ServerToCoordinator, TakeFrontier, TrajectoryHeader
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from tests.builders_codec import UNIONS, a_group, a_group_header, a_trajectory, examples_of
@@ -55,9 +56,9 @@ def test_every_message_survives_the_wire_as_two_frames(name: str):
 
 
 def test_the_payload_arrives_as_a_view_that_cannot_be_written():
-    frames = encode(GroupFinished(group=a_group_header()), bytearray(b"payload"))
+    frames = encode(GroupsFinished(groups=(a_group_header(),)), bytearray(b"payload"))
     message, payload = a_decoder().decode(frames)
-    assert (message, payload, payload.readonly) == (GroupFinished(group=a_group_header()), b"payload", True)
+    assert (message, payload, payload.readonly) == (GroupsFinished(groups=(a_group_header(),)), b"payload", True)
 
 
 @pytest.mark.parametrize("frames", [[], [b""], [b"", b"", b""]])
@@ -67,7 +68,7 @@ def test_another_number_of_frames_is_refused(frames: list[bytes]):
 
 
 def test_a_header_or_payload_over_its_limit_is_refused_before_it_is_parsed():
-    fits = encode(GroupFinished(group=a_group_header()), bytes(MAX_PAYLOAD_BYTES))
+    fits = encode(GroupsFinished(groups=(a_group_header(),)), bytes(MAX_PAYLOAD_BYTES))
     assert len(a_decoder().decode(fits)[1]) == MAX_PAYLOAD_BYTES
     with pytest.raises(ProtocolError, match="payload: expected at most 100 bytes, got 101"):
         a_decoder().decode([fits[0], bytes(MAX_PAYLOAD_BYTES + 1)])
@@ -111,12 +112,12 @@ def header_of(*values: object) -> bytes:
         header_of("Heartbeat", 0, -2, 0, 0, 0.0, 0.0, ""),
         header_of("Heartbeat", 0, 0, 0, 0, float("nan"), 0.0, ""),
         header_of("Heartbeat", 0, 0, 0, 0, float("inf"), 0.0, ""),
-        header_of("GroupFinished", [7, 5, []]),
-        header_of("GroupFinished", [7, 5, [[0, 1.0, True, 1, []]]]),
-        header_of("GroupFinished", [7, 5, [[3, float("nan"), True, 1, [[3, 2]]]]]),
-        header_of("GroupFinished", [7, 5, [[3, 1.0, True, 1, [[-1, 2]]]]]),
-        header_of("GroupFinished", [7, 5, [[3, 1.0, True, 1, [[3, 0]]]]]),
-        header_of("GroupFinished", [7, 5, [[3, 1.0, True, 1, [[3, 1, 1]]]]]),
+        header_of("GroupsFinished", [[7, 5, []]]),
+        header_of("GroupsFinished", [[7, 5, [[0, 1.0, True, 1, []]]]]),
+        header_of("GroupsFinished", [[7, 5, [[3, float("nan"), True, 1, [[3, 2]]]]]]),
+        header_of("GroupsFinished", [[7, 5, [[3, 1.0, True, 1, [[-1, 2]]]]]]),
+        header_of("GroupsFinished", [[7, 5, [[3, 1.0, True, 1, [[3, 0]]]]]]),
+        header_of("GroupsFinished", [[7, 5, [[3, 1.0, True, 1, [[3, 1, 1]]]]]]),
     ],
 )
 def test_a_header_that_no_correct_peer_sends_is_refused(header: bytes):
@@ -174,12 +175,12 @@ def contents(group: Group) -> list[object]:
 def test_groups_survive_the_wire_bit_for_bit(drawn: list[list[Trajectory]]):
     groups = [a_group(*trajectories, lease_id=number) for number, trajectories in enumerate(drawn)]
     halves = [pack_group(group) for group in groups]
-    decoder = Decoder(GroupFinished, max_payload_bytes=1 << 20)
+    decoder = Decoder(GroupsFinished, max_payload_bytes=1 << 20)
     headers: list[GroupHeader] = []
     for header, payload in halves:
-        message, _ = decoder.decode(encode(GroupFinished(group=header), payload))
-        assert isinstance(message, GroupFinished)
-        headers.append(message.group)
+        message, _ = decoder.decode(encode(GroupsFinished(groups=(header,)), payload))
+        assert isinstance(message, GroupsFinished)
+        headers += message.groups
     unpacked = unpack_groups(headers, b"".join(payload for _, payload in halves))
     assert [contents(group) for group in unpacked] == [contents(group) for group in groups]
 
@@ -274,10 +275,10 @@ def test_a_group_is_refused_exactly_when_one_of_its_trajectories_would_be_and_th
     ]
     damaged = ids.tobytes() + logprobs.tobytes() + mask.tobytes()
     if not bad:
-        assert read_columns(header, damaged).bounds == tuple(bounds)
+        assert read_columns(header.trajectories, damaged).bounds == tuple(bounds)
         return
     with pytest.raises(ProtocolError) as refusal:
-        read_columns(header, damaged)
+        read_columns(header.trajectories, damaged)
     assert int(str(refusal.value).removeprefix("trajectory ").split(".")[0].split(":")[0]) in bad
 
 
@@ -292,24 +293,24 @@ def test_a_log_probability_that_rounding_made_positive_is_zero():
     [
         ({"group_size": 3}, "group: expected 3 trajectories, got 2"),
         ({"max_model_len": 2}, "trajectory 0: expected at most 2 tokens, got 3"),
-        ({"vocab_size": 12}, "trajectory 0.token_ids: expected ids < 12, got 12"),
         ({"newest_version": 3}, "trajectory 0: sampled by version 4, the newest is 3"),
     ],
 )
 def test_a_group_that_this_run_cannot_have_asked_for_is_refused(limits: dict[str, int], complaint: str):
-    fitting = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
-    header, payload = pack_group(a_group())
-    check_group(header, read_columns(header, payload), **fitting)
+    fitting = {"max_model_len": 3, "group_size": 2, "newest_version": 4}
+    header, _ = pack_group(a_group())
+    check_group(header, **fitting)
     with pytest.raises(ProtocolError, match=complaint):
-        check_group(header, read_columns(header, payload), **(fitting | limits))
+        check_group(header, **(fitting | limits))
 
 
-def test_a_later_trajectory_is_checked_too():
+def test_ids_beyond_the_vocabulary_are_found_in_a_later_trajectory_too():
     larger = replace(a_trajectory(), token_ids=np.array([1, 2, 50], np.int32))
     header, payload = pack_group(a_group(a_trajectory(), larger))
-    limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
-    with pytest.raises(ProtocolError, match=r"trajectory 1.token_ids: expected ids < 13, got 50"):
-        check_group(header, read_columns(header, payload), **limits)
+    columns = read_columns(header.trajectories, payload)
+    check_vocabulary(columns, 51)
+    with pytest.raises(ProtocolError, match=r"trajectory 1.token_ids: expected ids < 50, got 50"):
+        check_vocabulary(columns, 50)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +321,9 @@ def test_parts_of_a_forked_episode_follow_it_and_do_not_count_as_episodes(contin
     group = a_group(*(replace(a_trajectory(), continues=each) for each in continues))
     header, payload = pack_group(group)
     assert [each.continues for each in unpack_groups([header], payload)[0].trajectories] == list(continues)
-    limits = {"vocab_size": 13, "max_model_len": 3, "group_size": 2, "newest_version": 4}
+    limits = {"max_model_len": 3, "group_size": 2, "newest_version": 4}
     if is_fine:
-        check_group(header, read_columns(header, payload), **limits)
+        check_group(header, **limits)
         return
     with pytest.raises(ProtocolError, match="group: expected 2 trajectories"):
-        check_group(header, read_columns(header, payload), **limits)
+        check_group(header, **limits)

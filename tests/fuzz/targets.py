@@ -17,7 +17,7 @@ from common.delta import (
     encode_delta_manifest,
 )
 from common.key_files import KeyFileError, decode_keys
-from common.messages import GroupFinished
+from common.messages import GroupHeader, GroupsFinished
 from common.snapshot import (
     SnapshotError,
     SnapshotManifest,
@@ -26,8 +26,10 @@ from common.snapshot import (
     decode_manifest,
     encode_manifest,
 )
-from learner.coordinator.admission import admit
+from common.together import join_payloads
+from learner.coordinator.admission import Admission
 from learner.coordinator.ledger import FrontierError, FrontierState, OpenTask, PastLeases, decode_frontier
+from learner.coordinator.replay_queue import FinishedGroup
 from rollout_server.environments.frames import Call, FrameBuffer, FrameError, Outcome, pack
 from rollout_server.environments.worker_process import REPLY_SLACK_BYTES
 from tests.builders_codec import UNIONS, a_group, a_trajectory, examples_of
@@ -36,7 +38,8 @@ from tests.fuzz.damages import OF_BYTES, OF_MESSAGES, damaged
 
 MAX_WORDS_CHARS = 1_000
 MAX_PAYLOAD_BYTES = 1 << 20
-RUN = {"group_size": 2, "vocab_size": 100, "max_model_len": 8, "newest_version": 4}
+RUN = Admission(group_size=2, vocab_size=100, max_model_len=8)
+NEWEST_VERSION = 4
 
 
 class Target(Protocol):
@@ -91,7 +94,7 @@ class Messages:
 
 
 class Groups:
-    """Header and payload of a group, as a server sends them, through admission, and as the learner reads them."""
+    """Headers and payload of groups, as a server sends them, through admission, and as the learner reads them."""
 
     name = "groups"
 
@@ -99,38 +102,55 @@ class Groups:
         short, long = a_trajectory(), a_trajectory(loss_mask=(False,) + 4 * (True,), versions=(3, 3, 4, 4))
         too_long = a_trajectory(loss_mask=9 * (True,), versions=9 * (4,))
         groups = [(short, long), (long, short), (short, too_long), (short, long, short), (short,)]
-        self._halves = [pack_group(a_group(*trajectories)) for trajectories in groups]
-        self._decoder = Decoder(GroupFinished, max_payload_bytes=MAX_PAYLOAD_BYTES)
+        halves = [pack_group(a_group(*trajectories)) for trajectories in groups]
+        self._messages = [_finished(*some) for some in (*((half,) for half in halves), halves[:2], halves)]
+        self._decoder = Decoder(GroupsFinished, max_payload_bytes=MAX_PAYLOAD_BYTES)
 
     def refuses(self, rng: random.Random) -> bool:
-        header, payload = rng.choice(self._halves)
-        frames = [bytes(encode(GroupFinished(group=header))[0]), payload]
+        frames = list(rng.choice(self._messages))
         which = rng.randrange(2)
         frames[which] = damaged(frames[which], OF_BYTES, rng)
         try:
             message, body = self._decoder.decode(frames)
-            assert isinstance(message, GroupFinished)
-            admitted = admit(message.group, body, **RUN)
-            [group] = unpack_groups([message.group], body)
+            assert isinstance(message, GroupsFinished)
+            judged = RUN.judge(message.groups, body, newest_version=NEWEST_VERSION)
         except ProtocolError as error:
             return check_words(error)
+        assert len(judged) == len(message.groups)
+        for header, one in zip(message.groups, judged, strict=True):
+            if isinstance(one, ProtocolError):
+                check_words(one)
+            else:
+                assert one.header == header
+                self._check(one)
+        return any(isinstance(one, ProtocolError) for one in judged)
+
+    def _check(self, admitted: FinishedGroup) -> None:
+        """Whatever was taken is plausible, and the learner can read it."""
+        body = admitted.payload
+        [group] = unpack_groups([admitted.header], body)
         num_tokens = sum(map(len, group.trajectories))
         assert np.frombuffer(body, "<f4", num_tokens, 4 * num_tokens).max() <= LOGPROB_SLACK
         assert np.frombuffer(body, np.uint8, num_tokens, 8 * num_tokens).max() <= 1
-        assert 0 <= admitted.oldest_version <= admitted.newest_version <= RUN["newest_version"]
-        assert len(group.trajectories) == RUN["group_size"]
+        assert 0 <= admitted.oldest_version <= admitted.newest_version <= NEWEST_VERSION
+        assert len(group.trajectories) == RUN.group_size
         for trajectory in group.trajectories:
             mask, logprobs = trajectory.loss_mask, trajectory.behavior_logprobs
             assert trajectory.token_ids.min() >= 0
-            assert trajectory.token_ids.max() < RUN["vocab_size"]
-            assert len(trajectory) <= RUN["max_model_len"]
+            assert trajectory.token_ids.max() < RUN.vocab_size
+            assert len(trajectory) <= RUN.max_model_len
             assert np.isfinite(logprobs).all()
             assert logprobs.max() <= 0
             assert not logprobs[~mask].any()
             assert ((trajectory.token_versions >= 0) == mask).all()
             assert trajectory.num_sampled_tokens > 0
             assert np.isfinite(trajectory.reward)
-        return False
+
+
+def _finished(*halves: tuple[GroupHeader, bytes]) -> tuple[bytes, bytes]:
+    headers = tuple(header for header, _ in halves)
+    payload = bytes(join_payloads(headers, [payload for _, payload in halves]))
+    return bytes(encode(GroupsFinished(groups=headers))[0]), payload
 
 
 def a_manifest(version: int) -> tuple[SnapshotManifest, bytes]:

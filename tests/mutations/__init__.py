@@ -2,5 +2,6 @@
 
 from tests.mutations.adapters import ADAPTERS
 from tests.mutations.relays import RELAYS
+from tests.mutations.together import TOGETHER
 
-GUARDS = (*ADAPTERS, *RELAYS)
+GUARDS = (*ADAPTERS, *RELAYS, *TOGETHER)

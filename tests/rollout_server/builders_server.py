@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
@@ -18,10 +19,11 @@ from common.messages import (
     PROTOCOL_VERSION,
     AdapterNeeds,
     ChunkReply,
-    GroupFinished,
+    GroupsFinished,
     Heartbeat,
     Hello,
     Lease,
+    Leases,
     ManifestReply,
     ManifestRequest,
     Message,
@@ -31,6 +33,7 @@ from common.messages import (
     Welcome,
 )
 from common.snapshot import TensorSpec, build_manifest, encode_manifest
+from common.together import split_payload
 from common.trajectory import Group
 from common.wire import Peer, Router, open_dealer, open_router
 from rollout_server.busy import MeteredEngine
@@ -64,6 +67,7 @@ class FakeLearner:
         self.hold_s = 0.0
         self.manifests_asked = 0
         self.heard: list[Message] = []
+        self._groups: deque[Group] = deque()  # that came with the last one that was heard
         self._router = router
         self._snapshots = snapshots
         self._decoder = Decoder(ServerToCoordinator, max_payload_bytes=1 << 20)
@@ -141,9 +145,12 @@ class FakeLearner:
         assert msgspec.structs.replace(hello, said_us=0) == HELLO
 
     async def hear_group(self) -> Group:
-        message, payload = await self._next(GroupFinished)
-        [group] = unpack_groups((message.group,), payload)
-        return group
+        """The next one, however many came with it."""
+        if not self._groups:
+            message, payload = await self._next(GroupsFinished)
+            payloads = split_payload(message.groups, payload)
+            self._groups += unpack_groups(message.groups, b"".join(payloads))
+        return self._groups.popleft()
 
     async def hear_heartbeat(self, **fields: Any) -> Heartbeat:
         """The next one with these values."""
@@ -153,18 +160,25 @@ class FakeLearner:
                 return heartbeat
 
     def lease(self, lease_id: int = 0, **changes: Any) -> None:
-        fields: dict[str, Any] = {
-            "lease_id": lease_id,
-            "task_id": 100 + lease_id,
-            "environment": ScriptedEnvironment.url,
-            "row": json.dumps({"prompt": "12+3="}).encode(),
-            "group_size": 2,
-            "seed": 11,
-            "min_version": 0,
-            "max_group_bytes": 1 << 16,
-            "proof": f"proof {lease_id}".encode(),
-        }
-        self.say(Lease(**fields | changes))
+        self.lease_all(a_lease(lease_id, **changes))
+
+    def lease_all(self, *leases: Lease) -> None:
+        self.say(Leases(leases=leases))
+
+
+def a_lease(lease_id: int = 0, **changes: Any) -> Lease:
+    fields: dict[str, Any] = {
+        "lease_id": lease_id,
+        "task_id": 100 + lease_id,
+        "environment": ScriptedEnvironment.url,
+        "row": json.dumps({"prompt": "12+3="}).encode(),
+        "group_size": 2,
+        "seed": 11,
+        "min_version": 0,
+        "max_group_bytes": 1 << 16,
+        "proof": f"proof {lease_id}".encode(),
+    }
+    return Lease(**fields | changes)
 
 
 @asynccontextmanager

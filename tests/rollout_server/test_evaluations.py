@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from common.messages import Evaluate, Evaluated, EvaluationFailed, Finished, GroupFinished, HoldVersions, Pulse, Ready
+from common.messages import Evaluate, Evaluated, EvaluationFailed, Finished, GroupsFinished, HoldVersions, Pulse, Ready
 from rollout_server.environments.environment import StepResult
 from tests.rollout_server.builders_server import READY, a_joined_server, a_learner
 from tests.rollout_server.test_episodes import ScriptedEnvironment
@@ -111,7 +111,7 @@ async def test_tasks_of_other_versions_than_those_to_hold_are_void_and_so_is_eve
         assert await learner.hear(Ready) == READY
         await learner.hear_heartbeat(holding=-1)
         learner.lease(9)
-        await learner.hear(GroupFinished)
+        await learner.hear(GroupsFinished)
         assert [message.evaluation_id for message in learner.heard if isinstance(message, Evaluated)] == [1]
         learner.say(Finished(reason="done"))
         await serving

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.lifecycle import UserError
-from common.messages import GroupFinished, Heartbeat, Leaving, Pulse
+from common.messages import GroupsFinished, Heartbeat, Leaving, Pulse
 from rollout_server import server as server_module
 from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.table_engine import TableEngine
@@ -81,7 +81,8 @@ async def test_it_says_so_and_drops_its_work_and_goes_on_with_version_1_once_tha
         group = await learner.hear_group()
         assert group.lease_id == 5
         assert all(set(t.token_versions[t.loss_mask].tolist()) == {1} for t in group.trajectories)
-    assert [message.group.lease_id for message in learner.heard if isinstance(message, GroupFinished)] == [5]
+    finished = [message.groups for message in learner.heard if isinstance(message, GroupsFinished)]
+    assert [group.lease_id for groups in finished for group in groups] == [5]
 
 
 async def test_a_group_that_wrong_weights_have_helped_to_sample_is_not_sent(tmp_path, may_repair):
@@ -107,7 +108,7 @@ async def test_a_group_that_wrong_weights_have_helped_to_sample_is_not_sent(tmp_
             await hear_out_of_service(learner)
         may_repair.set()
         await learner.hear_heartbeat(loaded_version=1, out_of_service="")
-    assert GroupFinished not in map(type, learner.heard)
+    assert GroupsFinished not in map(type, learner.heard)
 
 
 async def test_one_that_is_still_wrong_then_ends_and_tells_the_learner_why(tmp_path, may_repair):

@@ -10,9 +10,9 @@ from common.lifecycle import UserError
 from common.messages import (
     AdapterNeeds,
     Finished,
-    GroupAccepted,
-    GroupFinished,
     GroupRefused,
+    GroupsAccepted,
+    GroupsFinished,
     Heartbeat,
     Hello,
     LeaseCancelled,
@@ -30,7 +30,7 @@ from rollout_server.environments.environment import EnvironmentFailure
 from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.server import RunFinishedError, join, with_host_of
 from rollout_server.table_engine import TableEngine
-from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner
+from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner, a_lease
 from tests.rollout_server.test_episodes import ScriptedEnvironment
 
 
@@ -49,12 +49,21 @@ async def test_a_lease_becomes_a_group_sampled_by_the_published_version_until_th
             assert (group.lease_id, group.task_id, len(group.trajectories)) == (version, 100 + version, 2)
             for trajectory in group.trajectories:
                 assert set(trajectory.token_versions[trajectory.loss_mask].tolist()) == {version}
-            learner.say(GroupAccepted(lease_id=version))
+            learner.say(GroupsAccepted(lease_ids=(version,)))
         heartbeat = await learner.hear_heartbeat(loaded_version=5, running_groups=0)
         assert heartbeat.generated_tokens > 0
         learner.say(Finished(reason="enough"))
         await serving
         assert Leaving not in map(type, learner.heard)
+
+
+async def test_leases_that_come_together_become_one_group_each(tmp_path):
+    async with a_learner() as learner, a_joined_server(learner, tmp_path):
+        learner.lease_all(*map(a_lease, (1, 2, 3, 2)))  # one of them twice
+        groups = [await learner.hear_group() for _ in range(3)]
+        assert {(group.lease_id, group.task_id) for group in groups} == {(1, 101), (2, 102), (3, 103)}
+        learner.say(GroupsAccepted(lease_ids=(1, 2, 3)))
+        await assert_silence(learner, GroupsFinished)
 
 
 async def test_a_heartbeat_says_what_the_server_is_doing_and_what_it_waits_for(tmp_path):
@@ -75,19 +84,19 @@ async def test_a_group_is_sent_again_until_it_is_acknowledged_and_never_sampled_
         learner.lease(3)  # as if it had been told twice
         again = await learner.hear_group()
         assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
-        learner.say(GroupAccepted(lease_id=3))
-        await assert_silence(learner, GroupFinished)
+        learner.say(GroupsAccepted(lease_ids=(3,)))
+        await assert_silence(learner, GroupsFinished)
         assert len(environment.texts) == 2  # one for each sample of the one group
 
 
-@pytest.mark.parametrize("answer", [GroupAccepted(lease_id=3), GroupRefused(lease_id=3, reason="too stale")])
+@pytest.mark.parametrize("answer", [GroupsAccepted(lease_ids=(3,)), GroupRefused(lease_id=3, reason="too stale")])
 async def test_an_answer_of_either_kind_ends_the_sending(tmp_path, monkeypatch, answer):
     monkeypatch.setattr(server_module, "RESEND_AFTER_S", 0.1)
     async with a_learner() as learner, a_joined_server(learner, tmp_path):
         learner.lease(3)
         await learner.hear_group()
         learner.say(answer)
-        await assert_silence(learner, GroupFinished)
+        await assert_silence(learner, GroupsFinished)
 
 
 async def assert_silence(learner: FakeLearner, kind: type[Message]) -> None:
@@ -118,14 +127,14 @@ async def test_a_cancelled_lease_is_stopped_in_the_middle(tmp_path):
         await learner.hear_heartbeat(running_groups=1)
         learner.say(LeaseCancelled(lease_id=3, reason="too stale"))
         await learner.hear_heartbeat(running_groups=0)
-        await assert_silence(learner, GroupFinished)
+        await assert_silence(learner, GroupsFinished)
         assert environment.num_open == 0
 
 
 async def test_a_lease_waits_for_the_version_it_asks_for(tmp_path):
     async with a_learner() as learner, a_joined_server(learner, tmp_path):
         learner.lease(3, min_version=2)
-        await assert_silence(learner, GroupFinished)
+        await assert_silence(learner, GroupsFinished)
         learner.published = 2
         learner.say(Pulse(published_version=2))
         group = await learner.hear_group()
@@ -191,10 +200,10 @@ async def test_when_only_the_coordinator_is_another_one_the_server_goes_on_and_s
         assert [held.lease_id for held in (await learner.hear(Ready)).held] == [3]
         again = await learner.hear_group()
         kinds = [type(message) for message in learner.heard]
-        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
+        assert kinds.index(Heartbeat) < kinds.index(GroupsFinished)
         assert [t.token_ids.tolist() for t in again.trajectories] == [t.token_ids.tolist() for t in first.trajectories]
         learner.say(LeaseCancelled(lease_id=3, reason="it was given up meanwhile"))
-        await assert_silence(learner, GroupFinished)
+        await assert_silence(learner, GroupsFinished)
         assert len(environment.texts) == 2
 
 
@@ -221,14 +230,14 @@ async def test_a_coordinator_that_may_have_forgotten_is_told_again_what_is_loade
         learner.lease(4)  # before it is welcome
         await learner.hear_group()
         kinds = [type(message) for message in learner.heard]
-        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
+        assert kinds.index(Heartbeat) < kinds.index(GroupsFinished)
         learner.say(learner.welcome())
         await learner.hear(Ready)
         learner.heard.clear()
         learner.lease(5)
         await learner.hear_group()
         kinds = [type(message) for message in learner.heard]
-        assert kinds.index(Heartbeat) < kinds.index(GroupFinished)
+        assert kinds.index(Heartbeat) < kinds.index(GroupsFinished)
 
 
 @pytest.mark.parametrize("changes", [{"model_fingerprint": "other"}, {"tokenizer_fingerprint": "other"}])

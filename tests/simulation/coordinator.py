@@ -3,6 +3,7 @@
 It does what learner/coordinator/service.py does, and notes what can be seen of it.
 """
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from common.messages import (
@@ -12,7 +13,7 @@ from common.messages import (
     EvaluateVersion,
     EvaluationFailed,
     Frontier,
-    GroupFinished,
+    GroupsFinished,
     Heartbeat,
     LearnerToCoordinator,
     LeaseFailed,
@@ -24,6 +25,7 @@ from common.messages import (
     TakeBatch,
     TakeFrontier,
 )
+from common.together import in_messages
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import DeliverBatch, GrantEvaluation
@@ -156,8 +158,8 @@ class SimulatedCoordinator:
                 self.world.note(seen.Failed(now, self.life, server, message.lease_id))
             case Evaluated() | EvaluationFailed():
                 self.world.note(seen.EvaluationHeard(now, self.life, server, message.evaluation_id))
-            case GroupFinished():
-                self.outbound.answering = nonce_of(payload)
+            case GroupsFinished():
+                self.outbound.note_groups(message.groups, payload)
 
     def _watch_version(self, server: str, version: int, now: float) -> None:
         if server in self.core.members and self._confirmed.get(server) != version:
@@ -197,9 +199,16 @@ class SimulatedCoordinator:
     def _lend(self, grants: list[object]) -> None:
         """The rows of these tasks are there."""
         if self._when_awake(self._lend, grants):
+            leases = defaultdict(list)
             for grant in grants:
-                lend = self.outbound.lend_evaluation if isinstance(grant, GrantEvaluation) else self.outbound.lend
-                lend(grant, Task(row=ROW, seed=grant.task_id))
+                task = Task(row=ROW, seed=grant.task_id)
+                if isinstance(grant, GrantEvaluation):
+                    self.outbound.lend_evaluation(grant, task)
+                else:
+                    leases[grant.server_id].append((grant, task))
+            for server_id, granted in leases.items():
+                for some in in_messages(granted, lambda _: len(ROW)):
+                    self.outbound.lend(server_id, some)
             self._post()
 
     def _write(self) -> None:
@@ -223,8 +232,7 @@ class SimulatedCoordinator:
         for promise in promises:
             if isinstance(promise, DeliverBatch):
                 self._deliver(promise)
-            else:
-                self.outbound.acknowledge(promise)
+        self.outbound.acknowledge([promise for promise in promises if not isinstance(promise, DeliverBatch)])
         self._post()
 
     def _deliver(self, batch: DeliverBatch) -> None:

@@ -6,6 +6,7 @@ The second trajectory has one sampled token, of the same version as the last of 
 import struct
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 from common.codec import BYTES_PER_TOKEN
 from common.messages import GroupHeader, TrajectoryHeader
@@ -51,6 +52,13 @@ def nonces_of(headers: Sequence[GroupHeader], payload: bytes) -> tuple[int, ...]
         nonces.append(nonce_of(payload, offset))
         offset += BYTES_PER_TOKEN * sum(trajectory.num_tokens for trajectory in header.trajectories)
     return tuple(nonces)
+
+
+def nonces_together(headers: Sequence[GroupHeader], payload: bytes) -> tuple[int, ...]:
+    """Of groups that were sent in one message, in order."""
+    num_tokens = (sum(trajectory.num_tokens for trajectory in header.trajectories) for header in headers)
+    starts = accumulate(num_tokens, initial=0)
+    return tuple(nonce_of(payload, 4 * start) for _, start in zip(headers, starts, strict=False))
 
 
 def runs_of(versions: Sequence[int]) -> Runs:

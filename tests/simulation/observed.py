@@ -1,8 +1,9 @@
 """ObservedOutbound: the coordinator's way out, with a witness who notes decisions and promises in the history."""
 
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 
-from common.messages import CoordinatorToServer, GroupAccepted, GroupHeader, GroupRefused, HeldLease
+from common.messages import CoordinatorToServer, GroupHeader, GroupRefused, GroupsAccepted, HeldLease
 from learner.coordinator.decisions import (
     AcceptGroup,
     CancelLease,
@@ -18,7 +19,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.outbound import Outbound
 from tests.simulation import history as seen
 from tests.simulation.account import NO_FAULT
-from tests.simulation.groups import nonce_of, nonces_of
+from tests.simulation.groups import nonces_of, nonces_together
 
 if TYPE_CHECKING:
     from tests.simulation.coordinator import SimulatedCoordinator
@@ -35,7 +36,7 @@ class ObservedOutbound(Outbound):
         self._note = world.note
         self._life = coordinator.life
         self._heard_at: dict[str, float] = {}
-        self.answering = -1  # nonce of the group that is being judged
+        self._judging: defaultdict[int, deque[int]] = defaultdict(deque)  # nonces of the groups of a message, by lease
         self._claimed: tuple[str, tuple[HeldLease, ...]] = ("", ())
 
     def carry_out(self, decisions: list[Decision]) -> None:
@@ -47,9 +48,11 @@ class ObservedOutbound(Outbound):
             self.observe()
 
     def say_to(self, server_id: str, message: CoordinatorToServer) -> None:
-        if isinstance(message, GroupAccepted | GroupRefused):
-            is_accepted = isinstance(message, GroupAccepted)
-            self._note(seen.Answered(self._clock.now, self._life, server_id, message.lease_id, is_accepted))
+        if isinstance(message, GroupsAccepted):
+            for lease_id in message.lease_ids:
+                self._note(seen.Answered(self._clock.now, self._life, server_id, lease_id, True))
+        elif isinstance(message, GroupRefused):
+            self._note(seen.Answered(self._clock.now, self._life, server_id, message.lease_id, False))
         super().say_to(server_id, message)
 
     def heard(self, server: str) -> None:
@@ -60,6 +63,12 @@ class ObservedOutbound(Outbound):
         """The server says what it holds; whether the coordinator believes it shows in what it decides next."""
         new = tuple(one for one in held if self.core.book.lease_of(server, one.lease_id) is None)
         self._claimed = (server, new)
+
+    def note_groups(self, headers: tuple[GroupHeader, ...], payload: bytes) -> None:
+        """These groups are judged next: each is accepted, filtered or refused, in their order."""
+        self._judging.clear()
+        for header, nonce in zip(headers, nonces_together(headers, payload), strict=True):
+            self._judging[header.lease_id].append(nonce)
 
     def note_delivered(self, version: int, headers: tuple[GroupHeader, ...], payload: bytes) -> None:
         leases = tuple(header.lease_id for header in headers)
@@ -99,16 +108,18 @@ class ObservedOutbound(Outbound):
                 self._note(seen.EvaluationGranted(now, life, server, evaluation, task, version, silent_s))
             case AcceptGroup(server_id=server, group=group):
                 self.heard(server)
-                nonce = nonce_of(group.payload)
+                nonce = self._judging[group.lease_id].popleft()
                 at_version = self.core.version
                 self._note(seen.Accepted(now, life, server, group.lease_id, group.task_id, nonce, at_version))
             case FilterGroup(server_id=server, lease_id=lease, task_id=task):
                 self.heard(server)
-                self._note(seen.Filtered(now, life, server, lease, task, self.answering, self.core.version))
+                self._note(
+                    seen.Filtered(now, life, server, lease, task, self._judging[lease].popleft(), self.core.version)
+                )
             case RefuseGroup(server_id=server, lease_id=lease, kind=kind):
                 if kind not in NO_FAULT:
                     self.heard(server)
-                self._note(seen.Refused(now, life, server, lease, self.answering, kind))
+                self._note(seen.Refused(now, life, server, lease, self._judging[lease].popleft(), kind))
             case CancelLease(server_id=server, lease_id=lease, reason=reason):
                 self._note(seen.Cancelled(now, life, server, lease, reason))
             case DropServer(server_id=server, reason=reason):

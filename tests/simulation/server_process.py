@@ -8,9 +8,10 @@ from common.messages import (
     CoordinatorToServer,
     Evaluate,
     Finished,
-    GroupAccepted,
-    GroupFinished,
+    GroupHeader,
     GroupRefused,
+    GroupsAccepted,
+    GroupsFinished,
     Heartbeat,
     HeldLease,
     Hello,
@@ -18,12 +19,14 @@ from common.messages import (
     Lease,
     LeaseCancelled,
     LeaseFailed,
+    Leases,
     Leaving,
     Pulse,
     Ready,
     Refused,
     Welcome,
 )
+from common.together import in_messages, join_payloads
 from tests.simulation import history as seen
 from tests.simulation.evaluating import Evaluating
 from tests.simulation.groups import Runs, header_of, payload_of, runs_of
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 HELLO_INTERVAL_S = 1.0
 CAPACITY_BYTES = 1 << 20
+BUSY_S = 0.1  # at most, with something else, when a group is finished: what is finished meanwhile goes together
 
 
 @dataclass(slots=True, eq=False)
@@ -47,11 +51,11 @@ class Work:
     started_at: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SentGroup:
-    """A group that was not acknowledged yet."""
+    """A group that is finished, until it is acknowledged."""
 
-    message: GroupFinished
+    header: GroupHeader
     payload: bytes
     sent_at: float
 
@@ -70,6 +74,7 @@ class ServerProcess:
         self.held: dict[int, HeldLease] = {}  # every lease until it is accepted, refused, cancelled or failed
         self.working: dict[int, Work] = {}
         self.unacknowledged: dict[int, SentGroup] = {}
+        self._unsent: list[SentGroup] = []
         self.weights = Weights(self)
         self.evaluating = Evaluating(self)
         self._stopped_until = 0.0  # SIGSTOP: nothing runs
@@ -157,6 +162,7 @@ class ServerProcess:
         self.held.clear()
         self.working.clear()
         self.unacknowledged.clear()
+        self._unsent.clear()
         self.session, self.run_id = welcome.session, welcome.run_id
         self.weights.follow(welcome.run_id)
         self.weights.announce(welcome.published_version)
@@ -194,18 +200,30 @@ class ServerProcess:
 
     def _hear_of_lease(self, message: Any) -> None:
         match message:
-            case Lease(lease_id=lease_id) if lease_id not in self.held:
-                self.held[lease_id] = HeldLease(
-                    lease_id=lease_id, task_id=message.task_id, min_version=message.min_version, proof=message.proof
-                )
-                self.working[lease_id] = work = Work(message)
-                self.weights.when_loaded(message.min_version, self._begin, work)
-            case LeaseCancelled(lease_id=lease_id) | GroupAccepted(lease_id=lease_id) | GroupRefused(lease_id=lease_id):
+            case Leases(leases=leases):
+                for lease in leases:
+                    self._hear_lease(lease)
+            case GroupsAccepted(lease_ids=lease_ids):
+                for lease_id in lease_ids:
+                    self._drop(lease_id)
+            case LeaseCancelled(lease_id=lease_id) | GroupRefused(lease_id=lease_id):
                 self._drop(lease_id)
 
+    def _hear_lease(self, lease: Lease) -> None:
+        if lease.lease_id in self.held:
+            return
+        self.held[lease.lease_id] = HeldLease(
+            lease_id=lease.lease_id, task_id=lease.task_id, min_version=lease.min_version, proof=lease.proof
+        )
+        self.working[lease.lease_id] = work = Work(lease)
+        self.weights.when_loaded(lease.min_version, self._begin, work)
+
     def _drop(self, lease_id: int) -> None:
-        for where in (self.held, self.working, self.unacknowledged):
+        for where in (self.held, self.working):
             where.pop(lease_id, None)
+        answered = self.unacknowledged.pop(lease_id, None)
+        if answered in self._unsent:
+            self._unsent.remove(answered)
 
     def _greet(self) -> None:
         """Until there is an answer."""
@@ -228,9 +246,8 @@ class ServerProcess:
 
     def _resend(self, *, after_s: float) -> None:
         for sent in self.unacknowledged.values():
-            if self.world.clock.now - sent.sent_at >= after_s:
-                sent.sent_at = self.world.clock.now
-                self.line.send(sent.message, sent.payload)
+            if sent not in self._unsent and self.world.clock.now - sent.sent_at >= after_s:
+                self._send([sent])
 
     def say_alive(self) -> None:
         loaded = self.weights.loaded
@@ -271,8 +288,6 @@ class ServerProcess:
         runs = self._sampled_by(work)
         if self._liar is not None and self._liar.lie(lease, runs):
             return
-        if runs[-1][0] > self._confirmed_version:
-            self.say_alive()
         self.send_group(lease, runs)
 
     def _sampled_by(self, work: Work) -> Runs:
@@ -294,8 +309,25 @@ class ServerProcess:
                 oldest, newest, lie, is_equal,
             )
         )  # fmt: skip
-        message = GroupFinished(group=header_of(lease.lease_id, lease.task_id, said, is_equal=is_equal))
-        payload = payload_of(nonce, sum(length for _, length in said), **how)
+        header = header_of(lease.lease_id, lease.task_id, said, is_equal=is_equal)
+        group = SentGroup(header, payload_of(nonce, sum(length for _, length in said), **how), self.world.clock.now)
         if not once:
-            self.unacknowledged[lease.lease_id] = SentGroup(message, payload, self.world.clock.now)
-        self.line.send(message, payload)
+            self.unacknowledged[lease.lease_id] = group
+        self._unsent.append(group)
+        if len(self._unsent) == 1:
+            self.world.clock.after(BUSY_S * self.world.rng.random() ** 4, self._send_unsent)
+
+    def _send_unsent(self) -> None:
+        if self.is_running(self._send_unsent):
+            groups, self._unsent = self._unsent, []
+            if self.weights.loaded > self._confirmed_version:
+                self.say_alive()
+            for some in in_messages(groups, lambda group: len(group.payload)):
+                self._send(some)
+
+    def _send(self, groups: list[SentGroup]) -> None:
+        for group in groups:
+            group.sent_at = self.world.clock.now
+        headers = tuple(group.header for group in groups)
+        payload = join_payloads(headers, [group.payload for group in groups])
+        self.line.send(GroupsFinished(groups=headers), bytes(payload))

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from common.together import split_payload
 from learner.coordinator import core as core_module
 from learner.coordinator import dynamic_sampling, evaluations, records
+from learner.coordinator.admission import Admission
 from learner.coordinator.batches import Batches
 from learner.coordinator.core import Coordinator
 from learner.coordinator.deadlines import Deadlines
@@ -104,6 +106,16 @@ def groups_larger_than_their_lease_pays_for_are_taken(monkeypatch):
 
 
 @mutation
+def of_groups_that_come_together_only_the_first_is_looked_at(monkeypatch):
+    check = Admission._check
+
+    def hasty(self, headers, payload, newest_version):
+        check(self, headers[:1], split_payload(headers, payload)[0], newest_version)
+
+    monkeypatch.setattr(Admission, "_check", hasty)
+
+
+@mutation
 def anybody_may_fulfil_a_lease(monkeypatch):
     def lease_of(self, server_id, lease_id):
         return self.running.get(lease_id)
@@ -141,7 +153,7 @@ def filtered_groups_are_acknowledged_before_the_journal_knows(monkeypatch):
     def hasty(self, decision):
         record(self, decision)
         if isinstance(decision, FilterGroup):
-            self.acknowledge(decision)
+            self.acknowledge([decision])
 
     monkeypatch.setattr(Outbound, "_record", hasty)
 
@@ -347,7 +359,7 @@ def groups_are_acknowledged_before_the_journal_has_them(monkeypatch):
 
     def hasty(self, decision):
         if isinstance(decision, AcceptGroup):
-            self.acknowledge(decision)
+            self.acknowledge([decision])
         record(self, decision)
 
     monkeypatch.setattr(Outbound, "_record", hasty)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from common.messages import Finished, GroupAccepted, GroupRefused, HeldLease, Lease, Refused, Welcome
+from common.messages import Finished, GroupRefused, GroupsAccepted, HeldLease, Lease, Refused, Welcome
 from learner.coordinator import client as client_module
 from learner.coordinator.client import CoordinatorClient, CoordinatorLostError
 from learner.coordinator.leases import LEASE_ID_LEAP
@@ -51,7 +51,7 @@ async def test_groups_accepted_before_the_coordinator_was_killed_are_trained_onc
         leases = [await server.expect(Lease) for _ in range(4)]
         for lease in leases[:2]:
             await finish(server, lease)
-            await server.expect(GroupAccepted)
+            await server.expect(GroupsAccepted)
         await kill(client)
         first = await client.take_batch(0)
         assert [group.task_id for group in first] == [0, 1]
@@ -87,7 +87,7 @@ async def test_what_a_server_holds_when_the_coordinator_is_killed_is_not_lost(tm
         await server.say(a_heartbeat())
         for lease in leases[:2]:
             await finish(server, lease)
-            assert (await server.expect(GroupAccepted)).lease_id == lease.lease_id
+            assert (await server.expect(GroupsAccepted)).lease_ids == (lease.lease_id,)
         await finish(server, leases[2])
         assert "ended long ago" in (await server.expect(GroupRefused)).reason
         assert [group.task_id for group in await client.take_batch(0)] == [0, 1]

@@ -9,9 +9,9 @@ from common.messages import (
     PROTOCOL_VERSION,
     AdapterNeeds,
     Finished,
-    GroupAccepted,
-    GroupFinished,
     GroupRefused,
+    GroupsAccepted,
+    GroupsFinished,
     Lease,
     LeaseCancelled,
     LeaseFailed,
@@ -20,6 +20,7 @@ from common.messages import (
     Refused,
     Welcome,
 )
+from common.together import join_payloads
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import AcceptGroup, RefuseGroup
@@ -30,11 +31,13 @@ from learner.coordinator.status import status_of
 from learner.coordinator.tasks import Task
 from learner.coordinator.token_ages import TokenAges
 from tests.builders_coordinator import (
+    a_group,
     a_heartbeat,
     a_hello,
     a_ready,
     a_sampled_group,
     an_open_run,
+    one_by_one,
     some_service_settings,
     some_settings,
 )
@@ -61,13 +64,11 @@ class Desk:
     def answers(self):
         """What is said once everything that had to be written is written."""
         _, promises = self.outbound.take_records()
-        for promise in promises:
-            if isinstance(promise, AcceptGroup | RefuseGroup):
-                self.outbound.acknowledge(promise)
+        self.outbound.acknowledge([each for each in promises if isinstance(each, AcceptGroup | RefuseGroup)])
         for grant in list(self.outbound.grants):
-            self.outbound.lend(grant, Task(row=b'{"prompt": "x"}', seed=grant.task_id))
+            self.outbound.lend(grant.server_id, [(grant, Task(row=b'{"prompt": "x"}', seed=grant.task_id))])
         self.outbound.grants.clear()
-        letters = [(letter.peer, letter.message) for letter in self.outbound.letters]
+        letters = [(letter.peer, one) for letter in self.outbound.letters for one in one_by_one(letter.message)]
         self.outbound.letters.clear()
         return letters
 
@@ -81,7 +82,7 @@ class Desk:
 
     def finish(self, peer, lease, now=0.0, **changes):
         header, payload = pack_group(a_sampled_group(lease.lease_id, lease.task_id, **changes))
-        return self.say(peer, GroupFinished(group=header), payload, now=now)
+        return self.say(peer, GroupsFinished(groups=(header,)), payload, now=now)
 
 
 def test_hello_is_answered_by_what_the_server_must_load_and_how_it_must_sample():
@@ -158,7 +159,7 @@ def test_a_connection_that_has_not_said_hello_is_asked_to():
 def test_a_group_is_accepted_once():
     desk = Desk()
     [(_, lease), *_] = desk.join()
-    assert (A, GroupAccepted(lease_id=0)) in desk.finish(A, lease)
+    assert (A, GroupsAccepted(lease_ids=(0,))) in desk.finish(A, lease)
     assert desk.finish(A, lease) == [(A, GroupRefused(lease_id=0, reason="lease 0: a group of it was accepted before"))]
 
 
@@ -179,12 +180,73 @@ def test_a_group_that_this_run_cannot_have_asked_for_fails_its_lease_and_its_tas
     assert desk.core.counts().failed == {"invalid": 1}
 
 
-def test_a_group_whose_payload_does_not_fit_its_header_is_refused():
+def together(*groups):
+    """The message with all of them."""
+    headers, payloads = zip(*map(pack_group, groups), strict=True)
+    return GroupsFinished(groups=headers), join_payloads(headers, payloads)
+
+
+def test_groups_whose_payload_does_not_fit_their_headers_are_refused_as_a_whole_and_their_leases_go_on():
     desk = Desk()
-    [(_, lease), *_] = desk.join()
-    header, payload = pack_group(a_sampled_group(0, lease.task_id))
-    [(_, refused), *_] = desk.say(A, GroupFinished(group=header), payload[:-1])
-    assert refused.reason == "payload: expected 54 bytes for 6 tokens, got 53"
+    leases = [lease for _, lease in desk.join()][:2]
+    message, payload = together(*(a_sampled_group(lease.lease_id, lease.task_id) for lease in leases))
+    [(_, refused)] = desk.say(A, message, payload[:-1])
+    reason = "this cannot be read: payload: expected 108 bytes for 12 tokens, got 107"
+    assert refused == Refused(reason=reason, retry=True)
+    assert (desk.core.counts().running, desk.core.counts().refused) == (4, {"garbage": 1})
+    assert desk.say(A, message, payload)[:2] == [(A, GroupsAccepted(lease_ids=(one.lease_id,))) for one in leases]
+
+
+@pytest.mark.parametrize("changes", [{"samples": 1}, {"token_id": 100}, {"version": 1}])
+def test_of_groups_that_come_together_a_bad_one_is_refused_by_itself_and_the_others_are_taken(changes):
+    desk = Desk()
+    first, second, third = [lease for _, lease in desk.join()][:3]
+    good = [a_sampled_group(lease.lease_id, lease.task_id) for lease in (first, third)]
+    bad = a_sampled_group(second.lease_id, second.task_id, **changes)
+    answers = [answer for _, answer in desk.say(A, *together(good[0], bad, good[1]))]
+    assert [each.lease_ids for each in answers if isinstance(each, GroupsAccepted)] == [(0,), (2,)]
+    assert [each.lease_id for each in answers if isinstance(each, GroupRefused)] == [1]
+    queued = desk.core.book.batches.queue.oldest(2)
+    assert [(group.header, group.payload) for group in queued] == [pack_group(group) for group in good]
+
+
+def test_a_lease_that_is_fulfilled_twice_in_one_message_is_fulfilled_once():
+    desk = Desk()
+    lease = desk.join()[0][1]
+    answers = desk.say(A, *together(*(a_sampled_group(lease.lease_id, lease.task_id) for _ in range(3))))
+    refused = (A, GroupRefused(lease_id=0, reason="lease 0: a group of it was accepted before"))
+    assert answers == [(A, GroupsAccepted(lease_ids=(0,))), refused, refused]
+
+
+def test_groups_without_a_lease_are_refused_beside_one_that_has_one():
+    desk = Desk(max_offences=100)
+    lease = desk.join()[0][1]
+    foreign = [a_sampled_group(lease_id, 0) for lease_id in (70, 80)]
+    message = together(foreign[0], a_sampled_group(lease.lease_id, lease.task_id), foreign[1])
+    answers = [answer for _, answer in desk.say(A, *message)]
+    assert [each.lease_id for each in answers if isinstance(each, GroupRefused)] == [70, 80]
+    assert GroupsAccepted(lease_ids=(0,)) in answers
+
+
+def test_a_group_that_is_queued_keeps_none_of_those_in_memory_that_came_with_it():
+    desk = Desk()
+    lease = desk.join()[0][1]
+    message, payload = together(*(a_sampled_group(lease.lease_id, lease.task_id) for _ in range(3)))
+    desk.say(A, message, memoryview(payload))
+    [group] = desk.core.book.batches.queue.oldest(3)
+    assert (type(group.payload), len(group.payload)) == (bytes, len(payload) // 3)
+
+
+def test_what_one_commit_made_safe_is_acknowledged_in_one_message_for_each_server():
+    desk = Desk(groups_per_step=80)
+    desk.join(A, capacity_groups=80)
+    desk.join(B, capacity_groups=80)
+    accepted = [AcceptGroup(server_id="ab"[number % 2], group=a_group(number)) for number in range(140)]
+    desk.outbound.letters.clear()
+    desk.outbound.acknowledge(accepted)
+    told = [(letter.peer, letter.message.lease_ids) for letter in desk.outbound.letters]
+    assert [(peer, len(lease_ids)) for peer, lease_ids in told] == [(A, 64), (A, 6), (B, 64), (B, 6)]
+    assert {lease_id for peer, lease_ids in told if peer == A for lease_id in lease_ids} == {*range(0, 140, 2)}
 
 
 def test_a_failed_lease_is_lent_again_and_a_leaving_servers_leases_go_to_another():
@@ -213,7 +275,7 @@ def test_a_server_that_lost_its_connection_keeps_its_leases_and_is_told_them_aga
     elsewhere = Peer(b"another connection", A.key)
     assert isinstance(desk.say(elsewhere, a_hello("a", epoch="epoch of a"))[0][1], Welcome)
     assert desk.say(elsewhere, a_ready()) == [(elsewhere, lease) for lease in before]
-    assert (elsewhere, GroupAccepted(lease_id=0)) in desk.finish(elsewhere, before[0])
+    assert (elsewhere, GroupsAccepted(lease_ids=(0,))) in desk.finish(elsewhere, before[0])
     [(peer, refused)] = desk.say(A, a_heartbeat())
     assert (peer, refused.retry) == (A, True)
 

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
-from common.messages import Lease
+from common.messages import MAX_TOGETHER_BYTES, Leases
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
 from learner.coordinator.lender import Lender
@@ -17,8 +17,11 @@ A, B = Peer(b"a", ""), Peer(b"b", "")
 
 
 class FakeTasks:
+    def __init__(self, row_bytes):
+        self.row_bytes = row_bytes
+
     def task(self, task_id):
-        return Task(row=b"{}", seed=task_id)
+        return Task(row=bytes(self.row_bytes), seed=task_id)
 
 
 class FakeMailer:
@@ -30,24 +33,29 @@ class FakeMailer:
 
 
 class Desk:
-    """A lender of ten leases for two servers; `told` are the servers of those that went out."""
+    """A lender of ten leases for two servers; `told` are the servers of those that went out.
 
-    def __init__(self, reads_only=1 << 20):
+    By default no two rows fit into one message.
+    """
+
+    def __init__(self, reads_only=1 << 20, row_bytes=MAX_TOGETHER_BYTES):
         self.reads_only = reads_only
         self.core = Coordinator(some_settings(groups_per_step=5))
         self.core.published(0, now=0.0)
         self.outbound = Outbound(some_service_settings(), self.core)
         self.mailer = FakeMailer()
-        self.lender = Lender(FakeTasks(), self.outbound, self.mailer, post=self.post)
+        self.lender = Lender(FakeTasks(row_bytes), self.outbound, self.mailer, post=self.post)
         self.told = []
+        self.num_messages = 0
         for name, peer in (("a", A), ("b", B)):
             self.outbound.sessions.greet(a_hello(name, epoch=name), peer=peer, now=0.0)
 
     def post(self):
         while self.outbound.letters:
             letter = self.outbound.letters.popleft()
-            assert isinstance(letter.message, Lease)
-            self.told.append(letter.peer)
+            assert isinstance(letter.message, Leases)
+            self.num_messages += 1
+            self.told += [letter.peer] * len(letter.message.leases)
             if self.told.count(A) >= self.reads_only:
                 self.mailer.behind.add(A)
 
@@ -88,6 +96,14 @@ async def test_everybody_is_told_its_leases():
     async with lending(desk):
         await desk.told_are(10)
     assert (desk.told.count(A), desk.told.count(B)) == (5, 5)
+
+
+async def test_leases_of_one_server_go_in_one_message_as_far_as_they_fit():
+    for row_bytes, num_messages in ((2, 2), (MAX_TOGETHER_BYTES // 3, 6), (MAX_TOGETHER_BYTES, 10)):
+        desk = Desk(row_bytes=row_bytes)
+        async with lending(desk):
+            await desk.told_are(10)
+        assert desk.num_messages == num_messages
 
 
 async def test_a_server_that_does_not_read_gets_no_more_and_others_get_theirs():

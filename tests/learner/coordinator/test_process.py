@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 
-from common.messages import CloseRun, Finished, GroupAccepted, Lease, Pulse, RunOpened, SnapshotPublished
+from common.messages import CloseRun, Finished, GroupsAccepted, Lease, Pulse, RunOpened, SnapshotPublished
 from learner.coordinator.service_settings import write_settings
 from tests.builders_coordinator import a_coordinator, a_heartbeat, an_open_run
 from tests.builders_coordinator_service import a_learner, a_server, finish, settings_in
@@ -37,7 +37,7 @@ async def test_the_process_serves_a_run_and_ends_with_it(tmp_path):
             await learner.say(SnapshotPublished(version=0))
             async with a_server(opened.listen_address) as server:
                 await finish(server, await server.expect(Lease))
-                await server.expect(GroupAccepted)
+                await server.expect(GroupsAccepted)
                 await learner.say(CloseRun(reason="enough"))
                 await server.expect(Finished)
             assert await process.wait() == 0

@@ -19,9 +19,9 @@ from common.messages import (
     CoordinatorToServer,
     Finished,
     Frontier,
-    GroupAccepted,
-    GroupFinished,
     GroupRefused,
+    GroupsAccepted,
+    GroupsFinished,
     Lease,
     Pulse,
     Refused,
@@ -83,7 +83,7 @@ async def test_a_group_goes_from_its_lease_into_the_batch_and_is_trained(tmp_pat
         await learner.say(TakeBatch(version=0))
         for lease in (leases[1], leases[0]):
             await finish(server, lease)
-            assert await server.expect(GroupAccepted) == GroupAccepted(lease_id=lease.lease_id)
+            assert await server.expect(GroupsAccepted) == GroupsAccepted(lease_ids=(lease.lease_id,))
         batch, payload = await learner.hear(Batch)
         groups = unpack_groups(batch.groups, payload)
         assert (batch.version, [group.lease_id for group in groups]) == (0, [0, 1])
@@ -109,7 +109,7 @@ async def test_a_batch_of_large_groups_arrives_in_parts_with_every_byte(tmp_path
         sent = [a_long_group(await server.expect(Lease), num_tokens=50_000) for _ in range(2)]
         for group in sent:
             header, payload = pack_group(group)
-            await server.say(GroupFinished(group=header), payload)
+            await server.say(GroupsFinished(groups=(header,)), payload)
         await learner.say(TakeBatch(version=0))
         receiver = BatchReceiver()
         assert not receiver.add(*await learner.hear(Batch))
@@ -122,7 +122,7 @@ async def test_a_group_that_is_resent_is_refused_as_a_duplicate(tmp_path):
         lease = await server.expect(Lease)
         await finish(server, lease)
         await finish(server, lease)
-        await server.expect(GroupAccepted)
+        await server.expect(GroupsAccepted)
         assert "was accepted before" in (await server.expect(GroupRefused)).reason
 
 
@@ -133,10 +133,10 @@ async def test_a_group_of_equal_rewards_is_acknowledged_and_its_task_not_leased_
         group = a_sampled_group(leases[0].lease_id, leases[0].task_id)
         equal = tuple(replace(trajectory, reward=0.5) for trajectory in group.trajectories)
         header, payload = pack_group(replace(group, trajectories=equal))
-        await server.say(GroupFinished(group=header), payload)
-        answers = await server.everything_until(GroupAccepted)
+        await server.say(GroupsFinished(groups=(header,)), payload)
+        answers = await server.everything_until(GroupsAccepted)
         refill = next((each for each in answers if isinstance(each, Lease)), None) or await server.expect(Lease)
-        assert (answers[-1].lease_id, refill.task_id) == (0, 2)
+        assert (answers[-1].lease_ids, refill.task_id) == ((0,), 2)
     async with a_coordinator_serving(settings) as (_, address), a_server(address, epoch="epoch-2") as server:
         assert [(await server.expect(Lease)).task_id for _ in range(2)] == [1, 2]
 
@@ -195,9 +195,9 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
         await learner.ask(TakeFrontier(), Frontier)  # everything decided until now would have been said before this
         await server.say(a_heartbeat())
         heard = await server.everything_until(Pulse)
-        assert not {type(message) for message in heard} & {GroupAccepted, GroupRefused}
+        assert not {type(message) for message in heard} & {GroupsAccepted, GroupRefused}
         disk_is_ready.set()
-        await server.expect(GroupAccepted)
+        await server.expect(GroupsAccepted)
         assert (await learner.expect(Batch)).version == 0
 
 
@@ -212,7 +212,7 @@ async def test_a_group_is_acknowledged_before_the_journal_is_tidied_up(tmp_path,
     async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
         lease = await server.expect(Lease)
         await finish(server, lease)
-        assert await server.expect(GroupAccepted) == GroupAccepted(lease_id=lease.lease_id)
+        assert await server.expect(GroupsAccepted) == GroupsAccepted(lease_ids=(lease.lease_id,))
         may_end.set()
 
 
@@ -294,7 +294,7 @@ async def test_garbage_is_counted_and_other_servers_are_served_meanwhile(tmp_pat
             await attacker.send([b"\xc1 nonsense", b""])
         await attacker.send([b"\x90", b"", b""])
         await finish(server, await server.expect(Lease))
-        await server.expect(GroupAccepted)
+        await server.expect(GroupsAccepted)
         while (refused := (await learner.expect(CoordinatorStatus)).refused) != {"garbage": 3, "malformed": 1}:
             assert refused.get("garbage", 0) <= 3
 
@@ -318,7 +318,7 @@ async def test_a_resumed_run_leases_what_was_not_trained_under_another_session(t
         first = await server.ask(a_hello(), Welcome)
         for lease in leases[:2]:
             await finish(server, lease)
-            await server.expect(GroupAccepted)
+            await server.expect(GroupsAccepted)
         await learner.say(TakeBatch(version=0))
         await learner.expect(Batch)
         await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))

@@ -1,0 +1,74 @@
+"""Guards of leases, groups and acknowledgements that travel together."""
+
+from tests.mutations.guard import Guard
+
+TOGETHER = (
+    Guard(
+        missing="a group that is kept keeps all that came with it in memory",
+        file="common/together.py",
+        code='b"".join((ids[4 * start : 4 * end], logprobs[4 * start : 4 * end], mask[start:end]))',
+        broken='memoryview(b"".join((ids[4 * start : 4 * end], logprobs[4 * start : 4 * end], mask[start:end])))',
+        test="learner/coordinator/test_conversation.py::"
+        "test_a_group_that_is_queued_keeps_none_of_those_in_memory_that_came_with_it",
+    ),
+    Guard(
+        missing="a payload may be longer than the headers say",
+        file="common/together.py",
+        code="if len(payload) != count",
+        broken="if len(payload) < count",
+        test="common/test_together.py::test_a_payload_of_another_length_than_the_headers_say_cannot_be_split",
+    ),
+    Guard(
+        missing="a message carries any number of small things",
+        file="common/together.py",
+        code="len(some) == MAX_TOGETHER or ",
+        broken="",
+        test="common/test_together.py::test_small_items_are_bounded_in_number",
+    ),
+    Guard(
+        missing="a group is sent whose lease was taken away",
+        file="rollout_server/held_leases.py",
+        code="        self._unsent.pop(lease_id, None)\n",
+        broken="",
+        test="rollout_server/test_held_leases.py::"
+        "test_a_lease_that_is_taken_away_before_its_group_was_sent_is_not_sent",
+    ),
+    Guard(
+        missing="a group is sent twice at once",
+        file="rollout_server/held_leases.py",
+        code="math.inf",
+        broken="-1e9",
+        test="rollout_server/test_held_leases.py::"
+        "test_groups_are_sent_again_each_by_itself_and_none_that_was_not_sent_yet",
+    ),
+    Guard(
+        missing="a group claims a version before the learner heard that it is loaded",
+        file="rollout_server/server.py",
+        code="if message.newest_version > self._confirmed_version:",
+        broken="if False:",
+        test="rollout_server/test_server.py::"
+        "test_a_group_follows_the_word_that_the_version_it_was_sampled_by_is_loaded",
+    ),
+    Guard(
+        missing="the largest row cannot be leased",
+        file="rollout_server/server.py",
+        code=", max_header_bytes=MAX_HEADER_BYTES",
+        broken="",
+        test="rollout_server/test_held_leases.py::test_the_largest_row_can_be_leased",
+    ),
+    Guard(
+        missing="leases pile up for a server that does not read",
+        file="learner/coordinator/lender.py",
+        code="if self._must_wait(some[0][0]):",
+        broken="if False:",
+        test="learner/coordinator/test_lender.py::test_a_server_that_does_not_read_gets_no_more_and_others_get_theirs",
+    ),
+    Guard(
+        missing="what cannot be told apart is passed over in silence",
+        file="learner/coordinator/inbound.py",
+        code="self.hear_garbage(session.peer, str(error), now)",
+        broken="pass",
+        test="learner/coordinator/test_conversation.py::"
+        "test_groups_whose_payload_does_not_fit_their_headers_are_refused_as_a_whole_and_their_leases_go_on",
+    ),
+)
