@@ -95,6 +95,7 @@ class Heartbeat(Message, frozen=True, tag="Heartbeat"):
     holding: Version = -1  # the loaded version, where it stays at that because HoldVersions said so
     relay_address: Address = ""  # where others may pull from it what it has pulled; empty: nowhere
     relay_key: PublicKey = b""  # of the socket there
+    lying_relay: Name = ""  # the server whose relay, of all the last, sent this one wrong weights
 
 
 class TrajectoryHeader(Message, frozen=True, gc=False):  # there are many, and they hold nothing that could hold them

@@ -42,6 +42,7 @@ class Upstream:
         self.pulled_bytes = 0  # from relays
         self.times_left = 0
         self.liars = 0
+        self.last_liar = ""  # the server's name
 
     def __repr__(self) -> str:
         source = f"{self._source.server} at {self._source.address}" if self._source is not None else "the learner"
@@ -89,7 +90,8 @@ class Upstream:
         """What is missing comes from the learner; so does everything for rest_s."""
         self._left_until_s[source.address, source.key] = time.monotonic() + rest_s
         self.times_left += 1
-        self.liars += is_lie
+        if is_lie:
+            self.liars, self.last_liar = self.liars + 1, source.server
         log = logger.warning if rest_s else logger.info
         log("the relay of %s at %s is left for the learner: %s", source.server, source.address, why)
 

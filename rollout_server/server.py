@@ -360,6 +360,7 @@ class RolloutServer:
             holding=self._receiver.holding,
             relay_address=self._receiver.relaying.offered_at,
             relay_key=self._receiver.relaying.public_key,
+            lying_relay=self._receiver.relaying.upstream.last_liar,
         )
         self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
         return heartbeat

@@ -192,6 +192,7 @@ class Inbound:
 
     def _heartbeat(self, session: Session, heartbeat: Heartbeat, now: float) -> None:
         _log_service(session, heartbeat)
+        _log_liar(session, heartbeat)
         session.heartbeat = heartbeat
         decisions = self.core.heartbeat(
             session.server_id,
@@ -241,6 +242,17 @@ class Inbound:
             now=now,
         )
         self.outbound.carry_out(decisions)
+
+
+def _log_liar(session: Session, heartbeat: Heartbeat) -> None:
+    """When one is named."""
+    before = session.heartbeat.lying_relay if session.heartbeat is not None else ""
+    if heartbeat.lying_relay and heartbeat.lying_relay != before:
+        logger.error(
+            "server %s was sent wrong weights by the relay of %s, refused them and pulls from the learner: one of the "
+            "two is broken or lies; look at the memory and the network of %s, or revoke its key",
+            *(session.server_id, heartbeat.lying_relay, heartbeat.lying_relay),
+        )
 
 
 def _log_service(session: Session, heartbeat: Heartbeat) -> None:

@@ -47,7 +47,7 @@ async def follow_plans(group: Servers, named: Sequence[RelayServer], fan_out: in
 
 
 async def push(learner: Learner, group: Servers, density: float | None) -> list[float]:
-    """[seconds until all have it, bytes from the learner, bytes from relays, publisher's processor s, work per s]."""
+    """[seconds until all have it, bytes from the learner, from relays, publisher's processor s, work per s, wait s]."""
     await learner.publish(density)
     busy_s, start_s = learner.serving_s(), time.perf_counter()
     group.tell(learner.version)
@@ -55,7 +55,7 @@ async def push(learner: Learner, group: Servers, density: float | None) -> list[
     took_s, busy_s = time.perf_counter() - start_s, learner.serving_s() - busy_s
     from_learner, from_relays = (sum(int(answer[place]) for answer in answers) for place in (0, 1))
     # Of the first, which gives on to most.
-    return [took_s, from_learner, from_relays, busy_s, int(answers[0][2]) / float(answers[0][3])]
+    return [took_s, from_learner, from_relays, busy_s, int(answers[0][2]) / float(answers[0][3]), float(answers[0][4])]
 
 
 async def measure(
@@ -86,10 +86,11 @@ async def measure(
 
 
 def report(name: str, fan_out: int, rows: list[list[float]]) -> None:
-    took_s, from_learner, from_relays, busy_s, work = map(statistics.median, zip(*rows, strict=True))
+    took_s, from_learner, from_relays, busy_s, work, wait_s = map(statistics.median, zip(*rows, strict=True))
     print(f"  {name:12} fan-out {fan_out or '-':>2} | from the learner {from_learner / 1e6:8.2f} MB, from servers "
           f"{from_relays / 1e6:8.2f} MB | all have it after {took_s:.2f} s | the publisher's processor "
-          f"{busy_s * 1e3:6.1f} ms | work beside it {work:5.0f} a second", flush=True)  # fmt: skip
+          f"{busy_s * 1e3:6.1f} ms | work beside it {work:5.0f} a second, waits {wait_s * 1e3:4.0f} ms at most",
+          flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ python -m tests.benchmarks.relaying_server ADDRESS [KEY FILE]
 
 Says where its relay listens and its public key in hexadecimal. Then it reads lines, and answers each with one:
 a RelayPlan in hexadecimal MessagePack; or a version, answered once it is there with
-"bytes pulled from the learner, bytes pulled from relays, pieces of work done, seconds".
+"bytes pulled from the learner, bytes pulled from relays, pieces of work done, seconds, longest wait for a piece".
 """
 
 import asyncio
@@ -34,6 +34,7 @@ class Work:
 
     def __init__(self) -> None:
         self.done = 0
+        self.longest_wait_s = 0.0  # beyond the pause, to be set to 0 by whoever wants to know
 
     async def run(self) -> None:
         while True:
@@ -41,7 +42,9 @@ class Work:
             while time.thread_time() < until_s:
                 pass
             self.done += 1
+            paused_s = time.monotonic()
             await asyncio.sleep(PAUSE_S)
+            self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - paused_s - PAUSE_S)
 
 
 async def receive(address: str, key_file: str = "") -> None:
@@ -66,12 +69,14 @@ async def receive(address: str, key_file: str = "") -> None:
                     relaying.follow(msgspec.msgpack.decode(bytes.fromhex(line), type=RelayPlan))
                     say("followed")
                     continue
-                done, start_s = work.done, time.monotonic()
+                done, start_s, work.longest_wait_s = work.done, time.monotonic(), 0.0
                 await receiver.announce(int(line))
                 await receiver.wait_for_version(int(line))
                 from_relays = relaying.upstream.pulled_bytes
                 now = (receiver.received_bytes - from_relays, from_relays)
-                say(f"{now[0] - before[0]} {now[1] - before[1]} {work.done - done} {time.monotonic() - start_s}")
+                took_s = time.monotonic() - start_s
+                pulled = f"{now[0] - before[0]} {now[1] - before[1]}"
+                say(f"{pulled} {work.done - done} {took_s} {work.longest_wait_s}")
                 before = now
             for task in running:
                 task.cancel()

@@ -156,6 +156,20 @@ RELAYS = (
         test=STRANGER,
     ),
     Guard(
+        missing="who asks and does not read makes a relay hold as much as it likes",
+        file="rollout_server/relay.py",
+        code=', "send_queue_messages": ANSWERS_IN_FLIGHT}',
+        broken="}",
+        test=f"{RELAYS_TEST}::test_who_asks_and_does_not_read_makes_a_relay_hold_little",
+    ),
+    Guard(
+        missing="nobody is told at the learner which relay lies",
+        file="learner/coordinator/inbound.py",
+        code="        _log_liar(session, heartbeat)\n",
+        broken="",
+        test=f"{PLANS_TEST}::test_a_relay_that_sent_wrong_weights_is_named_once_where_the_operator_looks",
+    ),
+    Guard(
         missing="a revoked key is let in by relays on",
         file=PLANS,
         code=" and not is_revoked(one.peer)",

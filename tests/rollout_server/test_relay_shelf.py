@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from common.codec import Frame
 from common.messages import ChunkRequest, ManifestRequest
 from common.snapshot import SnapshotManifest, verify_chunk
 from common.snapshot_answers import ChunkLaterError
@@ -26,7 +27,7 @@ def holding(version: int) -> tuple[RelayShelf, SnapshotManifest]:
     return shelf, manifest
 
 
-def ask(shelf: RelayShelf, manifest, index: int = 0) -> bytes | None:
+def ask(shelf: RelayShelf, manifest, index: int = 0) -> Frame | None:
     return shelf.chunk(b"peer", ChunkRequest(version=manifest.version, index=index, digest=manifest.digest))
 
 
@@ -84,7 +85,7 @@ def test_bytes_are_not_changed_before_the_last_reader_has_copied_them(stop: Call
     shelf, manifest, memory = an_open_shelf(), a_manifest(3), SlowMemory()
     shelf.begin(manifest, memory)  # type: ignore[arg-type]  # slow
     shelf.arrived(0)
-    chunks: list[bytes | None] = []
+    chunks: list[Frame | None] = []
     reader = threading.Thread(target=lambda: chunks.append(ask(shelf, manifest)))
     reader.start()
     assert memory.is_read.wait(10)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.codec import Decoder, encode
+from common.codec import Decoder, Frame, encode
 from common.keys import ClientKey
 from common.messages import (
     ChunkLater,
@@ -25,12 +25,13 @@ from common.messages import (
     SnapshotGone,
     SnapshotsToServer,
 )
+from common.snapshot import TensorSpec, build_manifest
 from common.wire import Dealer, WireError, curve_keypair, open_dealer, open_router
 from common.wire.options import LINGER_MS
 from rollout_server import chunk_sources, pulled_snapshots
 from rollout_server.chunk_sources import Upstream, patience_s
 from rollout_server.host_copy import HostCopy
-from rollout_server.relay import Relaying, open_relay, own_address_towards
+from rollout_server.relay import ANSWERS_IN_FLIGHT, Relaying, open_relay, own_address_towards
 from rollout_server.relay_shelf import RelayShelf
 from tests.fault_proxy import Faults
 from tests.rollout_server.builders_snapshots import a_manifest, a_table
@@ -159,9 +160,9 @@ async def test_a_relay_that_lies_is_named_counted_and_never_asked_again_and_noth
 ):
     honest = RelayShelf.chunk
 
-    def lies(self: RelayShelf, peer: bytes, request: ChunkRequest) -> bytes | None:
+    def lies(self: RelayShelf, peer: bytes, request: ChunkRequest) -> Frame | None:
         chunk = honest(self, peer, request)
-        return chunk if chunk is None or request.index != 3 else chunk[:-1] + bytes([chunk[-1] ^ 1])
+        return chunk if chunk is None or request.index != 3 else bytes(chunk[:-1]) + bytes([chunk[-1] ^ 1])
 
     async with a_chain(tmp_path, 2) as fleet:
         monkeypatch.setattr(RelayShelf, "chunk", lies)
@@ -170,6 +171,7 @@ async def test_a_relay_that_lies_is_named_counted_and_never_asked_again_and_noth
             await fleet.publish(None)
             await fleet.deliver()
         assert (second.upstream.liars, second.upstream.times_left) == (1, 1)
+        assert second.upstream.last_liar == "the one before"
         assert second.upstream.pulled_bytes < 2 * fleet.publisher.num_bytes
         assert "sent something else than chunk 3 of snapshot 1: the digest does not match" in caplog.text
         assert "<Upstream the one before at tcp://" in repr(second.upstream)
@@ -278,7 +280,7 @@ async def test_before_a_server_changes_its_copy_it_gives_nothing_of_it_any_more(
         request = ChunkRequest(version=former.version, index=0, digest=former.digest)
         shelf = member.receiver.relaying.shelf
         assert shelf.chunk(b"peer", request) is not None
-        given: list[bytes | None] = []
+        given: list[Frame | None] = []
         change = getattr(HostCopy, step)
 
         def watched(self: HostCopy, *arguments: Any) -> Any:
@@ -399,6 +401,36 @@ async def test_a_relay_where_nobody_listens_is_left_without_holding_up_the_event
         await sources._relay.send(encode(ChunkRequest(version=3, index=0)))
         start_s = time.monotonic()
     assert time.monotonic() - start_s < 0.8 * LINGER_MS / 1e3
+
+
+@asynccontextmanager
+async def a_large_chunk() -> AsyncIterator[tuple[Relaying, ChunkRequest]]:
+    relaying, memory = Relaying(), memoryview(bytes(1 << 20))
+    specs = (TensorSpec("w", (1 << 18,), "float32", 0),)
+    manifest = build_manifest(memory, specs, run_id="run.1", version=0)
+    async with open_relay(relaying, "tcp://127.0.0.1:0"):
+        relaying.shelf.begin(manifest, memory)
+        relaying.shelf.complete(manifest, memory)
+        yield relaying, ChunkRequest(version=0, index=0, digest=manifest.digest)
+
+
+async def test_who_asks_and_does_not_read_makes_a_relay_hold_little():
+    asked, own_queue = 1000, 64 << 20  # of the one who asks, which is in this process too
+    async with (
+        a_large_chunk() as (relaying, request),
+        open_dealer(relaying.address, max_frame_bytes=1 << 20) as dealer,
+        asyncio.timeout(30),
+    ):
+        before = resident_bytes()
+        for _ in range(asked):
+            await dealer.send(encode(request))
+        while relaying.shelf.given_bytes < asked << 20:
+            await asyncio.sleep(0.05)
+        assert resident_bytes() - before < own_queue + 2 * (ANSWERS_IN_FLIGHT << 20) + (64 << 20)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 async def test_beyond_loopback_a_relay_without_keys_does_not_listen():

@@ -50,6 +50,17 @@ async def test_servers_that_offer_to_give_weights_on_are_told_where_to_pull_and_
         await until(a, RelayPlan(source=place("b"), admitted=()))
 
 
+async def test_a_relay_that_sent_wrong_weights_is_named_once_where_the_operator_looks(tmp_path, caplog):
+    settings = settings_in(tmp_path, relay_weights=2)
+    async with a_coordinator_serving(settings) as (_, address), a_server(address, name="b") as server:
+        for _ in range(3):
+            await offer(server, "b", lying_relay="node-7")
+            await server.expect(Pulse)
+    said = [record.message for record in caplog.records if "wrong weights" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("server b was sent wrong weights by the relay of node-7, refused them and pulls from the")
+
+
 async def test_a_server_that_comes_back_over_another_connection_is_told_again(tmp_path):
     async with a_coordinator_serving(settings_in(tmp_path, relay_weights=2)) as (_, address):
         for _ in range(2):
