@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from common.together import in_messages
-from learner.coordinator.background import in_thread
+from learner.coordinator.background import Background
 from learner.coordinator.decisions import GrantEvaluation, GrantLease
 from learner.coordinator.mailer import Mailer
 from learner.coordinator.outbound import Outbound
@@ -50,11 +50,15 @@ class Lender:
             self._granted.set()
 
     async def run(self) -> None:
-        while True:
-            await self._granted.wait()
-            self._granted.clear()
-            while grants := self._next_grants():
-                self._lend(await in_thread(partial(self._make_tasks, grants)))
+        background = Background()  # the one thread that asks for rows
+        try:
+            while True:
+                await self._granted.wait()
+                self._granted.clear()
+                while grants := self._next_grants():
+                    self._lend(await background.run(partial(self._make_tasks, grants)))
+        finally:
+            background.close()
 
     def _lend(self, made: list[tuple[Grant, Task]]) -> None:
         """A message after the other, as long as its server reads them."""

@@ -64,6 +64,14 @@ TOGETHER = (
         test="learner/coordinator/test_lender.py::test_a_server_that_does_not_read_gets_no_more_and_others_get_theirs",
     ),
     Guard(
+        missing="rows are asked for by a new thread each time",
+        file="learner/coordinator/background.py",
+        code="while (call := self._calls.get()) is not None:\n            call()",
+        broken="while (call := self._calls.get()) is not None:\n            threading.Thread(target=call).start()",
+        test="learner/coordinator/test_background.py::"
+        "test_calls_run_one_after_the_other_on_one_thread_that_is_not_the_loops",
+    ),
+    Guard(
         missing="what cannot be told apart is passed over in silence",
         file="learner/coordinator/inbound.py",
         code="self.hear_garbage(session.peer, str(error), now)",
