@@ -101,6 +101,17 @@ def test_bytes_are_not_changed_before_the_last_reader_has_copied_them(stop: Call
     assert ask(shelf, manifest) is None
 
 
+def test_however_many_versions_come_one_snapshot_and_one_delta_are_held_at_most():
+    shelf, _ = holding(0)
+    for version in range(1, 6):
+        delta, data = a_delta(version - 1, version)
+        shelf.begin(delta, memoryview(data))
+        assert repr(shelf).count("chunks of") == 2
+        shelf.change()
+        shelf.complete(delta.target, memoryview(a_table(version).tobytes()))
+        assert repr(shelf).count("chunks of") == 2
+
+
 def test_a_version_of_another_run_under_the_same_number_is_not_held():
     shelf, manifest = holding(3)
     assert ask(shelf, a_manifest(3, run_id="run.2")) is None
