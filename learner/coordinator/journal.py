@@ -10,7 +10,7 @@ they are written once, not again when the group is delivered.
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,6 @@ PAGE_BYTES = 1 << 16
 LOG_PAGES = (16 << 20) // PAGE_BYTES  # a commit that makes the log longer than this empties it, and takes longer
 TIDY_BYTES = 4 << 20  # of groups in the log, for emptying it to be worth two waits for the disk
 MAX_VARIABLES = 500  # of one SQL statement
-ROWS_AT_ONCE = 64  # written
 _GO_ON = "move it away to go on from the checkpoint alone: its groups are sampled again"
 
 _SCHEMA = """
@@ -213,25 +212,23 @@ class Journal:
                 self._write(record)
         self._write_groups(groups)
 
-    def _write_groups(self, groups: Sequence[FinishedGroup]) -> None:
-        """Many rows with a statement: between statements other threads of this process may take their turns."""
-        for start in range(0, len(groups), ROWS_AT_ONCE):
-            some = groups[start : start + ROWS_AT_ONCE]
-            headers = [msgspec.msgpack.encode(group.header) for group in some]
-            contents: list[object] = []
-            known: list[object] = []
-            for group, header in zip(some, headers, strict=True):
-                contents += (group.lease_id, header, group.payload, _digest(header, group.payload))
-                known += (
-                    group.lease_id, group.task_id, group.oldest_version, group.newest_version,
-                    group.accepted_version, group.num_bytes,
-                )  # fmt: skip
-                self._log_bytes += len(header) + len(group.payload)
-            self._insert("contents", "(?, ?, ?, ?)", len(some), contents)
-            self._insert("groups", "(?, ?, ?, ?, ?, ?, NULL)", len(some), known)
+    def _write_groups(self, groups: Iterable[FinishedGroup]) -> None:
+        known: list[tuple[int, ...]] = []
 
-    def _insert(self, table: str, row: str, num_rows: int, values: list[object]) -> None:
-        self._database.execute(f"INSERT INTO {table} VALUES {', '.join([row] * num_rows)}", values)
+        def contents() -> Iterator[tuple[int, bytes, Frame, bytes]]:
+            for group in groups:
+                known.append(
+                    (
+                        group.lease_id, group.task_id, group.oldest_version, group.newest_version,
+                        group.accepted_version, group.num_bytes,
+                    )
+                )  # fmt: skip
+                header = msgspec.msgpack.encode(group.header)
+                self._log_bytes += len(header) + len(group.payload)
+                yield group.lease_id, header, group.payload, _digest(header, group.payload)
+
+        self._database.executemany("INSERT INTO contents VALUES (?, ?, ?, ?)", contents())
+        self._database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, NULL)", known)
 
     def _write(self, record: BatchRecord | ParkedRecord | FilteredRecord | ForgetRecord) -> None:
         match record:

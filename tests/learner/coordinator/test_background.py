@@ -13,10 +13,10 @@ TIMEOUT_S = 5.0
 async def test_calls_run_one_after_the_other_on_one_thread_that_is_not_the_loops():
     background = Background()
     async with asyncio.timeout(TIMEOUT_S):
-        threads = {await background.run(threading.get_ident) for _ in range(3)}
+        threads = {await background.run(threading.current_thread) for _ in range(3)}
     background.close()
     assert len(threads) == 1
-    assert threading.get_ident() not in threads
+    assert threading.current_thread() not in threads
 
 
 async def test_an_error_is_raised_where_the_result_is_awaited_and_the_next_call_runs():
