@@ -19,19 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from common.messages import (
-    BaseModelReply,
-    Batch,
-    ChunkReply,
-    DeltaReply,
-    GroupHeader,
-    GroupsFinished,
-    ManifestReply,
-    MappingReply,
-    Message,
-    SnapshotWritten,
-    TrajectoryHeader,
-)
+from common.messages import GroupHeader, Message, PayloadMessage, TrajectoryHeader
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 
@@ -42,10 +30,6 @@ BYTES_PER_TOKEN = 4 + 4 + 1
 LOGPROB_SLACK = 1e-4  # float32 log-softmax may exceed 0 by rounding; more than this is no rounding
 MAX_QUOTED_CHARS = 200
 
-_WITH_PAYLOAD = (
-    *(GroupsFinished, Batch, ManifestReply, BaseModelReply, DeltaReply, ChunkReply, MappingReply),
-    SnapshotWritten,
-)
 _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError, OverflowError)
 
 
@@ -78,7 +62,7 @@ class Decoder:
             message: Message = self._decoder.decode(header)
         except _DECODE_ERRORS as error:
             raise ProtocolError(f"header: {_printable(str(error))}") from error
-        if len(payload) and not isinstance(message, _WITH_PAYLOAD):
+        if len(payload) and not isinstance(message, PayloadMessage):
             raise ProtocolError(f"{type(message).__name__} carries no payload, got {len(payload)} bytes")
         return message, memoryview(payload).toreadonly()
 

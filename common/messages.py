@@ -1,17 +1,17 @@
-"""Every message that travels between processes, and their unions by direction.
+"""What rollout servers and the coordinator say to each other, and what all messages between processes have in common.
 
-A message is two frames: a MessagePack header, which is one of these structs, and a payload of raw little-endian
-bytes (empty for most). The structs carry bounds on every field, so that what decodes is also plausible.
+Those about weights are in weight_messages.py, the learner's to its own children in learner/. A message is two frames: a
+MessagePack header, which is one of these structs, and a payload of raw little-endian bytes (empty for most). The structs
+carry bounds on every field, so that what decodes is also plausible.
 
 Evolution: a field is only ever appended, with a default; anything else raises PROTOCOL_VERSION, which Hello carries.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from common.canary import Canary
 from common.environments import MAX_ENVIRONMENTS, EnvironmentSpec
 from common.snapshot import MAX_ADAPTER_RANK
 
@@ -43,6 +43,10 @@ JsonBytes = Annotated[bytes, Meta(max_length=1 << 20)]
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all messages. Subclasses are tagged with their own name."""
+
+
+class PayloadMessage(Message, frozen=True):
+    """One with a payload: its second frame may hold something."""
 
 
 # --- rollout server -> coordinator -------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ class GroupHeader(Message, frozen=True, gc=False):
     trajectories: Annotated[tuple[TrajectoryHeader, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
 
 
-class GroupsFinished(Message, frozen=True, tag="GroupsFinished"):
+class GroupsFinished(PayloadMessage, frozen=True, tag="GroupsFinished"):
     """Leases are fulfilled. Each group is resent until GroupsAccepted or GroupRefused answers.
 
     The payload holds the tokens of all their trajectories in the same order, as if they were one group.
@@ -299,268 +303,6 @@ class Finished(Message, frozen=True, tag="Finished"):
     reason: Text
 
 
-# --- learner <-> coordinator, on a local socket ------------------------------------------------------------------
-
-
-class OpenRun(Message, frozen=True, tag="OpenRun"):
-    """The learner starts or resumes; answered by RunOpened."""
-
-    version: Version
-    model_fingerprint: Name
-    tokenizer_fingerprint: Name
-    max_model_len: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
-    vocab_size: Annotated[int, Meta(ge=1, le=1 << 31)]
-    dtype: Name  # of the weights that will be published
-    weights_address: Address
-    frontier: JsonBytes  # what Frontier said when the checkpoint was taken; empty for a new run
-    published_version: Version = -1  # the newest that servers may have loaded, when a coordinator is replaced
-    adapters: AdapterNeeds | None = None  # for Welcome
-
-
-class RunOpened(Message, frozen=True, tag="RunOpened"):
-    listen_address: Address  # as bound, with the port that was chosen
-
-
-class TakeBatch(Message, frozen=True, tag="TakeBatch"):
-    """The learner can train version `version` now; answered by Batch when one is complete."""
-
-    version: Version
-
-
-class Batch(Message, frozen=True, tag="Batch"):
-    """Groups for the step that updates `version`, in task order; the payload holds their tokens in the same order.
-
-    The batch is complete when part num_parts - 1 has come; parts come in order, part 0 begins the batch anew.
-    """
-
-    version: Version
-    groups: Annotated[tuple[GroupHeader, ...], Meta(min_length=1, max_length=1 << 16)]
-    part: Count = 0
-    num_parts: Annotated[int, Meta(ge=1, le=1 << 24)] = 1
-
-
-class StepCompleted(Message, frozen=True, tag="StepCompleted"):
-    """The optimizer step is done: `version` is the new one, `lease_ids` were trained."""
-
-    version: Version
-    lease_ids: Annotated[tuple[Id, ...], Meta(max_length=1 << 16)]
-
-
-class SnapshotPublished(Message, frozen=True, tag="SnapshotPublished"):
-    """Snapshot `version` can be pulled."""
-
-    version: Version
-
-
-class TakeFrontier(Message, frozen=True, tag="TakeFrontier"):
-    """Asks for what a checkpoint must hold of the coordinator; answered by Frontier."""
-
-
-class Frontier(Message, frozen=True, tag="Frontier"):
-    version: Version
-    frontier: JsonBytes
-
-
-class ServerStatus(Message, frozen=True):
-    """One rollout server, as the operator wants to see it."""
-
-    server: Name
-    loaded_version: Version
-    running_groups: Count
-    generated_tokens: Count
-    busy_s: Seconds
-    paused_s: Seconds
-    silent_s: Seconds  # since it was last heard of
-    doing: Text
-    out_of_service: Text = ""
-    updates: Count = 0
-    pulled_bytes: Count = 0
-
-
-class CoordinatorStatus(Message, frozen=True, tag="CoordinatorStatus"):
-    """Sent to the learner about once a second; counts are since the run began."""
-
-    servers: Annotated[tuple[ServerStatus, ...], Meta(max_length=1 << 14)]
-    leased: Count
-    running: Count
-    queued: Count
-    queued_bytes: Count
-    trained: Count
-    failed: dict[Name, Count]
-    cancelled: dict[Name, Count]
-    expired: Count
-    refused: dict[Name, Count]
-    depth: Count  # groups that may be open at once, as it adapts
-    staleness_tokens: dict[Count, Count]  # age in policy versions when trained -> sampled tokens
-    in_flight_tokens: dict[Count, Count]  # likewise, the part of the age until the group was accepted
-    in_queue_tokens: dict[Count, Count]  # likewise, the part from then on
-    waiting_for: Text  # what the learner waits for, by name; empty when a batch is ready
-    held_by: Name = ""  # the bound that keeps leases from all servers; empty when none does
-    servers_wait_for: Text = ""  # likewise, for people
-    evaluation: Text = ""  # how far one that is under way is, for people
-
-
-class CheckpointSaved(Message, frozen=True, tag="CheckpointSaved"):
-    """A checkpoint at `version`, with the frontier of that version, is safe on disk."""
-
-    version: Version
-
-
-class EvaluateVersion(Message, frozen=True, tag="EvaluateVersion"):
-    """Evaluate this version, or the next one that servers have; answered by EvaluationReport. A new one replaces one
-    that is under way."""
-
-    version: Version
-
-
-class EvaluatedTask(Message, frozen=True):
-    task_id: Id
-    episodes: Annotated[tuple[EvaluatedEpisode, ...], Meta(min_length=1, max_length=MAX_GROUP_SIZE)]
-
-
-class EvaluationReport(Message, frozen=True, tag="EvaluationReport"):
-    """Every token of these tasks was sampled by `version`."""
-
-    asked_version: Version
-    version: Version  # snapshot.NO_VERSION when none was begun
-    tasks: Annotated[tuple[EvaluatedTask, ...], Meta(max_length=MAX_EVALUATION_TASKS)]
-    failed: dict[Name, Count]  # tasks that were given up, by kind of their last failure
-    unfinished: Count  # tasks
-    reason: Text = ""  # why any are unfinished
-
-
-class CloseRun(Message, frozen=True, tag="CloseRun"):
-    """The learner is done: tell the servers and exit."""
-
-    reason: Text
-
-
-# --- rollout server <-> snapshot server, or another rollout server's relay -------------------------------------------
-
-
-class ManifestRequest(Message, frozen=True, tag="ManifestRequest"):
-    """Answered by ManifestReply or DeltaReply when a version newer than `newer_than` is published, else by NoNewer.
-
-    Where versions are adapters and the asker's base model is not theirs, by BaseModelReply first.
-    """
-
-    newer_than: Version
-    held_version: Version = -1  # whose bytes the asker has, as base of a delta; -1: none that it would trust
-    base_model: ContentDigest = b""  # of what the asker's engine holds; empty: none
-
-
-WhyFull = Literal["no base", "base is gone", "a delta does not pay"]
-
-
-class ManifestReply(Message, frozen=True, tag="ManifestReply"):
-    """Pull the full snapshot. The payload is its encoded manifest, see snapshot.py."""
-
-    version: Version
-    why_full: WhyFull = "no base"
-
-
-class BaseModelReply(Message, frozen=True, tag="BaseModelReply"):
-    """Pull what the adapters stand beside, once, as version -1. The payload is its encoded manifest."""
-
-
-class DeltaReply(Message, frozen=True, tag="DeltaReply"):
-    """Pull the delta from base_version to version. The payload is its encoded manifest, see delta/manifest.py."""
-
-    version: Version
-    base_version: Version
-
-
-class NoNewer(Message, frozen=True, tag="NoNewer"):
-    version: Version
-
-
-class MappingRequest(Message, frozen=True, tag="MappingRequest"):
-    """Where in memory is a version newer than `newer_than`? Answered by MappingReply, NoNewer or OtherHost."""
-
-    newer_than: Version
-    host: Name  # see shared_slots.host_id
-    base_model: ContentDigest = b""  # see ManifestRequest
-
-
-class MappingReply(Message, frozen=True, tag="MappingReply"):
-    """The newest version lies whole in this slot of shared memory. The payload is its encoded manifest."""
-
-    version: Version  # -1: the base model, which the asker needs first
-    process: Id
-    descriptor: Count  # of that process
-    inode: Id  # what is there must be this
-
-
-class OtherHost(Message, frozen=True, tag="OtherHost"):
-    """The asker is on another host: it must pull."""
-
-
-class ChunkRequest(Message, frozen=True, tag="ChunkRequest"):
-    version: Version
-    index: Count
-    base_version: Version = -1  # of the delta; -1: of the full snapshot
-    digest: ContentDigest = b""  # of its manifest: a relay may hold another run's version of this number
-
-
-class ChunkReply(Message, frozen=True, tag="ChunkReply"):
-    """The payload is the chunk."""
-
-    version: Version
-    index: Count
-    base_version: Version = -1
-
-
-class ChunkLater(Message, frozen=True, tag="ChunkLater"):
-    """A relay is about to have the chunk itself: ask again."""
-
-    version: Version
-    index: Count
-    base_version: Version = -1
-
-
-class SnapshotGone(Message, frozen=True, tag="SnapshotGone"):
-    """The version asked for, in the form asked for, is no longer kept; pull `newest` instead."""
-
-    version: Version
-    newest: Version
-
-
-# --- learner <-> snapshot server, on a local socket --------------------------------------------------------------
-
-
-class SnapshotWritten(Message, frozen=True, tag="SnapshotWritten"):
-    """Version `version` lies complete in slot `slot`; the payload is the encoded layout (a tuple of TensorSpec)."""
-
-    version: Version
-    slot: Count
-    num_bytes: Count
-    descriptor: Count  # of the slot, in the learner's process: another one than before where somebody kept the former
-    canary: Canary | None = None  # of this version, if the learner computed it
-
-
-class SnapshotsListening(Message, frozen=True, tag="SnapshotsListening"):
-    """The snapshot server is up; `address` is as bound, with the port that was chosen."""
-
-    address: Address
-
-
-class SnapshotReady(Message, frozen=True, tag="SnapshotReady"):
-    """The version is encoded, hashed and served."""
-
-    version: Version
-    full_bytes: Count
-    delta_bytes: Count | None  # against the version published before it; None: there is none, or it does not pay
-    encode_s: Seconds
-    overtaken_versions: Count  # since the start: written, but a newer one came before their turn
-    full_pulls: dict[WhyFull, Count]  # since the start: how often a server was given a full snapshot
-
-
-class SlotReleased(Message, frozen=True, tag="SlotReleased"):
-    """Nothing reads the slot any more."""
-
-    slot: Count
-
-
 ServerToCoordinator = Hello | Ready | Heartbeat | GroupsFinished | LeaseFailed | Leaving | Evaluated | EvaluationFailed
 CoordinatorToServer = (
     Welcome
@@ -575,28 +317,3 @@ CoordinatorToServer = (
     | Evaluate
     | RelayPlan
 )
-LearnerToCoordinator = (
-    OpenRun
-    | TakeBatch
-    | StepCompleted
-    | SnapshotPublished
-    | TakeFrontier
-    | CheckpointSaved
-    | CloseRun
-    | EvaluateVersion
-)
-CoordinatorToLearner = RunOpened | Batch | Frontier | CoordinatorStatus | EvaluationReport
-ServerToSnapshots = ManifestRequest | ChunkRequest | MappingRequest
-SnapshotsToServer = (
-    ManifestReply
-    | BaseModelReply
-    | DeltaReply
-    | NoNewer
-    | ChunkReply
-    | ChunkLater
-    | SnapshotGone
-    | MappingReply
-    | OtherHost
-)
-LearnerToSnapshots = SnapshotWritten
-SnapshotsToLearner = SnapshotsListening | SnapshotReady | SlotReleased

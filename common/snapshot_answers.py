@@ -3,8 +3,17 @@
 import logging
 from typing import Protocol
 
-from common import messages
 from common.codec import Decoder, Frame, Frames, ProtocolError, encode
+from common.weight_messages import (
+    ChunkLater,
+    ChunkReply,
+    ChunkRequest,
+    ManifestRequest,
+    MappingRequest,
+    NoNewer,
+    ServerToSnapshots,
+    SnapshotGone,
+)
 from common.wire import Incoming, Router
 
 logger = logging.getLogger(__name__)
@@ -20,11 +29,11 @@ class SnapshotSource(Protocol):
         """snapshot.NO_VERSION when nothing is held."""
         ...
 
-    def offer(self, request: messages.ManifestRequest | messages.MappingRequest) -> Frames | None:
+    def offer(self, request: ManifestRequest | MappingRequest) -> Frames | None:
         """The answer to a request for a manifest; None when there is none that is newer."""
         ...
 
-    def chunk(self, peer: bytes, request: messages.ChunkRequest) -> Frame | None:
+    def chunk(self, peer: bytes, request: ChunkRequest) -> Frame | None:
         """Bytes that do not change any more; None when they are not held. Raises ChunkLaterError."""
         ...
 
@@ -35,7 +44,7 @@ class ChunkLaterError(Exception):
 
 async def answer_requests(servers: Router, source: SnapshotSource) -> None:
     """For ever. A server that cannot take an answer now asks again after its time-out."""
-    decoder = Decoder(messages.ServerToSnapshots, max_payload_bytes=0, max_header_bytes=MAX_REQUEST_BYTES)
+    decoder = Decoder(ServerToSnapshots, max_payload_bytes=0, max_header_bytes=MAX_REQUEST_BYTES)
     while True:
         for incoming in await servers.receive():
             frames = _answer(decoder, source, incoming)
@@ -49,18 +58,18 @@ def _answer(decoder: Decoder, source: SnapshotSource, incoming: Incoming) -> Fra
     except ProtocolError as error:
         logger.warning("refused a request for weights: %s", error)
         return None
-    if isinstance(request, messages.ChunkRequest):
+    if isinstance(request, ChunkRequest):
         return _chunk_reply(source, incoming.peer.routing_id, request)
-    assert isinstance(request, messages.ManifestRequest | messages.MappingRequest)
-    return source.offer(request) or encode(messages.NoNewer(version=source.newest_version))
+    assert isinstance(request, ManifestRequest | MappingRequest)
+    return source.offer(request) or encode(NoNewer(version=source.newest_version))
 
 
-def _chunk_reply(source: SnapshotSource, peer: bytes, request: messages.ChunkRequest) -> Frames:
+def _chunk_reply(source: SnapshotSource, peer: bytes, request: ChunkRequest) -> Frames:
     which = {"version": request.version, "index": request.index, "base_version": request.base_version}
     try:
         chunk = source.chunk(peer, request)
     except ChunkLaterError:
-        return encode(messages.ChunkLater(**which))
+        return encode(ChunkLater(**which))
     if chunk is None:
-        return encode(messages.SnapshotGone(version=request.version, newest=source.newest_version))
-    return encode(messages.ChunkReply(**which), chunk)
+        return encode(SnapshotGone(version=request.version, newest=source.newest_version))
+    return encode(ChunkReply(**which), chunk)

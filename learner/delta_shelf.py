@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from common.delta import DeltaManifest
-from common.messages import WhyFull
 from common.snapshot import NO_VERSION, SnapshotManifest
+from common.weight_messages import WhyFull
 
 MAX_CHAIN_SHARE = 0.5  # of the full snapshot's bytes: whoever is farther behind pulls the full one
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from common.messages import EvaluatedEpisode, EvaluationReport
+from common.messages import EvaluatedEpisode
+from learner.coordinator.messages import EvaluationReport
 
 EVALUATION_METRICS: Mapping[str, str] = {
     "reward": "mean over tasks of the mean over their episodes, as environments gave it",

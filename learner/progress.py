@@ -11,11 +11,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.messages import CoordinatorStatus, SnapshotReady
 from common.trajectory import Group
 from learner.coordinator.dynamic_sampling import EQUAL_REWARDS
+from learner.coordinator.messages import CoordinatorStatus
 from learner.evaluation import Evaluation
 from learner.rates import FleetTotals, Rates, Sample, describe_bytes
+from learner.snapshot_messages import SnapshotReady
 from learner.training import StepResult
 
 WINDOW_S = 20.0

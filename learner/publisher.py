@@ -19,7 +19,6 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from common import messages
 from common.canary import Canary
 from common.codec import Decoder, encode
 from common.keys import ServerKeys
@@ -30,6 +29,13 @@ from learner.base_model import BaseModel
 from learner.lora_settings import AdapterDescription
 from learner.served_base_model import BaseModelPlace
 from learner.slots import Slots
+from learner.snapshot_messages import (
+    SlotReleased,
+    SnapshotReady,
+    SnapshotsListening,
+    SnapshotsToLearner,
+    SnapshotWritten,
+)
 from learner.snapshot_server import SnapshotServerSettings
 
 logger = logging.getLogger(__name__)
@@ -54,13 +60,13 @@ class Publisher:
         self._router = router
         self._server = server
         self._base_model = base_model
-        self._decoder = Decoder(messages.SnapshotsToLearner, max_payload_bytes=0)
+        self._decoder = Decoder(SnapshotsToLearner, max_payload_bytes=0)
         self._peer: Peer | None = None
         self._free = list(range(len(slots.descriptors)))
         self._changed = asyncio.Condition()
         self.address = ""
         self.published_version = NO_VERSION
-        self.newest: messages.SnapshotReady | None = None
+        self.newest: SnapshotReady | None = None
         self._not_written = 0
 
     def __repr__(self) -> str:
@@ -107,7 +113,7 @@ class Publisher:
         """Version `version` lies in the slot: hash and serve it. Returns at once."""
         assert self._peer is not None, "hand_over() before listening()"
         self._slots.let_read(slot)
-        order = messages.SnapshotWritten(
+        order = SnapshotWritten(
             version=version,
             slot=slot,
             num_bytes=self._slots.slot_bytes,
@@ -136,21 +142,21 @@ class Publisher:
         code = await self._server.wait()
         raise UserError(f"the snapshot server ended with exit code {code}; start the learner to resume")
 
-    async def ready_versions(self) -> AsyncIterator[messages.SnapshotReady]:
+    async def ready_versions(self) -> AsyncIterator[SnapshotReady]:
         """Follows the snapshot server for ever; yields what it says of each version once that is being served."""
         while True:
             for incoming in await self._router.receive():
                 message, _ = self._decoder.decode(incoming.frames)
                 async with self._changed:
                     match message:
-                        case messages.SnapshotsListening(address=address):
+                        case SnapshotsListening(address=address):
                             self._peer, self.address = incoming.peer, address
-                        case messages.SlotReleased(slot=slot):
+                        case SlotReleased(slot=slot):
                             self._free.append(slot)
-                        case messages.SnapshotReady(version=version):
+                        case SnapshotReady(version=version):
                             self.published_version, self.newest = version, message
                     self._changed.notify_all()
-                if isinstance(message, messages.SnapshotReady):
+                if isinstance(message, SnapshotReady):
                     yield message
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.messages import ServerStatus
+from learner.coordinator.messages import ServerStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from learner import joining
 from learner.canary import CanaryMaker, default_canary_every
 from learner.checkpoint_writer import CheckpointWriter, writing_checkpoints
 from learner.config import LearnerConfig
+from learner.coordinator.messages import OpenRun
 from learner.loop import LearnerLoop
 from learner.measurements import measure
 from learner.observers import StepLog
@@ -63,7 +64,7 @@ async def open_run(learner: Learner) -> ModelFacts:
     facts = await learner.training.run(model_facts, settings.model)
     facts = replace(facts, max_model_len=joining.checked_model_len(learner.config, facts.max_model_len))
     address = await learner.coordinator.open_run(
-        messages.OpenRun(
+        OpenRun(
             version=learner.engine.version,
             model_fingerprint=facts.model_fingerprint,
             tokenizer_fingerprint=facts.tokenizer_fingerprint,

@@ -4,10 +4,10 @@ import os
 
 import msgspec
 
-from common import messages
 from common.codec import encode
 from common.shared_slots import map_slot
 from common.snapshot import NO_VERSION, AdapterSpec, TensorSpec, build_manifest, encode_manifest
+from common.weight_messages import BaseModelReply, ManifestRequest, MappingReply, MappingRequest
 from learner.lora_settings import AdapterDescription
 
 Frames = list[bytes | memoryview]
@@ -41,15 +41,15 @@ class ServedBaseModel:
     def __repr__(self) -> str:
         return f"<ServedBaseModel {self.manifest.content_digest.hex()}, {self.manifest.num_bytes} bytes>"
 
-    def is_held_by(self, request: messages.ManifestRequest | messages.MappingRequest) -> bool:
+    def is_held_by(self, request: ManifestRequest | MappingRequest) -> bool:
         return request.base_model == self.manifest.content_digest
 
     def reply(self) -> Frames:
-        return encode(messages.BaseModelReply(), encode_manifest(self.manifest))
+        return encode(BaseModelReply(), encode_manifest(self.manifest))
 
     def mapping_reply(self) -> Frames:
         inode = os.fstat(self._descriptor).st_ino
-        reply = messages.MappingReply(version=NO_VERSION, process=os.getpid(), descriptor=self._descriptor, inode=inode)
+        reply = MappingReply(version=NO_VERSION, process=os.getpid(), descriptor=self._descriptor, inode=inode)
         return encode(reply, encode_manifest(self.manifest))
 
     def chunk(self, index: int) -> memoryview | None:

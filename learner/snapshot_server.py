@@ -19,7 +19,6 @@ from typing import NoReturn
 
 import msgspec
 
-from common import messages
 from common.codec import Decoder, Frame, Frames, encode
 from common.delta import encode_delta_manifest
 from common.keys import load_server_keys
@@ -27,11 +26,27 @@ from common.lifecycle import configure_logging, die_with_parent, leave, run_unti
 from common.shared_slots import host_id
 from common.snapshot import CHUNK_BYTES, NO_VERSION, TensorSpec, encode_manifest
 from common.snapshot_answers import MAX_REQUEST_BYTES, answer_requests
+from common.weight_messages import (
+    ChunkRequest,
+    DeltaReply,
+    ManifestReply,
+    ManifestRequest,
+    MappingReply,
+    MappingRequest,
+    OtherHost,
+)
 from common.wire import Dealer, Router, open_dealer, open_router
 from learner.delta_shelf import Delta, DeltaShelf
 from learner.served_base_model import BaseModelPlace, ServedBaseModel
 from learner.slot_maps import SlotMaps
 from learner.snapshot_building import SnapshotBuilder
+from learner.snapshot_messages import (
+    LearnerToSnapshots,
+    SlotReleased,
+    SnapshotReady,
+    SnapshotsListening,
+    SnapshotWritten,
+)
 from learner.snapshot_shelf import SnapshotShelf
 
 logger = logging.getLogger(__name__)
@@ -60,7 +75,7 @@ class SnapshotServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class WrittenSnapshot:
     """What the learner wrote and nobody looked at yet."""
 
-    order: messages.SnapshotWritten
+    order: SnapshotWritten
     layout: tuple[TensorSpec, ...]
 
 
@@ -85,7 +100,7 @@ class SnapshotService:
         self._written: WrittenSnapshot | None = None
         self._is_written = asyncio.Event()
         self._overtaken_versions = 0
-        self._orders = Decoder(messages.LearnerToSnapshots, max_payload_bytes=MAX_LAYOUT_BYTES)
+        self._orders = Decoder(LearnerToSnapshots, max_payload_bytes=MAX_LAYOUT_BYTES)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -97,13 +112,13 @@ class SnapshotService:
     async def _take_orders(self) -> None:
         while True:
             order, layout = self._orders.decode(await self._learner.receive())
-            assert isinstance(order, messages.SnapshotWritten)
+            assert isinstance(order, SnapshotWritten)
             overtaken = self._written
             self._written = WrittenSnapshot(order=order, layout=layout_decoder.decode(layout))
             self._is_written.set()
             if overtaken is not None:
                 self._overtaken_versions += 1
-                await self._learner.send(encode(messages.SlotReleased(slot=overtaken.order.slot)))
+                await self._learner.send(encode(SlotReleased(slot=overtaken.order.slot)))
 
     async def _publish(self) -> None:
         while True:
@@ -113,7 +128,7 @@ class SnapshotService:
             assert written is not None
             await self._publish_one(written.order, written.layout)
 
-    async def _publish_one(self, order: messages.SnapshotWritten, layout: tuple[TensorSpec, ...]) -> None:
+    async def _publish_one(self, order: SnapshotWritten, layout: tuple[TensorSpec, ...]) -> None:
         base = None
         if self._shelf.newest_version != NO_VERSION:
             base = self._shelf.newest(), self._slots.memory(self._shelf.newest_slot)
@@ -123,7 +138,7 @@ class SnapshotService:
         self._shelf.put(built.manifest, order.slot)
         self._deltas.put(base[0] if base is not None else None, built.manifest, built.delta)
         await self._release()
-        ready = messages.SnapshotReady(
+        ready = SnapshotReady(
             version=order.version,
             full_bytes=built.manifest.num_bytes,
             delta_bytes=len(built.delta.data) if built.delta is not None else None,
@@ -137,33 +152,31 @@ class SnapshotService:
     def newest_version(self) -> int:
         return self._shelf.newest_version
 
-    def offer(self, request: messages.ManifestRequest | messages.MappingRequest) -> Frames | None:
+    def offer(self, request: ManifestRequest | MappingRequest) -> Frames | None:
         """See SnapshotSource."""
-        if isinstance(request, messages.MappingRequest) and request.host != host_id():
-            return encode(messages.OtherHost())
+        if isinstance(request, MappingRequest) and request.host != host_id():
+            return encode(OtherHost())
         newest = self._shelf.newest_version
         if newest == NO_VERSION or newest <= request.newer_than:
             return None
-        if isinstance(request, messages.MappingRequest):
+        if isinstance(request, MappingRequest):
             return self._mapping_reply(request)
         if self._base_model is not None and not self._base_model.is_held_by(request):
             return self._base_model.reply()
         step = self._deltas.after(request.held_version)
         if isinstance(step, Delta):
-            reply = messages.DeltaReply(version=step.manifest.version, base_version=request.held_version)
+            reply = DeltaReply(version=step.manifest.version, base_version=request.held_version)
             return encode(reply, encode_delta_manifest(step.manifest))
-        return encode(messages.ManifestReply(version=newest, why_full=step), encode_manifest(self._shelf.newest()))
+        return encode(ManifestReply(version=newest, why_full=step), encode_manifest(self._shelf.newest()))
 
-    def _mapping_reply(self, request: messages.MappingRequest) -> Frames:
+    def _mapping_reply(self, request: MappingRequest) -> Frames:
         if self._base_model is not None and not self._base_model.is_held_by(request):
             return self._base_model.mapping_reply()
         process, descriptor, inode = self._slots.place(self._shelf.newest_slot)
-        reply = messages.MappingReply(
-            version=self._shelf.newest_version, process=process, descriptor=descriptor, inode=inode
-        )
+        reply = MappingReply(version=self._shelf.newest_version, process=process, descriptor=descriptor, inode=inode)
         return encode(reply, encode_manifest(self._shelf.newest()))
 
-    def chunk(self, peer: bytes, request: messages.ChunkRequest) -> Frame | None:
+    def chunk(self, peer: bytes, request: ChunkRequest) -> Frame | None:
         """See SnapshotSource."""
         if request.version == NO_VERSION:
             return self._base_model.chunk(request.index) if self._base_model is not None else None
@@ -171,7 +184,7 @@ class SnapshotService:
             return self._full_chunk(peer, request)
         return self._deltas.chunk(request.base_version, request.version, request.index)
 
-    def _full_chunk(self, peer: bytes, request: messages.ChunkRequest) -> bytes | None:
+    def _full_chunk(self, peer: bytes, request: ChunkRequest) -> bytes | None:
         slot = self._shelf.request_chunk(peer, request.version, request.index, time.monotonic())
         if slot is None:
             return None
@@ -186,7 +199,7 @@ class SnapshotService:
 
     async def _release(self) -> None:
         for slot in self._shelf.release(time.monotonic()):
-            await self._learner.send(encode(messages.SlotReleased(slot=slot)))
+            await self._learner.send(encode(SlotReleased(slot=slot)))
 
 
 async def serve(settings: SnapshotServerSettings) -> int:
@@ -200,7 +213,7 @@ async def serve(settings: SnapshotServerSettings) -> int:
         open_router(settings.listen, keys=keys, max_frame_bytes=MAX_REQUEST_BYTES) as servers,
         open_dealer(settings.learner_socket, max_frame_bytes=MAX_LAYOUT_BYTES) as learner,
     ):
-        await learner.send(encode(messages.SnapshotsListening(address=servers.address)))
+        await learner.send(encode(SnapshotsListening(address=servers.address)))
         with closing(SnapshotBuilder(settings.run_id, settings.chunk_bytes, adapter)) as builder:
             await SnapshotService(builder, servers, learner, slots, base_model).run()
     return 0

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from common import messages
 from common.lifecycle import DedicatedThread
 from common.shared_slots import (
     NotSharedError,
@@ -21,6 +20,7 @@ from common.shared_slots import (
     unlock,
 )
 from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest, verify_all
+from common.weight_messages import MappingReply, MappingRequest, OtherHost
 from common.wire import Dealer
 from rollout_server.relay import Relaying
 from rollout_server.snapshot_client import SnapshotClient
@@ -68,16 +68,16 @@ class MappedSnapshots:
 
     async def _request(self, dealer: Dealer) -> tuple[SnapshotManifest, int] | None:
         """What is offered, and a descriptor of where it lies; to be closed."""
-        request = messages.MappingRequest(
+        request = MappingRequest(
             newer_than=self._target.loaded_version, host=host_id(), base_model=self._target.base_model
         )
         reply = await self._client.ask(dealer, request, REPLY_TIMEOUT_S)
         if reply is None:
             return None
         message, payload = reply
-        if isinstance(message, messages.OtherHost):
+        if isinstance(message, OtherHost):
             raise NotSharedError("the learner is on another host")
-        if not isinstance(message, messages.MappingReply):
+        if not isinstance(message, MappingReply):
             return None
         try:
             manifest = decode_manifest(payload)

@@ -15,6 +15,7 @@ from common import messages
 from common.delta import DeltaManifest, decode_delta_manifest
 from common.lifecycle import DedicatedThread
 from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest, decode_manifest
+from common.weight_messages import BaseModelReply, DeltaReply, ManifestReply, ManifestRequest
 from common.wire import Dealer
 from rollout_server.chunk_sources import ChunkSources
 from rollout_server.delta_decoding import DeltaDecoder
@@ -155,7 +156,7 @@ class PulledSnapshots:
         return held.version
 
     async def _request_manifest(self, dealer: Dealer) -> Offer | None:
-        request = messages.ManifestRequest(
+        request = ManifestRequest(
             newer_than=self._target.loaded_version,
             held_version=self._held_version(),
             base_model=self._target.base_model,
@@ -173,15 +174,15 @@ class PulledSnapshots:
     def _read_offer(self, reply: messages.Message, payload: memoryview) -> Offer | None:
         """Raises SnapshotError for what must never be loaded."""
         match reply:
-            case messages.ManifestReply(why_full=why):
+            case ManifestReply(why_full=why):
                 manifest = decode_manifest(payload)
                 self._target.check(manifest)
                 return manifest, f"full, {why}"
-            case messages.BaseModelReply():
+            case BaseModelReply():
                 manifest = decode_manifest(payload)
                 self._target.check_base_model(manifest)
                 return manifest, "full, the base model"
-            case messages.DeltaReply():
+            case DeltaReply():
                 delta = decode_delta_manifest(payload)
                 self._target.check(delta.target)
                 return delta, "delta"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import messages
 from common.codec import Frames
 from common.delta import DeltaManifest
 from common.snapshot import NO_DIGEST, NO_VERSION, SnapshotManifest
 from common.snapshot_answers import ChunkLaterError
+from common.weight_messages import ChunkRequest, ManifestRequest, MappingRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,11 +80,11 @@ class RelayShelf:
         with self._lock:
             self._held, self._pulling, self._coming = {}, None, NO_DIGEST
 
-    def offer(self, request: messages.ManifestRequest | messages.MappingRequest) -> Frames | None:
+    def offer(self, request: ManifestRequest | MappingRequest) -> Frames | None:
         """See SnapshotSource. Manifests are the learner's alone."""
         return None
 
-    def chunk(self, peer: bytes, request: messages.ChunkRequest) -> memoryview | None:
+    def chunk(self, peer: bytes, request: ChunkRequest) -> memoryview | None:
         """See SnapshotSource. A version of which nothing is known here yet is taken to be on its way."""
         with self._lock:
             held = self._held.get(request.digest)

@@ -7,6 +7,15 @@ import time
 from common import messages
 from common.codec import Decoder, ProtocolError, encode
 from common.snapshot import MAX_MANIFEST_BYTES, SnapshotError, verify_chunk
+from common.weight_messages import (
+    ChunkLater,
+    ChunkReply,
+    ChunkRequest,
+    ManifestRequest,
+    MappingRequest,
+    SnapshotGone,
+    SnapshotsToServer,
+)
 from common.wire import Dealer
 from rollout_server.pulling import PullState
 
@@ -33,16 +42,14 @@ class SnapshotClient:
     """What it is sent only raises where a version is gone or a chunk is damaged; silence and nonsense are None."""
 
     def __init__(self) -> None:
-        self._replies = Decoder(messages.SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
+        self._replies = Decoder(SnapshotsToServer, max_payload_bytes=MAX_MANIFEST_BYTES)
         self.received_bytes = 0  # of chunks that were taken
 
-    async def ask(
-        self, dealer: Dealer, request: messages.ManifestRequest | messages.MappingRequest, timeout_s: float
-    ) -> Reply | None:
+    async def ask(self, dealer: Dealer, request: ManifestRequest | MappingRequest, timeout_s: float) -> Reply | None:
         """The answer to a request for a manifest; late answers to earlier pulls are passed over."""
         await dealer.send(encode(request))
         reply = await self._receive(dealer, "the manifest", timeout_s)
-        while reply is not None and isinstance(reply[0], messages.ChunkReply | messages.SnapshotGone):
+        while reply is not None and isinstance(reply[0], ChunkReply | SnapshotGone):
             reply = await self._receive(dealer, "the manifest", timeout_s)
         return reply
 
@@ -52,7 +59,7 @@ class SnapshotClient:
         Raises PullGivenUp when what is pulled is gone, DamagedChunkError for a chunk that is another's.
         """
         for index in pull.next_requests(time.monotonic()):
-            request = messages.ChunkRequest(
+            request = ChunkRequest(
                 version=pull.version, index=index, base_version=pull.base_version, digest=pull.manifest.digest
             )
             await dealer.send(encode(request))
@@ -60,13 +67,13 @@ class SnapshotClient:
         if reply is None:
             return None
         message, payload = reply
-        if isinstance(message, messages.SnapshotGone) and message.version == pull.version:
+        if isinstance(message, SnapshotGone) and message.version == pull.version:
             raise PullGivenUp(f"{pull.num_bytes_received / 1e6:.1f} MB: it is gone, {message.newest} is the newest")
-        if not isinstance(message, messages.ChunkReply | messages.ChunkLater) or message.index not in pull.missing:
+        if not isinstance(message, ChunkReply | ChunkLater) or message.index not in pull.missing:
             return None  # an answer to something asked earlier
         if (message.version, message.base_version) != (pull.version, pull.base_version):
             return None
-        if isinstance(message, messages.ChunkLater):
+        if isinstance(message, ChunkLater):
             pull.damaged(message.index, time.monotonic())
             await asyncio.sleep(LATER_S)
             return None

@@ -6,21 +6,22 @@ import msgspec
 import numpy as np
 
 from common import messages
+from common.messages import CoordinatorToServer, ServerToCoordinator
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
+from common.weight_messages import ServerToSnapshots, SnapshotsToServer
+from learner.coordinator.messages import CoordinatorToLearner, LearnerToCoordinator
+from learner.snapshot_messages import LearnerToSnapshots, SnapshotsToLearner
 
 UNIONS: dict[str, object] = {
-    name: getattr(messages, name)
-    for name in (
-        "ServerToCoordinator",
-        "CoordinatorToServer",
-        "LearnerToCoordinator",
-        "CoordinatorToLearner",
-        "ServerToSnapshots",
-        "SnapshotsToServer",
-        "LearnerToSnapshots",
-        "SnapshotsToLearner",
-    )
+    "ServerToCoordinator": ServerToCoordinator,
+    "CoordinatorToServer": CoordinatorToServer,
+    "LearnerToCoordinator": LearnerToCoordinator,
+    "CoordinatorToLearner": CoordinatorToLearner,
+    "ServerToSnapshots": ServerToSnapshots,
+    "SnapshotsToServer": SnapshotsToServer,
+    "LearnerToSnapshots": LearnerToSnapshots,
+    "SnapshotsToLearner": SnapshotsToLearner,
 }
 """The messages of each direction."""
 

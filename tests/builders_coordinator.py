@@ -14,7 +14,6 @@ from common.messages import (
     Hello,
     Leases,
     Message,
-    OpenRun,
     Ready,
     TrajectoryHeader,
 )
@@ -22,6 +21,7 @@ from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Decision, GrantLease
+from learner.coordinator.messages import OpenRun
 from learner.coordinator.replay_queue import FinishedGroup
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.settings import CoordinatorSettings

@@ -6,16 +6,9 @@ from collections import deque
 from contextlib import asynccontextmanager
 
 from common.codec import Decoder, encode, pack_group
-from common.messages import (
-    CloseRun,
-    CoordinatorToLearner,
-    CoordinatorToServer,
-    GroupsFinished,
-    RunOpened,
-    SnapshotPublished,
-    Welcome,
-)
+from common.messages import CoordinatorToServer, GroupsFinished, Welcome
 from common.wire import open_dealer
+from learner.coordinator.messages import CloseRun, CoordinatorToLearner, RunOpened, SnapshotPublished
 from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
 from tests.builders_coordinator import (

@@ -1,8 +1,8 @@
 """BatchReceiver: the parts of a batch, as batch_sender.py sends them, become groups again."""
 
 from common.codec import Frame, ProtocolError, unpack_groups
-from common.messages import Batch
 from common.trajectory import Group
+from learner.coordinator.messages import Batch
 
 
 class BatchReceiver:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 
 from common.codec import Frame, Frames, encode
 from common.events import EventLog
-from common.messages import Batch, GroupHeader
+from common.messages import GroupHeader
 from common.wire import Peer, Router, SendResult
 from learner.coordinator.decisions import DeliverBatch
 from learner.coordinator.journal_keeper import JournalKeeper
+from learner.coordinator.messages import Batch
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup, QueuedGroup
 from learner.coordinator.token_ages import TokenAges
 

@@ -20,6 +20,22 @@ from common.lifecycle import ChildProcess, UserError
 from common.trajectory import Group
 from common.wire import Dealer, open_dealer
 from learner.coordinator.batch_receiver import BatchReceiver
+from learner.coordinator.messages import (
+    Batch,
+    CheckpointSaved,
+    CloseRun,
+    CoordinatorStatus,
+    CoordinatorToLearner,
+    EvaluateVersion,
+    EvaluationReport,
+    Frontier,
+    OpenRun,
+    RunOpened,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+)
 from learner.coordinator.service_settings import ServiceSettings, write_settings
 
 logger = logging.getLogger(__name__)
@@ -43,11 +59,9 @@ class CoordinatorClient:
     def __init__(self, settings: ServiceSettings, private_directory: Path) -> None:
         self._settings = settings
         self._directory = private_directory
-        self._decoder = Decoder(
-            messages.CoordinatorToLearner, max_payload_bytes=MAX_BATCH_BYTES, max_header_bytes=1 << 28
-        )
-        self._run: messages.OpenRun | None = None  # as the coordinator would have to be told it now
-        self._published: messages.SnapshotPublished | None = None
+        self._decoder = Decoder(CoordinatorToLearner, max_payload_bytes=MAX_BATCH_BYTES, max_header_bytes=1 << 28)
+        self._run: OpenRun | None = None  # as the coordinator would have to be told it now
+        self._published: SnapshotPublished | None = None
         self._untold: list[messages.Message] = []  # progress since OpenRun was said, until it is answered
         self._asked: dict[type[messages.Message], messages.Message] = {}  # by the type of the answer
         self._answers: dict[type[messages.Message], asyncio.Future[messages.Message]] = {}
@@ -60,7 +74,7 @@ class CoordinatorClient:
         self._waited_s = 0.0
         self._waiting_since_s: float | None = None
         self.pid: int | None = None
-        self.status: messages.CoordinatorStatus | None = None
+        self.status: CoordinatorStatus | None = None
         self._status_s = 0.0  # when it arrived
 
     async def supervise(self) -> None:
@@ -89,22 +103,22 @@ class CoordinatorClient:
             logger.error("the coordinator was killed by signal %d; starting another in %.2f s", -code, pause_s)
             await asyncio.sleep(pause_s)
 
-    async def open_run(self, request: messages.OpenRun) -> str:
+    async def open_run(self, request: OpenRun) -> str:
         """Returns the address rollout servers join at, as bound."""
         self._run = request
         self._starts.set()
-        opened = await self._ask(request, messages.RunOpened)
-        assert isinstance(opened, messages.RunOpened)
+        opened = await self._ask(request, RunOpened)
+        assert isinstance(opened, RunOpened)
         return opened.listen_address
 
     async def take_batch(self, version: int) -> tuple[Group, ...]:
         """Groups for the step that updates `version`; waits as long as it takes, and says for what."""
         self._waiting_since_s = time.monotonic()
         try:
-            batch = await self._ask(messages.TakeBatch(version=version), messages.Batch)
+            batch = await self._ask(TakeBatch(version=version), Batch)
         finally:
             self._waited_s, self._waiting_since_s = self.waited_s, None
-        assert isinstance(batch, messages.Batch)
+        assert isinstance(batch, Batch)
         if batch.version != version:
             raise RuntimeError(f"asked for a batch for version {version}, was given one for {batch.version}")
         return self._batch.take()
@@ -118,36 +132,36 @@ class CoordinatorClient:
     async def step_completed(self, version: int, lease_ids: tuple[int, ...]) -> None:
         assert self._run is not None
         self._run = msgspec.structs.replace(self._run, version=version)
-        await self._tell(messages.StepCompleted(version=version, lease_ids=lease_ids))
+        await self._tell(StepCompleted(version=version, lease_ids=lease_ids))
 
     async def published(self, version: int) -> None:
-        self._published = messages.SnapshotPublished(version=version)
+        self._published = SnapshotPublished(version=version)
         if self._run is not None:
             self._run = msgspec.structs.replace(self._run, published_version=version)
         await self._tell(self._published)
 
-    async def evaluate(self, version: int) -> messages.EvaluationReport:
+    async def evaluate(self, version: int) -> EvaluationReport:
         """The evaluation of `version`, or of a later one that was had in its place; one at a time."""
-        report = await self._ask(messages.EvaluateVersion(version=version), messages.EvaluationReport)
-        assert isinstance(report, messages.EvaluationReport)
+        report = await self._ask(EvaluateVersion(version=version), EvaluationReport)
+        assert isinstance(report, EvaluationReport)
         return report
 
     async def take_frontier(self) -> bytes:
         """What a checkpoint must hold of the coordinator."""
-        frontier = await self._ask(messages.TakeFrontier(), messages.Frontier)
-        assert isinstance(frontier, messages.Frontier)
+        frontier = await self._ask(TakeFrontier(), Frontier)
+        assert isinstance(frontier, Frontier)
         return frontier.frontier
 
     async def checkpoint_saved(self, version: int, frontier: bytes) -> None:
         """From now on a restart of the learner goes on from there: what was trained before need not be kept."""
         assert self._run is not None
         self._run = msgspec.structs.replace(self._run, frontier=frontier)
-        await self._tell(messages.CheckpointSaved(version=version))
+        await self._tell(CheckpointSaved(version=version))
 
     async def close_run(self, reason: str) -> None:
         """The coordinator tells the servers that the run is over, and ends; returns when it has."""
         self._is_closing = True
-        await self._tell(messages.CloseRun(reason=reason))
+        await self._tell(CloseRun(reason=reason))
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
                 await self._ended.wait()
@@ -178,16 +192,16 @@ class CoordinatorClient:
             await dealer.send(encode(self._run))
             while True:
                 message, payload = self._decoder.decode(await dealer.receive())
-                if isinstance(message, messages.RunOpened):
+                if isinstance(message, RunOpened):
                     await self._opened(dealer, message)
-                if isinstance(message, messages.CoordinatorStatus):
+                if isinstance(message, CoordinatorStatus):
                     self.status, self._status_s = message, time.monotonic()
-                elif not isinstance(message, messages.Batch) or self._batch.add(message, payload):
+                elif not isinstance(message, Batch) or self._batch.add(message, payload):
                     self._answer(message)
         finally:
             self._dealer = None
 
-    async def _opened(self, dealer: Dealer, opened: messages.RunOpened) -> None:
+    async def _opened(self, dealer: Dealer, opened: RunOpened) -> None:
         """This coordinator knows the run: tell it what its predecessor knew, ask it what that did not answer."""
         self._settings = msgspec.structs.replace(self._settings, listen=opened.listen_address)
         while self._untold:
@@ -196,7 +210,7 @@ class CoordinatorClient:
         if self._published is not None:
             await dealer.send(encode(self._published))
         for request in self._asked.values():
-            if not isinstance(request, messages.OpenRun):
+            if not isinstance(request, OpenRun):
                 await dealer.send(encode(request))
 
     def _answer(self, message: messages.Message) -> None:
@@ -218,7 +232,7 @@ class CoordinatorClient:
         """A coordinator that is not there now will be told when it is: by OpenRun, or when it has answered that."""
         if self._dealer is not None:
             await self._dealer.send(encode(message))
-        elif isinstance(message, messages.StepCompleted | messages.CheckpointSaved):
+        elif isinstance(message, StepCompleted | CheckpointSaved):
             self._untold.append(message)
 
     async def _ask(self, request: messages.Message, answer_type: type[messages.Message]) -> messages.Message:
@@ -241,6 +255,6 @@ class CoordinatorClient:
         silent_s = time.monotonic() - self._status_s
         if silent_s > SILENT_S:
             return f"the coordinator, process {self.pid}: nothing heard of it for {silent_s:.0f} s"
-        if answer_type is messages.EvaluationReport:
+        if answer_type is EvaluationReport:
             return f"evaluation of {self.status.evaluation}" if self.status.evaluation else "a report is on its way"
         return self.status.waiting_for or "a batch is on its way"

@@ -13,7 +13,6 @@ from common.messages import (
     Hello,
     LeaseFailed,
     Leaving,
-    OpenRun,
     Ready,
     Refused,
     ServerToCoordinator,
@@ -23,6 +22,7 @@ from common.wire import Peer
 from learner.coordinator.admission import Admission
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Quarantine
+from learner.coordinator.messages import OpenRun
 from learner.coordinator.outbound import Outbound, cut
 from learner.coordinator.records import Claim
 from learner.coordinator.service_settings import ServiceSettings

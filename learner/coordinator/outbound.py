@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from common.messages import (
     CoordinatorToServer,
     Evaluate,
-    EvaluatedTask,
-    EvaluationReport,
     Finished,
     GroupRefused,
     GroupsAccepted,
@@ -41,6 +39,7 @@ from learner.coordinator.decisions import (
 )
 from learner.coordinator.explain import what_a_server_waits_for
 from learner.coordinator.journal import BatchRecord, FilteredRecord, ForgetRecord, ParkedRecord, Record
+from learner.coordinator.messages import EvaluatedTask, EvaluationReport
 from learner.coordinator.proofs import LeaseProofs
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.sessions import Session, Sessions

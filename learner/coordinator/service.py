@@ -12,22 +12,7 @@ import time
 
 from common.codec import Decoder, ProtocolError, encode
 from common.events import EventLog
-from common.messages import (
-    MAX_TOGETHER_BYTES,
-    CheckpointSaved,
-    CloseRun,
-    CoordinatorToLearner,
-    EvaluateVersion,
-    Frontier,
-    LearnerToCoordinator,
-    OpenRun,
-    RunOpened,
-    ServerToCoordinator,
-    SnapshotPublished,
-    StepCompleted,
-    TakeBatch,
-    TakeFrontier,
-)
+from common.messages import MAX_TOGETHER_BYTES, ServerToCoordinator
 from common.wire import Incoming, Peer, Router
 from learner.coordinator.batch_sender import BatchSender
 from learner.coordinator.core import Coordinator
@@ -37,6 +22,20 @@ from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.lender import Lender
 from learner.coordinator.mailer import MAX_KEPT_BYTES, Mailer
+from learner.coordinator.messages import (
+    CheckpointSaved,
+    CloseRun,
+    CoordinatorToLearner,
+    EvaluateVersion,
+    Frontier,
+    LearnerToCoordinator,
+    OpenRun,
+    RunOpened,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+)
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.relay_plans import RelayPlans
 from learner.coordinator.service_settings import ServiceSettings

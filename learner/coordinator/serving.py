@@ -10,13 +10,13 @@ from common.events import EventLog
 from common.key_files import KeyFileError
 from common.keys import ServerKeys, load_server_keys
 from common.lifecycle import UserError
-from common.messages import OpenRun
 from common.wire import Peer, Router, open_router
 from learner.coordinator.batch_sender import PARTS_ON_THE_WAY
 from learner.coordinator.core import Coordinator
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import open_journal
 from learner.coordinator.ledger import FrontierError, decode_frontier
+from learner.coordinator.messages import OpenRun
 from learner.coordinator.service import MAX_HEADER_BYTES, MAX_LEARNER_HEADER_BYTES, Service
 from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.tasks import Tasks

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from common.messages import CoordinatorStatus, ServerStatus
 from common.snapshot import NO_VERSION
 from learner.coordinator.core import Coordinator
 from learner.coordinator.explain import what_all_servers_wait_for, what_the_learner_waits_for
+from learner.coordinator.messages import CoordinatorStatus, ServerStatus
 from learner.coordinator.sessions import Session, Sessions
 from learner.coordinator.token_ages import TokenAges
 

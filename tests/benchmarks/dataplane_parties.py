@@ -15,14 +15,13 @@ import msgspec
 import zmq
 
 from common.environments import Environments
-from common.messages import (
+from common.messages import GroupHeader, Message
+from learner.coordinator.messages import (
     Batch,
     CheckpointSaved,
     CloseRun,
     CoordinatorStatus,
     CoordinatorToLearner,
-    GroupHeader,
-    Message,
     OpenRun,
     RunOpened,
     SnapshotPublished,

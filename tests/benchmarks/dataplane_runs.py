@@ -10,8 +10,9 @@ import msgspec
 import zmq
 from msgspec.structs import replace
 
-from common.messages import MAX_TOGETHER_BYTES, CloseRun, CoordinatorStatus
+from common.messages import MAX_TOGETHER_BYTES
 from common.wire.options import RECEIVE_QUEUE_BYTES
+from learner.coordinator.messages import CloseRun, CoordinatorStatus
 from learner.coordinator.service import MAX_HEADER_BYTES
 from tests.benchmarks.dataplane_groups import group_bytes
 from tests.benchmarks.dataplane_parties import (

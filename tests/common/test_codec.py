@@ -21,9 +21,10 @@ from common.codec import (
     read_columns,
     unpack_groups,
 )
-from common.messages import GroupHeader, GroupsFinished, Leaving, ServerToCoordinator, TakeFrontier, TrajectoryHeader
+from common.messages import GroupHeader, GroupsFinished, Leaving, ServerToCoordinator, TrajectoryHeader
 from common.staleness import NOT_SAMPLED
 from common.trajectory import FinishReason, Group, Trajectory
+from learner.coordinator.messages import TakeFrontier
 from tests.builders_codec import UNIONS, a_group, a_group_header, a_trajectory, examples_of
 
 MAX_HEADER_BYTES = 1000

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from common.messages import EvaluatedEpisode, EvaluatedTask, EvaluationReport
+from common.messages import EvaluatedEpisode
+from learner.coordinator.messages import EvaluatedTask, EvaluationReport
 from learner.evaluation import EVALUATION_METRICS, evaluation_of, pass_at_k, powers_up_to
 
 

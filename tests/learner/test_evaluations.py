@@ -3,8 +3,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from common.messages import EvaluatedEpisode, EvaluatedTask, EvaluationReport
+from common.messages import EvaluatedEpisode
 from learner.config import LearnerConfig
+from learner.coordinator.messages import EvaluatedTask, EvaluationReport
 from learner.evaluations import Evaluations, Schedule
 
 PATIENCE_S = 10.0

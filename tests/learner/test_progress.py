@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from common.messages import CoordinatorStatus, ServerStatus, SnapshotReady
+from learner.coordinator.messages import CoordinatorStatus, ServerStatus
 from learner.progress import REWARD_STEPS, WINDOW_S, Progress, ProgressDisplay
 from learner.rates import FleetTotals, Rates, Sample, describe_bytes
+from learner.snapshot_messages import SnapshotReady
 from learner.training import StepResult
 
 

@@ -12,7 +12,9 @@ import torch
 
 from common.codec import Decoder, encode
 from common.lifecycle import UserError
-from common.messages import (
+from common.shared_slots import lock_to_read, unlock
+from common.snapshot import MAX_MANIFEST_BYTES, NO_VERSION, SnapshotManifest, decode_manifest, verify_chunk
+from common.weight_messages import (
     ChunkReply,
     ChunkRequest,
     ManifestReply,
@@ -21,8 +23,6 @@ from common.messages import (
     SnapshotGone,
     SnapshotsToServer,
 )
-from common.shared_slots import lock_to_read, unlock
-from common.snapshot import MAX_MANIFEST_BYTES, NO_VERSION, SnapshotManifest, decode_manifest, verify_chunk
 from common.wire import open_dealer
 from learner.publisher import NUM_SLOTS, Publisher, open_publisher
 from learner.slots import lay_out

@@ -18,23 +18,20 @@ from common.events import EventLog
 from common.messages import (
     PROTOCOL_VERSION,
     AdapterNeeds,
-    ChunkReply,
     GroupsFinished,
     Heartbeat,
     Hello,
     Lease,
     Leases,
-    ManifestReply,
-    ManifestRequest,
     Message,
     Ready,
     ServerToCoordinator,
-    ServerToSnapshots,
     Welcome,
 )
 from common.snapshot import TensorSpec, build_manifest, encode_manifest
 from common.together import split_payload
 from common.trajectory import Group
+from common.weight_messages import ChunkReply, ManifestReply, ManifestRequest, ServerToSnapshots
 from common.wire import Peer, Router, open_dealer, open_router
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner

@@ -11,18 +11,18 @@ from common.canary import Canary
 from common.codec import Decoder, encode
 from common.delta import DeltaManifest, blocks_of, build_delta_manifest, encode_delta, encode_delta_manifest
 from common.events import EventLog
-from common.messages import (
+from common.messages import Message
+from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
+from common.weight_messages import (
     ChunkReply,
     ChunkRequest,
     DeltaReply,
     ManifestReply,
     ManifestRequest,
-    Message,
     NoNewer,
     ServerToSnapshots,
     SnapshotGone,
 )
-from common.snapshot import NO_VERSION, SnapshotManifest, TensorSpec, build_manifest, encode_manifest
 from common.wire import Router, open_dealer, open_router
 from rollout_server.table_engine import TABLE_TENSOR, TableEngine
 from rollout_server.weight_receiver import WeightReceiver

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from common.codec import Frame
-from common.messages import ChunkRequest, ManifestRequest
 from common.snapshot import SnapshotManifest, verify_chunk
 from common.snapshot_answers import ChunkLaterError
+from common.weight_messages import ChunkRequest, ManifestRequest
 from rollout_server.relay_shelf import RelayShelf
 from tests.rollout_server.builders_snapshots import NUM_CHUNKS, a_delta, a_manifest, a_table
 

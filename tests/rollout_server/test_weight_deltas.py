@@ -8,8 +8,9 @@ import pytest
 
 from common.delta import encode_delta_manifest
 from common.delta.manifest import _whole_digest
-from common.messages import ChunkReply, ChunkRequest, DeltaReply, Message
+from common.messages import Message
 from common.snapshot import NO_VERSION
+from common.weight_messages import ChunkReply, ChunkRequest, DeltaReply
 from rollout_server import pulled_snapshots, weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, WeightUpdate
 from rollout_server.table_engine import TableEngine

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from common.events import read_events
-from common.messages import (
-    ChunkRequest,
-    ManifestReply,
-    ManifestRequest,
-    Message,
-    SnapshotGone,
-)
+from common.messages import Message
 from common.snapshot import NO_VERSION, encode_manifest
+from common.weight_messages import ChunkRequest, ManifestReply, ManifestRequest, SnapshotGone
 from common.wire import open_dealer
 from rollout_server import pulled_snapshots, weight_receiver
 from rollout_server.inference import EngineError, LocalSnapshot, Sampling, WeightUpdate

@@ -6,25 +6,7 @@ It does what learner/coordinator/service.py does, and notes what can be seen of 
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from common.messages import (
-    Batch,
-    CheckpointSaved,
-    Evaluated,
-    EvaluateVersion,
-    EvaluationFailed,
-    Frontier,
-    GroupsFinished,
-    Heartbeat,
-    LearnerToCoordinator,
-    LeaseFailed,
-    OpenRun,
-    Ready,
-    RunOpened,
-    SnapshotPublished,
-    StepCompleted,
-    TakeBatch,
-    TakeFrontier,
-)
+from common.messages import Evaluated, EvaluationFailed, GroupsFinished, Heartbeat, LeaseFailed, Ready
 from common.together import in_messages
 from common.wire import Peer
 from learner.coordinator.core import Coordinator
@@ -33,6 +15,19 @@ from learner.coordinator.inbound import Inbound
 from learner.coordinator.journal import BatchRecord, FilteredRecord, Record
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.ledger import PastLeases, decode_frontier
+from learner.coordinator.messages import (
+    Batch,
+    CheckpointSaved,
+    EvaluateVersion,
+    Frontier,
+    LearnerToCoordinator,
+    OpenRun,
+    RunOpened,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+)
 from learner.coordinator.outbound import Promise
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 from learner.coordinator.tasks import Task

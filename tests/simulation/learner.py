@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common.messages import (
+from learner.coordinator.ledger import decode_frontier
+from learner.coordinator.messages import (
     Batch,
     CheckpointSaved,
     EvaluateVersion,
@@ -23,7 +24,6 @@ from common.messages import (
     TakeBatch,
     TakeFrontier,
 )
-from learner.coordinator.ledger import decode_frontier
 from tests.simulation import history as seen
 from tests.simulation.groups import nonces_of
 from tests.simulation.weights import NO_VERSION

@@ -3,8 +3,8 @@
 import logging
 import random
 
-from common.messages import OpenRun
 from learner.coordinator.ledger import decode_frontier
+from learner.coordinator.messages import OpenRun
 from learner.coordinator.service_settings import HeldOut, ServiceSettings
 from tests.builders_coordinator import some_service_settings
 from tests.simulation import history as seen

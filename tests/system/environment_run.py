@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.codec import unpack_groups
 from common.environments import Environments
-from common.messages import Batch, CloseRun, RunOpened, SnapshotPublished, StepCompleted, TakeBatch
+from learner.coordinator.messages import Batch, CloseRun, RunOpened, SnapshotPublished, StepCompleted, TakeBatch
 from learner.coordinator.mix import Mix
 from learner.coordinator.serving import serve as serve_coordinator
 from learner.coordinator.settings import CoordinatorSettings

@@ -13,12 +13,13 @@ import torch
 from common.canary import Canary
 from common.delta.formats import FORMATS
 from common.events import EventLog
-from common.messages import RelayPlace, RelayPlan, SnapshotReady
+from common.messages import RelayPlace, RelayPlan
 from common.snapshot import ITEM_BYTES, NO_VERSION, digest_of
 from common.wire import open_dealer
 from learner.base_model import BaseModel
 from learner.publisher import Publisher, open_publisher
 from learner.slots import lay_out
+from learner.snapshot_messages import SnapshotReady
 from rollout_server.chunk_sources import Upstream
 from rollout_server.inference import InferenceEngine, LocalSnapshot, WeightUpdate
 from rollout_server.nearest_snapshots import TRANSPORTS, TransportName

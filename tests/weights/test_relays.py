@@ -12,20 +12,18 @@ import pytest
 
 from common.codec import Decoder, Frame, encode
 from common.keys import ClientKey
-from common.messages import (
+from common.messages import Message, RelayPlace, RelayPlan
+from common.snapshot import TensorSpec, build_manifest
+from common.weight_messages import (
     ChunkLater,
     ChunkReply,
     ChunkRequest,
     ManifestRequest,
     MappingRequest,
-    Message,
     NoNewer,
-    RelayPlace,
-    RelayPlan,
     SnapshotGone,
     SnapshotsToServer,
 )
-from common.snapshot import TensorSpec, build_manifest
 from common.wire import Dealer, WireError, curve_keypair, open_dealer, open_router
 from common.wire.options import LINGER_MS
 from rollout_server import chunk_sources, pulled_snapshots

@@ -1,8 +1,8 @@
 import pytest
 
 from common.codec import ProtocolError, pack_group
-from common.messages import Batch
 from learner.coordinator.batch_receiver import BatchReceiver
+from learner.coordinator.messages import Batch
 from tests.builders_codec import a_group
 
 

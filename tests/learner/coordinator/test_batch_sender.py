@@ -4,10 +4,10 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from common.codec import Decoder
-from common.messages import Batch
 from common.wire import Peer, SendResult
 from learner.coordinator.batch_sender import PART_BYTES, BatchSender, in_parts
 from learner.coordinator.decisions import DeliverBatch
+from learner.coordinator.messages import Batch
 from learner.coordinator.token_ages import TokenAges
 from tests.builders_coordinator import a_group
 

@@ -3,8 +3,8 @@
 import time
 
 from common.events import read_events
-from common.messages import TakeBatch
 from learner.coordinator.batch_receiver import BatchReceiver
+from learner.coordinator.messages import TakeBatch
 from tests.benchmarks.dataplane_groups import group_bytes
 from tests.benchmarks.dataplane_parties import Case, a_coordinator, memory_bytes, senders, settings_for
 from tests.benchmarks.dataplane_runs import ingress_bytes, run_memory

@@ -8,7 +8,8 @@ import sys
 import time
 from contextlib import asynccontextmanager
 
-from common.messages import CloseRun, Finished, GroupsAccepted, Lease, Pulse, RunOpened, SnapshotPublished
+from common.messages import Finished, GroupsAccepted, Lease, Pulse
+from learner.coordinator.messages import CloseRun, RunOpened, SnapshotPublished
 from learner.coordinator.service_settings import write_settings
 from tests.builders_coordinator import a_coordinator, a_heartbeat, an_open_run
 from tests.builders_coordinator_service import a_learner, a_server, finish, settings_in

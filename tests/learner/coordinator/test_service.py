@@ -13,23 +13,14 @@ from common.events import read_events
 from common.keys import ensure_client_key, ensure_server_keys, load_client_key
 from common.lifecycle import UserError
 from common.messages import (
-    Batch,
-    CloseRun,
-    CoordinatorStatus,
     CoordinatorToServer,
     Finished,
-    Frontier,
     GroupRefused,
     GroupsAccepted,
     GroupsFinished,
     Lease,
     Pulse,
     Refused,
-    RunOpened,
-    SnapshotPublished,
-    StepCompleted,
-    TakeBatch,
-    TakeFrontier,
     Welcome,
 )
 from common.trajectory import FinishReason, Group, Trajectory
@@ -37,6 +28,17 @@ from common.wire import curve_keypair, open_dealer
 from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal_keeper import JournalKeeper
+from learner.coordinator.messages import (
+    Batch,
+    CloseRun,
+    CoordinatorStatus,
+    Frontier,
+    RunOpened,
+    SnapshotPublished,
+    StepCompleted,
+    TakeBatch,
+    TakeFrontier,
+)
 from learner.coordinator.rows import DataError
 from learner.coordinator.service import SLICE_S, Service
 from learner.coordinator.service_settings import read_settings, write_settings
