@@ -29,7 +29,8 @@ from rollout_server.gateway.gateway import Gateway
 from rollout_server.gateway.opening import gateway_settings
 from rollout_server.inference import InferenceEngine
 from rollout_server.nearest_snapshots import TRANSPORTS
-from rollout_server.relay import Relaying, open_relay, own_address_towards
+from rollout_server.reached_addresses import own_address_towards, with_host_of
+from rollout_server.relay import Relaying, open_relay
 from rollout_server.server import RolloutServer, RunFinishedError, join
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
@@ -102,8 +103,9 @@ async def serve(config: RolloutServerConfig, *, open_engine: EngineOpener | None
         engine = MeteredEngine(opened, events)
         relaying = Relaying(key)
         if welcome.relay_weights and config.relay_listen != "":
-            listen = config.relay_listen or own_address_towards(config.learner)
-            await stack.enter_async_context(open_relay(relaying, listen))
+            own_address = own_address_towards(config.learner)
+            await stack.enter_async_context(open_relay(relaying, config.relay_listen or own_address))
+            relaying.address = with_host_of(own_address, relaying.address)
         receiver = WeightReceiver(engine, events, transport=TRANSPORTS[config.weights_from], relaying=relaying)
         stack.callback(receiver.close)
         server = RolloutServer(

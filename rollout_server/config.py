@@ -78,6 +78,8 @@ class RolloutServerConfig:
             raise ValueError(f"max_adapters must be at least 2, one in use and the next, got {self.max_adapters}")
         if not self.learner.startswith(("tcp://", "ipc://")):
             raise ValueError(f"learner must look like tcp://HOST:PORT, got {self.learner!r}; the learner prints it")
+        if self.relay_listen and not self.relay_listen.startswith("tcp://"):
+            raise ValueError(f"relay_listen must look like tcp://HOST:PORT, or be empty; got {self.relay_listen!r}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         if self.environment_timeout_s is not None and self.environment_timeout_s <= 0:

@@ -5,7 +5,6 @@ It answers requests for chunks alone; their digests are in the learner's manifes
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -102,13 +101,3 @@ async def _serve(
 async def _until_it_fails(serving: asyncio.Future[None]) -> None:
     await asyncio.wait({serving})
     serving.result()
-
-
-def own_address_towards(address: str) -> str:
-    """tcp://HOST:0 of the network over which `address` is reached; loopback where that is a path."""
-    if not address.startswith("tcp://"):
-        return "tcp://127.0.0.1:0"
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))  # sends nothing
-        return f"tcp://{probe.getsockname()[0]}:0"

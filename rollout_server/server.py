@@ -21,6 +21,7 @@ from rollout_server.episodes import EpisodeRunner
 from rollout_server.evaluations import Evaluations
 from rollout_server.held_leases import HeldLeases
 from rollout_server.lease_failure import LeaseFailure
+from rollout_server.reached_addresses import with_host_of
 from rollout_server.waiting import WaitingAloud
 from rollout_server.weight_receiver import WeightReceiver
 
@@ -371,11 +372,3 @@ class RolloutServer:
             await self._engine.check_health(HEALTH_TIMEOUT_S)
             self._progress += 1
             await asyncio.sleep(HEALTH_INTERVAL_S)
-
-
-def with_host_of(reached: str, bound: str) -> str:
-    """A socket bound on all networks is reached at the host that reached its neighbour."""
-    host, _, port = bound.removeprefix("tcp://").rpartition(":")
-    if host in ("*", "0.0.0.0", "[::]"):
-        return f"tcp://{reached.removeprefix('tcp://').rpartition(':')[0]}:{port}"
-    return bound

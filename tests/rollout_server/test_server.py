@@ -26,9 +26,11 @@ from common.messages import (
 from common.snapshot import SnapshotError
 from common.wire import open_dealer
 from rollout_server import server as server_module
+from rollout_server.config import RolloutServerConfig
 from rollout_server.environments.environment import EnvironmentFailure
 from rollout_server.inference import LocalSnapshot, WeightUpdate
-from rollout_server.server import RunFinishedError, join, with_host_of
+from rollout_server.reached_addresses import own_address_towards, with_host_of
+from rollout_server.server import RunFinishedError, join
 from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner, a_lease
 from tests.rollout_server.test_episodes import ScriptedEnvironment
@@ -380,3 +382,13 @@ async def test_a_learner_that_falls_silent_is_missed_by_name(tmp_path, monkeypat
 )
 def test_weights_bound_on_all_networks_are_reached_at_the_learners_host(bound, reached):
     assert with_host_of("tcp://learner-host:5557", bound) == reached
+
+
+def test_a_relay_listens_on_the_network_that_reaches_the_learner_and_is_reached_there_if_it_listens_on_all():
+    assert own_address_towards("tcp://127.0.0.1:5557") == "tcp://127.0.0.1:0"
+    assert own_address_towards("ipc:///tmp/learner") == "tcp://127.0.0.1:0"
+    assert with_host_of(own_address_towards("tcp://127.0.0.1:5557"), "tcp://0.0.0.0:6000") == "tcp://127.0.0.1:6000"
+    with pytest.raises(
+        ValueError, match=r"relay_listen must look like tcp://HOST:PORT, or be empty; got '10\.0\.0\.1:5'"
+    ):
+        RolloutServerConfig(learner="tcp://10.0.0.2:5557", relay_listen="10.0.0.1:5")

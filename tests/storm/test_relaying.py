@@ -23,7 +23,7 @@ async def test_a_run_whose_servers_give_weights_on_to_each_other_ends_also_when_
         tmp_path,
         (*FLAGS, "--listen", f"tcp://0.0.0.0:{port}"),
         servers=5,
-        server_flags=("--weights-from", "zeromq", *from_elsewhere),
+        server_flags=("--weights-from", "zeromq", "--relay-listen", "tcp://0.0.0.0:0", *from_elsewhere),
     )
 
     def said(pattern: str) -> list[str]:
