@@ -1,8 +1,8 @@
 """What rollout servers and the coordinator say to each other, and what all messages between processes have in common.
 
 Those about weights are in weight_messages.py, the learner's to its own children in learner/. A message is two frames: a
-MessagePack header, which is one of these structs, and a payload of raw little-endian bytes (empty for most). The structs
-carry bounds on every field, so that what decodes is also plausible.
+MessagePack header, which is one of these structs, and a payload of raw little-endian bytes (empty for most).
+The structs carry bounds on every field, so that what decodes is also plausible.
 
 Evolution: a field is only ever appended, with a default; anything else raises PROTOCOL_VERSION, which Hello carries.
 """
