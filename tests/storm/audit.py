@@ -26,6 +26,7 @@ class Records:
     evaluations: list[dict[str, Any]]  # by time
     canaries: dict[bool, int]  # how many versions servers computed with as they should, and how many they did not
     equal_rewards: set[int]  # tasks of which two samples had the same reward, as environments said
+    filtered_lately: set[int]  # tasks that the last checkpoint has as open, and the journal as filtered
 
 
 @dataclass
@@ -68,6 +69,7 @@ def read_records(directory: Path) -> Records:
         rows = database.execute(
             "SELECT lease_id, task_id FROM groups WHERE batch_version IS NULL OR batch_version >= ?", (last,)
         ).fetchall()
+        filtered = {task for (task,) in database.execute("SELECT task_id FROM filtered")}
         covered = database.execute("SELECT count(*) FROM groups WHERE batch_version < ?", (last,)).fetchone()[0]
     database.close()
     current = (run / "checkpoints" / "CURRENT").read_text().strip()
@@ -75,7 +77,8 @@ def read_records(directory: Path) -> Records:
     frontier = json.loads(base64.b64decode(state["frontier"]))
     return Records(
         steps=steps, acknowledged=acknowledged, journaled=dict(rows), frontier=frontier, num_covered=covered,
-        canaries=canaries, evaluations=evaluations, equal_rewards=_with_equal_rewards(directory / "rewards.jsonl"),
+        canaries=canaries, evaluations=evaluations, filtered_lately=filtered,
+        equal_rewards=_with_equal_rewards(directory / "rewards.jsonl"),
     )  # fmt: skip
 
 
@@ -151,7 +154,7 @@ def _check_evaluations(records: Records, verdict: Verdict, total_steps: int) -> 
 def _check_tasks(records: Records, verdict: Verdict, trained: list[int]) -> set[int]:
     """Every task that was handed out is in exactly one place. Returns those that are in none: they were filtered."""
     verdict.check(len(trained) == len(set(trained)), f"tasks were trained twice: {_doubles(trained)}")
-    still_open = [task[0] for task in records.frontier["open_tasks"]]
+    still_open = [task[0] for task in records.frontier["open_tasks"] if task[0] not in records.filtered_lately]
     parked = [int(task) for task in records.frontier["parked"]]
     places = sorted([*trained, *still_open, *parked])
     handed_out = list(range(records.frontier["next_task_id"]))
