@@ -42,7 +42,7 @@ class LocalVersions:
     target: WeightTarget = field(default_factory=WeightTarget)
     forgotten: int = 0
 
-    def bind(self, target: WeightTarget, client: object) -> "LocalVersions":
+    def bind(self, target: WeightTarget, *others: object) -> "LocalVersions":
         self.target = target
         return self
 

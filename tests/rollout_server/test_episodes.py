@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from common.codec import check_group, pack_group, read_columns
+from common.codec import check_group, check_vocabulary, pack_group, read_columns
 from common.environments import EnvironmentSettings
 from common.messages import Lease
 from common.snapshot import TensorSpec, build_manifest
@@ -562,8 +562,8 @@ async def test_a_template_that_drops_thoughts_forks_the_sample_so_that_every_par
     assert [each.turns for each in group.trajectories] == [1, 2]
     assert {each.reward for each in group.trajectories} == {1.0}
     header, payload = pack_group(group)
-    columns = read_columns(header, payload)
-    check_group(header, columns, vocab_size=64, max_model_len=64, group_size=1, newest_version=1)
+    check_vocabulary(read_columns(header.trajectories, payload), 64)
+    check_group(header, max_model_len=64, group_size=1, newest_version=1)
 
 
 # --- with real worker processes ------------------------------------------------------------------------------------
