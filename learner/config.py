@@ -193,7 +193,9 @@ class LearnerConfig:
     critic_warmup_steps: int = option(
         0, help="first steps of the run in which the critic learns alone and the policy stays as it is"
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", help="after the warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", help="after the warm-up; one that falls takes out what staleness shakes: see docs/learning.md"
+    )
     warmup_steps: int = option(0, help="steps in which the learning rate rises linearly from zero")
     adam_beta1: float | None = option(
         None,
