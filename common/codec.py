@@ -109,6 +109,14 @@ class Columns:
         return f"trajectory {bisect_right(self.bounds, int(bad_N.argmax())) - 1}"
 
 
+def check_size(payload: Frame, num_tokens: int) -> None:
+    """Raises ProtocolError unless the payload is of so many tokens."""
+    if len(payload) != num_tokens * BYTES_PER_TOKEN:
+        raise ProtocolError(
+            f"payload: expected {num_tokens * BYTES_PER_TOKEN} bytes for {num_tokens} tokens, got {len(payload)}"
+        )
+
+
 def read_columns(trajectories: Sequence[TrajectoryHeader], payload: Frame) -> Columns:
     """Their tokens, each of them plausible by itself; raises ProtocolError unless headers and payload fit.
 
@@ -116,8 +124,7 @@ def read_columns(trajectories: Sequence[TrajectoryHeader], payload: Frame) -> Co
     """
     bounds = tuple(accumulate((trajectory.num_tokens for trajectory in trajectories), initial=0))
     count = bounds[-1]
-    if len(payload) != count * BYTES_PER_TOKEN:
-        raise ProtocolError(f"payload: expected {count * BYTES_PER_TOKEN} bytes for {count} tokens, got {len(payload)}")
+    check_size(payload, count)
     payload = memoryview(payload).toreadonly()
     mask_N = np.frombuffer(payload, np.uint8, count, 8 * count)
     columns = Columns(

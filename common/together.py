@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
-from common.codec import BYTES_PER_TOKEN, Frame, ProtocolError
+from common.codec import Frame, check_size
 from common.messages import MAX_TOGETHER, MAX_TOGETHER_BYTES, GroupHeader
 
 T = TypeVar("T")
@@ -51,8 +51,7 @@ def split_payload(headers: Sequence[GroupHeader], payload: Frame) -> list[Frame]
     """
     bounds = list(accumulate(map(_num_tokens, headers), initial=0))
     count = bounds[-1]
-    if len(payload) != count * BYTES_PER_TOKEN:
-        raise ProtocolError(f"payload: expected {count * BYTES_PER_TOKEN} bytes for {count} tokens, got {len(payload)}")
+    check_size(payload, count)
     if len(headers) == 1:
         return [payload]
     view = memoryview(payload)

@@ -17,7 +17,7 @@ from common.wire.refusals import Reason
 from common.wire.watch import Watch
 
 DRAIN_LIMIT = 64  # messages per turn, so that one busy socket does not starve the event loop
-DRAIN_BYTES = 1 << 20  # are held until all of a turn are looked at
+DRAIN_BYTES = 1 << 20  # likewise, and so that little is held beside what is kept of it
 LOOK_ANYWAY_S = 1.0
 ZERO_COPY_BYTES = 1 << 16  # below this, copying is cheaper than sharing
 

@@ -167,7 +167,6 @@ class Journal:
     def tidy(self) -> None:
         """Empty the log, so that no commit has to. Raises JournalError."""
         try:
-            self._database.execute("PRAGMA shrink_memory")  # or what is emptied comes on top of what SQLite has cached
             self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as error:
             raise JournalError(self._explain(error)) from error

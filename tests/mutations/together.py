@@ -13,9 +13,9 @@ TOGETHER = (
     ),
     Guard(
         missing="a payload may be longer than the headers say",
-        file="common/together.py",
-        code="if len(payload) != count",
-        broken="if len(payload) < count",
+        file="common/codec.py",
+        code="if len(payload) != num_tokens",
+        broken="if len(payload) < num_tokens",
         test="common/test_together.py::test_a_payload_of_another_length_than_the_headers_say_cannot_be_split",
     ),
     Guard(

@@ -15,7 +15,7 @@ MIB = 1 << 20
 QUEUE_BYTES = 64 * MIB
 COPIES = 16
 BESIDE_QUEUE_BYTES = 64 * MIB  # the interpreter and everything it has loaded included
-FOR_A_MOMENT_BYTES = 32 * MIB  # while the journal's log is emptied: up to 15 MiB were seen
+FOR_A_MOMENT_BYTES = 32 * MIB  # seldom, and not understood: 15 MiB in one run of 84, a few milliseconds
 
 
 def test_with_the_learner_stopped_the_process_stays_within_its_bound_and_servers_are_stopped_by_credits(tmp_path):
