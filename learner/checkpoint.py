@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from common import disk
 from common.lifecycle import UserError
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class CheckpointStore:
         if final.exists():  # of a life of this run that ended before CURRENT named it
             shutil.rmtree(final)
         temporary.rename(final)
-        _fsync(self._directory)
+        disk.sync(self._directory)
         self._point_to(final.name)
         self._delete_old(version)
         return final
@@ -98,7 +99,7 @@ class CheckpointStore:
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(self._current)
-        _fsync(self._directory)
+        disk.sync(self._directory)
 
     def _delete_old(self, version: int) -> None:
         """Those before the current one, and what a crash left half written."""
@@ -116,13 +117,5 @@ def _version_of(directory: Path) -> int:
 def _make_durable(directory: Path) -> None:
     for root, _, files in os.walk(directory):
         for file in files:
-            _fsync(Path(root) / file)
-        _fsync(Path(root))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            disk.sync(Path(root) / file)
+        disk.sync(Path(root))

@@ -1,36 +1,31 @@
 """Journal: accepted groups on disk, until a checkpoint covers them. What was acknowledged survives any crash.
 
-One SQLite file in WAL mode with synchronous FULL: a transaction that was committed is on the disk. Blocking; used from
-one thread.
-
-What makes it fast: pages as large as they can be; a log that is used again before it is large, for writing where
-nothing was written before costs the kernel ten times as much; that this log is emptied while nobody waits, if there is
-such a moment; deleted bytes are not overwritten; and the bytes of a group lie apart from what is said about it, so that
-they are written once, not again when the group is delivered.
+One SQLite file in WAL mode with synchronous FULL: a transaction that was committed is on the disk. It knows everything
+but the groups' bytes, which lie in files beside it, and there before the transaction that names them. Blocking; used
+from one thread.
 """
 
+import errno
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import msgspec
-import xxhash
 
-from common.codec import Frame
 from common.lifecycle import UserError
 from common.messages import GroupHeader
 from learner.coordinator.dynamic_sampling import first_remembered
+from learner.coordinator.group_files import DamagedGroupError, GroupFiles, Place
 from learner.coordinator.ledger import PastLeases
 from learner.coordinator.recovery import JournalContents
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 
-FORMAT = "3"
+FORMAT = "4"
 BUSY_TIMEOUT_S = 5.0
-PAGE_BYTES = 1 << 16
-LOG_PAGES = (16 << 20) // PAGE_BYTES  # a commit that makes the log longer than this empties it, and takes longer
-TIDY_BYTES = 4 << 20  # of groups in the log, for emptying it to be worth two waits for the disk
 MAX_VARIABLES = 500  # of one SQL statement
+_DISK_FULL = "the disk is full; make room and start the learner again"
+_NO_ACCESS = "it cannot be opened; may this user write there?"
 _GO_ON = "move it away to go on from the checkpoint alone: its groups are sampled again"
 
 _SCHEMA = """
@@ -42,27 +37,18 @@ CREATE TABLE IF NOT EXISTS groups (
     newest_version INTEGER NOT NULL,
     accepted_version INTEGER NOT NULL,
     num_bytes INTEGER NOT NULL,
-    batch_version INTEGER
-) STRICT;
-CREATE TABLE IF NOT EXISTS contents (
-    lease_id INTEGER PRIMARY KEY,
-    header BLOB NOT NULL,
-    payload BLOB NOT NULL,
+    batch_version INTEGER,
+    file INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    header_bytes INTEGER NOT NULL,
+    payload_bytes INTEGER NOT NULL,
     digest BLOB NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS parked (task_id INTEGER PRIMARY KEY, reason TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS filtered (task_id INTEGER PRIMARY KEY, version INTEGER NOT NULL) STRICT;
 """
-
-
-_PRAGMAS = (
-    f"page_size = {PAGE_BYTES}",  # of a file that is made; must come first
-    "locking_mode = EXCLUSIVE",
-    "journal_mode = WAL",
-    "synchronous = FULL",
-    "secure_delete = OFF",
-    f"wal_autocheckpoint = {LOG_PAGES}",
-)
+_INSERT_GROUP = "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)"
+_PRAGMAS = ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL")
 
 
 class JournalError(UserError):
@@ -119,9 +105,9 @@ class Journal:
             self._check_format()
             self.lineage_before = self._fact("lineage", "")
             self._set_facts(lineage=lineage)
-        except sqlite3.Error as error:
+            self._files = GroupFiles(path.with_suffix(".groups"), needed=self._needed_files())
+        except (sqlite3.Error, OSError) as error:
             raise JournalError(self._explain(error)) from error
-        self._log_bytes = 0  # of groups, since the log was last emptied on purpose
 
     def contents(self) -> JournalContents:
         """Everything but the groups' bytes."""
@@ -147,45 +133,36 @@ class Journal:
 
     def commit(self, records: Iterable[Record], past: PastLeases) -> None:
         """All or nothing, and on the disk when this returns. Raises JournalError."""
+        records = list(records)
         try:
+            places = self._write_contents([record for record in records if isinstance(record, FinishedGroup)])
             self._database.execute("BEGIN IMMEDIATE")
             try:
-                self._write_all(records)
+                self._write_all(records, places)
                 self._set_facts(past=msgspec.json.encode(past).decode())
             except BaseException:
                 if self._database.in_transaction:  # SQLite has given up a transaction for which the disk had no room
                     self._database.execute("ROLLBACK")
                 raise
             self._database.execute("COMMIT")
-        except sqlite3.Error as error:
+            if any(isinstance(record, ForgetRecord) for record in records):
+                self._files.reuse_all_but(self._needed_files())
+        except (sqlite3.Error, OSError) as error:
             raise JournalError(self._explain(error)) from error
-
-    @property
-    def is_untidy(self) -> bool:
-        return self._log_bytes >= TIDY_BYTES
-
-    def tidy(self) -> None:
-        """Empty the log, so that no commit has to. Raises JournalError."""
-        try:
-            self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        except sqlite3.Error as error:
-            raise JournalError(self._explain(error)) from error
-        self._log_bytes = 0
 
     def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
-        """Header and payload by lease. Raises JournalError when one is missing."""
+        """Header and payload by lease. Raises JournalError when one is missing or damaged."""
         found: dict[int, tuple[GroupHeader, bytes]] = {}
         for start in range(0, len(lease_ids), MAX_VARIABLES):
             some = lease_ids[start : start + MAX_VARIABLES]
             marks = ",".join("?" * len(some))
             rows = self._database.execute(
-                f"SELECT lease_id, header, payload, digest FROM contents WHERE lease_id IN ({marks})",
+                "SELECT lease_id, file, offset, header_bytes, payload_bytes, digest FROM groups "
+                f"WHERE lease_id IN ({marks})",
                 some,
             )
-            for lease_id, header, payload, digest in rows:
-                if _digest(header, payload) != digest:
-                    raise JournalError(f"the group of lease {lease_id} is damaged in {self._path}; {_GO_ON}")
-                found[lease_id] = (msgspec.msgpack.decode(header, type=GroupHeader), payload)
+            for lease_id, *place in rows:
+                found[lease_id] = self._contents_of(lease_id, Place(*place))
         missing = [lease_id for lease_id in lease_ids if lease_id not in found]
         if missing:
             raise JournalError(f"{self._path} has lost the groups of leases {missing}")
@@ -193,42 +170,52 @@ class Journal:
 
     def clear(self) -> None:
         """Forget everything: what is in here belongs to a life of the run that is not continued."""
-        deletions = "; ".join(f"DELETE FROM {table}" for table in ("groups", "contents", "parked", "filtered"))
+        deletions = "; ".join(f"DELETE FROM {table}" for table in ("groups", "parked", "filtered"))
         self._database.executescript(f"BEGIN IMMEDIATE; {deletions}; COMMIT")
         self._set_facts(past="{}", forgotten_up_to="0")
+        self._files.reuse_all_but(())
 
     def close(self) -> None:
+        self._files.close()
         self._database.close()
 
-    def _write_all(self, records: Iterable[Record]) -> None:
+    def _needed_files(self) -> set[int]:
+        return {number for (number,) in self._database.execute("SELECT DISTINCT file FROM groups")}
+
+    def _write_contents(self, groups: Sequence[FinishedGroup]) -> dict[int, Place]:
+        """By lease."""
+        contents = [(msgspec.msgpack.encode(group.header), group.payload) for group in groups]
+        places = self._files.append(contents)
+        return {group.lease_id: place for group, place in zip(groups, places, strict=True)}
+
+    def _contents_of(self, lease_id: int, place: Place) -> tuple[GroupHeader, bytes]:
+        try:
+            header, payload = self._files.read(place)
+        except DamagedGroupError as error:
+            raise JournalError(f"the group of lease {lease_id} is damaged: {error}; {_GO_ON}") from error
+        return msgspec.msgpack.decode(header, type=GroupHeader), payload
+
+    def _write_all(self, records: Iterable[Record], places: dict[int, Place]) -> None:
         """In their order; groups that follow each other with one statement."""
         groups: list[FinishedGroup] = []
         for record in records:
             if isinstance(record, FinishedGroup):
                 groups.append(record)
             else:
-                self._write_groups(groups)
+                self._write_groups(groups, places)
                 groups = []
                 self._write(record)
-        self._write_groups(groups)
+        self._write_groups(groups, places)
 
-    def _write_groups(self, groups: Iterable[FinishedGroup]) -> None:
-        known: list[tuple[int, ...]] = []
-
-        def contents() -> Iterator[tuple[int, bytes, Frame, bytes]]:
-            for group in groups:
-                known.append(
-                    (
-                        group.lease_id, group.task_id, group.oldest_version, group.newest_version,
-                        group.accepted_version, group.num_bytes,
-                    )
-                )  # fmt: skip
-                header = msgspec.msgpack.encode(group.header)
-                self._log_bytes += len(header) + len(group.payload)
-                yield group.lease_id, header, group.payload, _digest(header, group.payload)
-
-        self._database.executemany("INSERT INTO contents VALUES (?, ?, ?, ?)", contents())
-        self._database.executemany("INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, NULL)", known)
+    def _write_groups(self, groups: Iterable[FinishedGroup], places: dict[int, Place]) -> None:
+        rows = [
+            (
+                group.lease_id, group.task_id, group.oldest_version, group.newest_version, group.accepted_version,
+                group.num_bytes, *astuple(places[group.lease_id]),
+            )
+            for group in groups
+        ]  # fmt: skip
+        self._database.executemany(_INSERT_GROUP, rows)
 
     def _write(self, record: BatchRecord | ParkedRecord | FilteredRecord | ForgetRecord) -> None:
         match record:
@@ -240,8 +227,6 @@ class Journal:
             case FilteredRecord():
                 self._database.execute("INSERT INTO filtered VALUES (?, ?)", (record.task_id, record.version))
             case ForgetRecord():
-                trained = "SELECT lease_id FROM groups WHERE batch_version < ?"
-                self._database.execute(f"DELETE FROM contents WHERE lease_id IN ({trained})", (record.version,))
                 self._database.execute("DELETE FROM groups WHERE batch_version < ?", (record.version,))
                 first = first_remembered(record.version)
                 self._database.execute("DELETE FROM filtered WHERE version < ?", (first,))
@@ -262,19 +247,19 @@ class Journal:
     def _set_facts(self, **facts: str) -> None:
         self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
 
-    def _explain(self, error: sqlite3.Error) -> str:
-        name = getattr(error, "sqlite_errorname", type(error).__name__)
+    def _explain(self, error: sqlite3.Error | OSError) -> str:
+        if isinstance(error, OSError):
+            name = errno.errorcode.get(error.errno or 0, "")
+        else:
+            name = getattr(error, "sqlite_errorname", "")
         advice = {
             "SQLITE_BUSY": "another coordinator is writing it; stop that one",
-            "SQLITE_FULL": "the disk is full; make room and start the learner again",
+            "SQLITE_FULL": _DISK_FULL,
+            "ENOSPC": _DISK_FULL,
+            "EDQUOT": _DISK_FULL,
             "SQLITE_CORRUPT": f"the file is damaged; {_GO_ON}",
             "SQLITE_NOTADB": f"the file is damaged; {_GO_ON}",
-            "SQLITE_CANTOPEN": "it cannot be opened; may this user write there?",
+            "SQLITE_CANTOPEN": _NO_ACCESS,
+            "EACCES": _NO_ACCESS,
         }.get(name, "start the learner again when that is mended")
         return f"the journal {self._path} cannot be used: {error}; {advice}"
-
-
-def _digest(header: bytes, payload: Frame) -> bytes:
-    digest = xxhash.xxh3_128(header)
-    digest.update(payload)
-    return digest.digest()

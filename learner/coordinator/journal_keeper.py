@@ -49,15 +49,6 @@ class JournalKeeper:
         """Returns when the records are on the disk. Raises JournalError."""
         await self._thread.run(self._journal.commit, records, past)
 
-    @property
-    def is_untidy(self) -> bool:
-        """Whether tidy() is worth its while."""
-        return self._journal.is_untidy
-
-    async def tidy(self) -> None:
-        """To be called when nobody waits for the disk. Raises JournalError."""
-        await self._thread.run(self._journal.tidy)
-
     async def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
         """Header and payload by lease. Raises JournalError when one is missing."""
         return await self._thread.run(self._journal.read, lease_ids)

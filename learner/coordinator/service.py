@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 RETRY_S = 0.02
-IDLE_S = 0.02  # without anything for the journal, before it is tidied up: the next to come waits for that
 SLICE_S = 0.001  # of hearing servers, before others have a turn: the learner, the journal's answers
 MAX_HEADER_BYTES = 1 << 20
 MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
@@ -171,12 +170,7 @@ class Service:
     async def _keep_journal(self) -> None:
         """What was accepted is acknowledged, and what was chosen is trained, only once it is on the disk."""
         while True:
-            try:
-                async with asyncio.timeout(IDLE_S if self._journal.is_untidy else None):
-                    await self._recorded.wait()
-            except TimeoutError:
-                await self._journal.tidy()
-                continue
+            await self._recorded.wait()
             self._recorded.clear()
             await self._keep_records()
             self._post()

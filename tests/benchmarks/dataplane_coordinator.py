@@ -19,8 +19,6 @@ from learner.coordinator.recovery import JournalContents
 class VolatileJournal:
     """Takes what Journal takes, and forgets it at once: what remains is the price of everything but the disk."""
 
-    is_untidy = False
-
     def __init__(self, path: Path, *, lineage: str) -> None:
         self.lineage_before = ""
 

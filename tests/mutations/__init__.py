@@ -1,7 +1,8 @@
 """Guards that are taken out, one at a time: a test must fail without each. The coordinator's are in simulation/."""
 
 from tests.mutations.adapters import ADAPTERS
+from tests.mutations.journal import JOURNAL
 from tests.mutations.relays import RELAYS
 from tests.mutations.together import TOGETHER
 
-GUARDS = (*ADAPTERS, *RELAYS, *TOGETHER)
+GUARDS = (*ADAPTERS, *JOURNAL, *RELAYS, *TOGETHER)

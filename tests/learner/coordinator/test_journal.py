@@ -1,15 +1,14 @@
+import errno
 import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from learner.coordinator.group_files import FILE_BYTES
 from learner.coordinator.journal import (
-    TIDY_BYTES,
     BatchRecord,
     FilteredRecord,
     ForgetRecord,
@@ -66,31 +65,6 @@ def test_a_commit_waits_until_the_disk_has_it(journal):
     assert settings == ["wal", 2]
 
 
-def test_what_was_tidied_up_is_in_the_file_itself_and_no_commit_has_to_bring_it_there(path, journal, tmp_path):
-    journal.commit([a_group(0, payload_bytes=TIDY_BYTES // 2)], PAST)
-    assert not journal.is_untidy
-    journal.commit([a_group(1, payload_bytes=TIDY_BYTES // 2)], PAST)
-    assert journal.is_untidy
-    for moment, expected in (("before", []), ("after", [(0, 0, None), (1, 1, None)])):
-        without_log = shutil.copy(path, tmp_path / moment)
-        copied = Journal(without_log, lineage="run.1")
-        assert index_of(copied) == expected
-        copied.close()
-        journal.tidy()
-    assert not journal.is_untidy
-    assert index_of(journal) == [(0, 0, None), (1, 1, None)]
-
-
-def test_a_log_that_is_tidied_up_is_used_again(path, journal):
-    log = path.with_name(path.name + "-wal")
-    sizes = []
-    for lease_id in range(4):
-        journal.commit([a_group(lease_id, payload_bytes=TIDY_BYTES)], PAST)
-        journal.tidy()
-        sizes.append(log.stat().st_size)
-    assert sizes[-1] == sizes[1] < 2 * TIDY_BYTES
-
-
 def test_a_batch_is_remembered_and_forgotten_once_a_checkpoint_covers_it(journal):
     journal.commit([a_group(lease_id) for lease_id in range(4)], PAST)
     journal.commit([BatchRecord(version=0, lease_ids=(0, 2)), BatchRecord(version=1, lease_ids=(3,))], PAST)
@@ -125,14 +99,21 @@ def test_a_task_is_accepted_once_whatever_its_lease(journal):
         journal.commit([a_group(1, task_id=7)], PAST)
 
 
-def test_a_group_that_was_damaged_on_the_disk_is_never_handed_out(path, journal):
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda file: file.write_bytes(b"\x00" + file.read_bytes()[1:]), "is damaged at 0"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x01"), "is damaged at 0"),
+        (lambda file: os.truncate(file, 50), "is damaged at 0"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+    ids=["header", "payload", "torn", "gone"],
+)
+def test_a_group_that_was_damaged_on_the_disk_is_never_handed_out(path, journal, damage, why):
     journal.commit([a_group(0, payload_bytes=100)], PAST)
-    journal.close()
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE contents SET payload = ?", (b"\x01" + bytes(99),))
-    database.close()
-    again = Journal(path, lineage="run.2")
-    with pytest.raises(JournalError, match=r"the group of lease 0 is damaged in .*move it away to go on"):
+    damage(path.with_suffix(".groups") / "00000001")
+    again = reopened(path, journal)
+    with pytest.raises(JournalError, match=rf"the group of lease 0 is damaged: .* {why}; move it away to go on"):
         again.read([0])
     again.close()
 
@@ -170,7 +151,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(path, damage):
 
 def test_a_journal_of_another_format_is_refused(path, journal):
     journal._set_facts(format="99")
-    with pytest.raises(JournalError, match="has format 99, this version reads 3"):
+    with pytest.raises(JournalError, match="has format 99, this version reads 4"):
         reopened(path, journal)
 
 
@@ -184,10 +165,32 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_written(path, journal):
     pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
     journal._database.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(JournalError, match="the disk is full; make room and start the learner again"):
-        journal.commit([a_group(1, payload_bytes=100_000)], PAST)
+        journal.commit([a_group(lease_id) for lease_id in range(1, 1000)], PAST)
     again = reopened(path, journal)
     assert index_of(again) == [(0, 0, None)]
     again.close()
+
+
+def test_a_group_for_whose_bytes_there_is_no_room_is_not_half_written(path, journal, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", no_room)
+        with pytest.raises(JournalError, match="the disk is full; make room and start the learner again"):
+            journal.commit([a_group(0)], PAST)
+    assert index_of(journal) == []
+    journal.commit([a_group(0)], PAST)
+    assert journal.read([0]).keys() == {0}
+
+
+def test_a_group_is_on_the_disk_before_anything_names_it(journal, monkeypatch):
+    done = []
+    sync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (sync(descriptor), done.append("bytes")))
+    journal._database.set_trace_callback(done.append)
+    journal.commit([a_group(0)], PAST)
+    assert done.index("bytes") < done.index("COMMIT")
 
 
 WRITER = """
@@ -223,27 +226,61 @@ def test_what_a_killed_writer_said_it_committed_is_there(path):
 
 
 def written(path):
-    """Bytes of the log, which grows with all that is written until it is used again."""
-    return os.path.getsize(f"{path}-wal")
+    """Bytes of all that the journal consists of."""
+    files = (path, path.with_name(f"{path.name}-wal"), *path.with_suffix(".groups").iterdir())
+    return sum(file.stat().st_size for file in files)
 
 
 def test_the_bytes_of_a_group_are_written_once_not_again_when_it_is_delivered_or_forgotten(path, journal):
     size = 4 << 20
-    journal.commit([a_group(0, payload_bytes=size)], PAST)
     before = written(path)
-    assert before > size
+    journal.commit([a_group(0, payload_bytes=size)], PAST)
     journal.commit([BatchRecord(version=0, lease_ids=(0,))], PAST)
     journal.commit([ForgetRecord(version=1)], PAST)
-    assert written(path) - before < size / 4
+    assert size < written(path) - before < 1.1 * size
     with pytest.raises(JournalError, match=r"has lost the groups of leases \[0\]"):
         journal.read([0])
 
 
-def test_the_room_of_what_was_forgotten_is_used_again(path, journal):
+def test_the_room_of_what_was_forgotten_is_used_again_and_of_nothing_else(path, journal):
+    waiting = a_group(1000, payload_bytes=FILE_BYTES)
+    journal.commit([waiting], PAST)
     for version in range(20):
-        journal.commit([a_group(version, payload_bytes=4 << 20)], PAST)
+        journal.commit([a_group(version, payload_bytes=FILE_BYTES)], PAST)
         journal.commit([BatchRecord(version=version, lease_ids=(version,)), ForgetRecord(version=version)], PAST)
-    assert written(path) + os.path.getsize(path) < 60 << 20
+    assert written(path) < 6 * FILE_BYTES
+    assert journal.read([1000]) == {1000: (waiting.header, waiting.payload)}
+
+
+def test_the_room_of_what_is_forgotten_is_used_again_only_once_the_disk_knows(journal, monkeypatch):
+    done = []
+    reuse = journal._files.reuse_all_but
+    journal._database.set_trace_callback(done.append)
+    monkeypatch.setattr(journal._files, "reuse_all_but", lambda needed: (done.append("reused"), reuse(needed)))
+    journal.commit([a_group(0), ForgetRecord(version=1)], PAST)
+    assert done.index("COMMIT") < done.index("reused")
+
+
+def test_what_the_journal_does_not_know_is_deleted_when_it_is_opened(path, journal):
+    for lease_id in range(3):
+        journal.commit([a_group(lease_id, payload_bytes=FILE_BYTES)], PAST)
+    journal.commit([BatchRecord(version=0, lease_ids=(0,)), ForgetRecord(version=1)], PAST)
+    directory = path.with_suffix(".groups")
+    (directory / "note.txt").write_text("of somebody else")
+    again = reopened(path, journal)
+    assert sorted(file.name for file in directory.iterdir()) == ["00000002", "00000003", "note.txt"]
+    again.commit([a_group(9)], PAST)
+    assert again.read([1, 2, 9]).keys() == {1, 2, 9}
+    again.close()
+
+
+def test_clearing_keeps_no_room_for_what_it_forgets(path, journal):
+    for lease_id in range(3):
+        journal.commit([a_group(lease_id, payload_bytes=FILE_BYTES)], PAST)
+    journal.clear()
+    for lease_id in range(3):
+        journal.commit([a_group(lease_id, payload_bytes=FILE_BYTES)], PAST)
+    assert written(path) < 4 * FILE_BYTES + (1 << 20)
 
 
 def test_a_group_is_written_from_wherever_its_bytes_lie(journal):

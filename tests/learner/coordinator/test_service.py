@@ -53,7 +53,6 @@ from tests.builders_coordinator import (
     some_settings,
 )
 from tests.builders_coordinator_service import (
-    PATIENCE_S,
     Party,
     a_coordinator_serving,
     a_learner,
@@ -201,54 +200,6 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
         disk_is_ready.set()
         await server.expect(GroupsAccepted)
         assert (await learner.expect(Batch)).version == 0
-
-
-async def test_a_group_is_acknowledged_before_the_journal_is_tidied_up(tmp_path, monkeypatch):
-    may_end = asyncio.Event()
-
-    async def endless_tidy(keeper):
-        await may_end.wait()
-
-    monkeypatch.setattr(JournalKeeper, "is_untidy", True)
-    monkeypatch.setattr(JournalKeeper, "tidy", endless_tidy)
-    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
-        lease = await server.expect(Lease)
-        await finish(server, lease)
-        assert await server.expect(GroupsAccepted) == GroupsAccepted(lease_ids=(lease.lease_id,))
-        may_end.set()
-
-
-async def test_the_journal_is_not_tidied_up_while_a_group_waits_for_it(tmp_path, monkeypatch):
-    calls, disk_is_ready, keep = [], asyncio.Event(), JournalKeeper.keep
-
-    async def slow_keep(keeper, records, *arguments):
-        if records:
-            calls.append(len(records))
-            await disk_is_ready.wait()
-        await keep(keeper, records, *arguments)
-
-    tidied = asyncio.Event()
-
-    async def noted_tidy(keeper):
-        calls.append("tidy")
-        tidied.set()
-
-    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
-    monkeypatch.setattr(JournalKeeper, "tidy", noted_tidy)
-    monkeypatch.setattr(JournalKeeper, "is_untidy", property(lambda keeper: calls[-1:] != ["tidy"]))
-    async with a_coordinator_serving(settings_in(tmp_path)) as (learner, address), a_server(address) as server:
-        async with asyncio.timeout(PATIENCE_S):
-            await tidied.wait()
-        calls.clear()
-        for number in (1, 2):
-            await finish(server, await server.expect(Lease))
-            while (await learner.expect(CoordinatorStatus)).queued < number:
-                pass
-        tidied.clear()
-        disk_is_ready.set()
-        async with asyncio.timeout(PATIENCE_S):
-            await tidied.wait()
-    assert calls == [1, 1, "tidy"]
 
 
 async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch):
