@@ -9,9 +9,8 @@ a file costs that grows, so files are used again instead of being deleted. Block
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -28,8 +27,7 @@ class DamagedGroupError(Exception):
     """The bytes at a place are not those that were written there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a group lies: its header, and directly behind it its payload."""
 
     file: int

@@ -8,7 +8,7 @@ from one thread.
 import errno
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -211,7 +211,7 @@ class Journal:
         rows = [
             (
                 group.lease_id, group.task_id, group.oldest_version, group.newest_version, group.accepted_version,
-                group.num_bytes, *astuple(places[group.lease_id]),
+                group.num_bytes, *places[group.lease_id],
             )
             for group in groups
         ]  # fmt: skip
