@@ -17,6 +17,7 @@ from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.messages import Batch
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup, QueuedGroup
 from learner.coordinator.token_ages import TokenAges
+from learner.coordinator.turns import Turn
 
 PART_BYTES = 1 << 18  # from here on a message costs no more per byte when it is larger
 PARTS_ON_THE_WAY = 16
@@ -67,6 +68,7 @@ class BatchSender:
     async def _send(self, batch: DeliverBatch) -> None:
         parts = deque(in_parts(batch.groups))
         num_parts = len(parts)
+        turn = Turn()
         for number in range(num_parts):
             groups = parts.popleft()
             headers, payload = await self._contents(groups)
@@ -74,6 +76,8 @@ class BatchSender:
             await self._send_when_read(encode(message, payload))
             accepted_versions = (group.accepted_version for group in groups)
             self._ages.add(zip(headers, accepted_versions, strict=True), trained_version=batch.version)
+            if turn.is_over:
+                await turn.next()
         if self._events is not None:
             self._events.emit(
                 "batch_delivered",

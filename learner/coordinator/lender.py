@@ -11,6 +11,7 @@ from learner.coordinator.decisions import GrantEvaluation, GrantLease
 from learner.coordinator.mailer import Mailer
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.tasks import Task, Tasks
+from learner.coordinator.turns import Turn
 
 ROWS_AT_ONCE = 64
 LEASE_BYTES = 256  # of a lease in a message, beside its row
@@ -56,11 +57,11 @@ class Lender:
                 await self._granted.wait()
                 self._granted.clear()
                 while grants := self._next_grants():
-                    self._lend(await background.run(partial(self._make_tasks, grants)))
+                    await self._lend(await background.run(partial(self._make_tasks, grants)))
         finally:
             background.close()
 
-    def _lend(self, made: list[tuple[Grant, Task]]) -> None:
+    async def _lend(self, made: list[tuple[Grant, Task]]) -> None:
         """A message after the other, as long as its server reads them."""
         leases: defaultdict[str, list[tuple[GrantLease, Task]]] = defaultdict(list)
         for grant, task in made:
@@ -71,6 +72,7 @@ class Lender:
             else:
                 self._outbound.lend_evaluation(grant, task)
                 self._post()
+        turn = Turn()
         for server_id, granted in leases.items():
             for some in in_messages(granted, lambda one: LEASE_BYTES + len(one[1].row)):
                 if self._must_wait(some[0][0]):
@@ -78,6 +80,8 @@ class Lender:
                 else:
                     self._outbound.lend(server_id, some)
                     self._post()
+                if turn.is_over:
+                    await turn.next()
 
     def _next_grants(self) -> list[Grant]:
         grants: list[Grant] = []

@@ -42,12 +42,12 @@ from learner.coordinator.service_settings import ServiceSettings
 from learner.coordinator.status import status_of
 from learner.coordinator.tasks import Tasks
 from learner.coordinator.token_ages import TokenAges
+from learner.coordinator.turns import Turn
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 RETRY_S = 0.02
-SLICE_S = 0.001  # of hearing servers, before others have a turn: the learner, the journal's answers
 MAX_HEADER_BYTES = 1 << 20
 MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
 
@@ -109,13 +109,12 @@ class Service:
     async def _hear_servers(self) -> None:
         while True:
             messages = await self._servers.receive()
-            until = time.monotonic() + SLICE_S
+            turn = Turn()
             for incoming in messages:
                 self._hear_server(incoming)
-                if time.monotonic() > until:
+                if turn.is_over:
                     self._post()
-                    await asyncio.sleep(0)
-                    until = time.monotonic() + SLICE_S
+                    await turn.next()
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:

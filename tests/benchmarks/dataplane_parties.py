@@ -107,7 +107,11 @@ def senders(role: str, plan: Plan, directory: Path) -> Iterator["subprocess.Pope
     path.write_bytes(msgspec.json.encode(plan))
     log = directory / f"{plan.names[0]}.log"
     with a_process("tests.benchmarks.dataplane_workload", role, str(path), log=log) as process:
-        yield process
+        try:
+            yield process
+        except Exception as error:
+            error.add_note(f"{plan.names[0]} said: {log.read_text()[-2000:]}")
+            raise
 
 
 class FakeLearner:

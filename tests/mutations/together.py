@@ -79,4 +79,18 @@ TOGETHER = (
         test="learner/coordinator/test_conversation.py::"
         "test_groups_whose_payload_does_not_fit_their_headers_are_refused_as_a_whole_and_their_leases_go_on",
     ),
+    Guard(
+        missing="a batch holds up everybody else while it is sent",
+        file="learner/coordinator/batch_sender.py",
+        code="                await turn.next()\n",
+        broken="                pass\n",
+        test="learner/coordinator/test_batch_sender.py::test_others_have_a_turn_between_the_parts_of_a_batch",
+    ),
+    Guard(
+        missing="leases hold up everybody else while they are sent",
+        file="learner/coordinator/lender.py",
+        code="                    await turn.next()\n",
+        broken="                    pass\n",
+        test="learner/coordinator/test_lender.py::test_others_have_a_turn_between_the_messages_of_leases",
+    ),
 )

@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 
 from common.codec import Decoder
 from common.wire import Peer, SendResult
+from learner.coordinator import turns
 from learner.coordinator.batch_sender import PART_BYTES, BatchSender, in_parts
 from learner.coordinator.decisions import DeliverBatch
 from learner.coordinator.messages import Batch
 from learner.coordinator.token_ages import TokenAges
 from tests.builders_coordinator import a_group
+from tests.concurrency import seen_by_others
 
 TIMEOUT_S = 5.0
 LEARNER = Peer(b"learner", "")
@@ -119,3 +121,11 @@ async def test_the_ages_of_delivered_tokens_are_counted_where_they_grew_old():
         sender.put(DeliverBatch(version=4, groups=groups))
         await router.batch()
     assert (ages.staleness, ages.in_flight, ages.in_queue) == ({3: 1, 1: 2}, {0: 3}, {3: 1, 1: 2})
+
+
+async def test_others_have_a_turn_between_the_parts_of_a_batch(monkeypatch):
+    monkeypatch.setattr(turns, "TURN_S", -1.0)
+    router = FakeRouter()
+    async with a_sender(router) as sender:
+        sender.put(DeliverBatch(version=0, groups=groups_of(*[PART_BYTES] * 3)))
+        assert await seen_by_others(lambda: len(router.sent), until=3) >= {1, 2, 3}

@@ -5,12 +5,14 @@ from contextlib import asynccontextmanager
 
 from common.messages import MAX_TOGETHER_BYTES, Leases
 from common.wire import Peer
+from learner.coordinator import turns
 from learner.coordinator.core import Coordinator
 from learner.coordinator.lender import Lender
 from learner.coordinator.outbound import Outbound
 from learner.coordinator.records import grant_of
 from learner.coordinator.tasks import Task
 from tests.builders_coordinator import a_hello, join, some_service_settings, some_settings
+from tests.concurrency import seen_by_others
 
 TIMEOUT_S = 5.0
 A, B = Peer(b"a", ""), Peer(b"b", "")
@@ -127,3 +129,10 @@ async def test_a_lease_that_was_given_up_while_its_server_did_not_read_is_not_to
         desk.mailer.behind.clear()
         await desk.retry()
     assert (desk.told.count(A), desk.told.count(B)) == (1, 6)
+
+
+async def test_others_have_a_turn_between_the_messages_of_leases(monkeypatch):
+    monkeypatch.setattr(turns, "TURN_S", -1.0)
+    desk = Desk(row_bytes=2)
+    async with lending(desk):
+        assert await seen_by_others(lambda: desk.num_messages, until=2) >= {1, 2}

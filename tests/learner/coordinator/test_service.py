@@ -40,10 +40,11 @@ from learner.coordinator.messages import (
     TakeFrontier,
 )
 from learner.coordinator.rows import DataError
-from learner.coordinator.service import SLICE_S, Service
+from learner.coordinator.service import Service
 from learner.coordinator.service_settings import read_settings, write_settings
 from learner.coordinator.serving import serve
 from learner.coordinator.tasks import open_tasks
+from learner.coordinator.turns import TURN_S
 from tests.builders_coordinator import (
     a_heartbeat,
     a_hello,
@@ -207,7 +208,7 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
 
     def slow_hear(service, incoming):
         heard_in.append(turns)
-        time.sleep(2 * SLICE_S)
+        time.sleep(2 * TURN_S)
         hear(service, incoming)
 
     async def count_turns():
