@@ -3,13 +3,18 @@
 One SQLite file in WAL mode with synchronous FULL: a transaction that was committed is on the disk. It knows everything
 but the groups' bytes, which lie in files beside it, and there before the transaction that names them. Blocking; used
 from one thread.
+
+Few statements: at each, SQLite's module gives the interpreter away, and has to wait until the event loop's thread gives
+it back.
 """
 
 import errno
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,9 +26,12 @@ from learner.coordinator.ledger import PastLeases
 from learner.coordinator.recovery import JournalContents
 from learner.coordinator.replay_queue import FinishedGroup, JournaledGroup
 
+T = TypeVar("T")
+
 FORMAT = "4"
 BUSY_TIMEOUT_S = 5.0
-MAX_VARIABLES = 500  # of one SQL statement
+MAX_LEASES = 500  # of one SQL statement
+MAX_ROWS = 64  # likewise
 _DISK_FULL = "the disk is full; make room and start the learner again"
 _NO_ACCESS = "it cannot be opened; may this user write there?"
 _GO_ON = "move it away to go on from the checkpoint alone: its groups are sampled again"
@@ -47,7 +55,7 @@ CREATE TABLE IF NOT EXISTS groups (
 CREATE TABLE IF NOT EXISTS parked (task_id INTEGER PRIMARY KEY, reason TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS filtered (task_id INTEGER PRIMARY KEY, version INTEGER NOT NULL) STRICT;
 """
-_INSERT_GROUP = "INSERT INTO groups VALUES (?, ?, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)"
+_GROUP_VALUES = "(?, ?, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)"
 _PRAGMAS = ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL")
 
 
@@ -153,12 +161,10 @@ class Journal:
     def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
         """Header and payload by lease. Raises JournalError when one is missing or damaged."""
         found: dict[int, tuple[GroupHeader, bytes]] = {}
-        for start in range(0, len(lease_ids), MAX_VARIABLES):
-            some = lease_ids[start : start + MAX_VARIABLES]
-            marks = ",".join("?" * len(some))
+        for some in _at_most(MAX_LEASES, lease_ids):
             rows = self._database.execute(
                 "SELECT lease_id, file, offset, header_bytes, payload_bytes, digest FROM groups "
-                f"WHERE lease_id IN ({marks})",
+                f"WHERE lease_id IN ({_marks(some)})",
                 some,
             )
             for lease_id, *place in rows:
@@ -215,13 +221,16 @@ class Journal:
             )
             for group in groups
         ]  # fmt: skip
-        self._database.executemany(_INSERT_GROUP, rows)
+        for some in _in_powers_of_two(rows):
+            values = ", ".join([_GROUP_VALUES] * len(some))
+            self._database.execute(f"INSERT INTO groups VALUES {values}", [*chain.from_iterable(some)])
 
     def _write(self, record: BatchRecord | ParkedRecord | FilteredRecord | ForgetRecord) -> None:
         match record:
             case BatchRecord():
-                changes = [(record.version, lease_id) for lease_id in record.lease_ids]
-                self._database.executemany("UPDATE groups SET batch_version = ? WHERE lease_id = ?", changes)
+                for some in _at_most(MAX_LEASES, record.lease_ids):
+                    change = f"UPDATE groups SET batch_version = ? WHERE lease_id IN ({_marks(some)})"
+                    self._database.execute(change, (record.version, *some))
             case ParkedRecord():
                 self._database.execute("INSERT OR REPLACE INTO parked VALUES (?, ?)", (record.task_id, record.reason))
             case FilteredRecord():
@@ -263,3 +272,20 @@ class Journal:
             "EACCES": _NO_ACCESS,
         }.get(name, "start the learner again when that is mended")
         return f"the journal {self._path} cannot be used: {error}; {advice}"
+
+
+def _at_most(count: int, lease_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (lease_ids[start : start + count] for start in range(0, len(lease_ids), count))
+
+
+def _in_powers_of_two(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """So that there are few different statements, which SQLite's module keeps."""
+    start = 0
+    while start < len(rows):
+        count = min(MAX_ROWS, 1 << (len(rows) - start).bit_length() - 1)
+        yield rows[start : start + count]
+        start += count
+
+
+def _marks(values: Sequence[int]) -> str:
+    return ", ".join("?" * len(values))

@@ -128,6 +128,22 @@ def test_many_groups_are_read_at_once(journal):
     assert journal.read(range(1200)).keys() == set(range(1200))
 
 
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 1201])
+def test_any_number_of_groups_is_written_and_delivered_at_once(journal, count):
+    groups = [a_group(lease_id) for lease_id in range(count)]
+    journal.commit([*groups, BatchRecord(version=3, lease_ids=tuple(range(count)))], PAST)
+    assert index_of(journal) == [(lease_id, lease_id, 3) for lease_id in range(count)]
+
+
+def test_a_commit_of_many_groups_is_few_statements(journal):
+    """The interpreter is given away at each, and the event loop's thread may keep it for a while."""
+    statements = []
+    journal._database.set_trace_callback(statements.append)
+    groups = [a_group(lease_id) for lease_id in range(100)]
+    journal.commit([*groups, BatchRecord(version=0, lease_ids=tuple(range(100)))], PAST)
+    assert len(statements) < 10
+
+
 def test_clearing_forgets_everything_but_who_wrote_it(path, journal):
     journal.commit([a_group(0), ParkedRecord(task_id=1, reason="x"), ForgetRecord(version=0)], PAST)
     journal.clear()
