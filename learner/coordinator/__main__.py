@@ -20,7 +20,7 @@ from learner.coordinator.tasks import Tasks, open_tasks
 GC_THRESHOLDS = (20_000, 20, 20)
 # The journal's thread asks for the interpreter before and after each statement. As usual it would wait 5 ms whenever
 # the event loop is busy, and what is acknowledged would wait with it.
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 
 
 def main() -> NoReturn:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-TURN_S = 0.001
+TURN_S = 0.0005
 
 
 class Turn:

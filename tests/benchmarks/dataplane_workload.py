@@ -126,7 +126,7 @@ class FakeServer:
                 self._beat(now)
             case Finished():
                 self.finished = True
-            case GroupRefused() if self._plan.copies > 1:
+            case GroupRefused() if self._plan.copies > 1 or self.finished:
                 pass
             case Refused() | GroupRefused():
                 raise RuntimeError(f"{self._name}: {message.reason}")
