@@ -10,14 +10,14 @@ the other. Trajectories have 256 + 1,024 tokens, 11.5 kB. Controls, run in turns
             message, which is what the gate compares with, and once with one group a message.
   volatile  the coordinator with a journal that keeps nothing.
 
-What is printed, as medians over the rounds (of the first three the gates are for groups of 16, the learner's default;
+What is printed, as medians over the rounds (of the first four the gates are for groups of 16, the learner's default;
 smaller groups are there to see what they cost, and most miss them):
 
   over raw           validated trajectories/s of the volatile coordinator, over raw with one trajectory a message
   CPU                microseconds of the coordinator process per trajectory, all its threads, journal included
   durable/volatile   trajectories/s; what the disk costs. It depends on the disk: the sustained rate of one write +
                      fdatasync after the other, 2 MB each, is printed beside it
-  64 servers / 1     CPU per trajectory, groups of 4, with as many leases open in both cases
+  64 servers / 1     CPU per trajectory, with as many leases open in both cases
   memory             the learner has stopped; servers try to make ten times what the queue may hold, some send every
                      group again and again, others send what they have no lease for
   control messages   milliseconds until a server has its answer while data flows: from a heartbeat to its pulse, from
@@ -48,6 +48,7 @@ from tests.benchmarks.dataplane_runs import Latencies, run_control, run_latency,
 
 GROUP_SIZES = (1, 4, 16)
 DEFAULT_GROUP_SIZE = 16  # what the learner asks for unless told otherwise: the gates are for these
+FAIRNESS_GROUP_SIZES = (4, 16)
 MANY_SERVERS = 64
 COPIES = 16  # of the groups of those that send them again: two thirds of all
 MIB = 1 << 20
@@ -176,19 +177,19 @@ def bench_throughput(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
 
 def bench_servers(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
     print("fairness")
-    case = Case(group_size=4, measured_s=arguments.seconds)
-    flows = in_turns(
-        arguments.rounds,
-        {
-            f"{count} servers": lambda count=count: in_a_directory(
-                lambda d: run_subject(replace(case, servers=count), d)
+    runs: dict[str, Callable[[], Flow]] = {}
+    for size in FAIRNESS_GROUP_SIZES:
+        for count in (1, MANY_SERVERS):
+            case = Case(group_size=size, servers=count, measured_s=arguments.seconds)
+            runs[f"groups of {size}, {count} servers"] = lambda case=case: in_a_directory(
+                lambda d: run_subject(case, d)
             )
-            for count in (1, MANY_SERVERS)
-        },
-    )
-    pairs = zip(flows["1 servers"], flows[f"{MANY_SERVERS} servers"], strict=True)
-    ratio = statistics.median(many.cpu_us / one.cpu_us for one, many in pairs)
-    verdicts.judge(f"CPU per trajectory, {MANY_SERVERS} servers / 1", ratio, MANY_OVER_ONE)
+    flows = in_turns(arguments.rounds, runs)
+    for size in FAIRNESS_GROUP_SIZES:
+        one, many = (flows[f"groups of {size}, {count} servers"] for count in (1, MANY_SERVERS))
+        ratio = statistics.median(many.cpu_us / one.cpu_us for one, many in zip(one, many, strict=True))
+        title = f"groups of {size}: CPU, {MANY_SERVERS} servers / 1"
+        verdicts.judge(title, ratio, MANY_OVER_ONE, counts=size == DEFAULT_GROUP_SIZE)
 
 
 def bench_memory(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
