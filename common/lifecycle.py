@@ -130,6 +130,11 @@ def die_with_parent(parent_pid: int, with_signal: signal.Signals = signal.SIGKIL
         sys.exit(f"the parent process {parent_pid} is gone")
 
 
+def ending_with_parent() -> dict[str, str]:
+    """Environment of a child that is told to end when this process dies, if it is one of ours: run_until_stopped()."""
+    return {_PARENT_VARIABLE: str(os.getpid())}
+
+
 class ChildProcess:
     """A process that ends no later than the block that started it.
 
@@ -188,7 +193,7 @@ class ChildProcess:
                 stderr=target,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                env={**os.environ, _PARENT_VARIABLE: str(os.getpid()), **(environment or {})},
+                env={**os.environ, **ending_with_parent(), **(environment or {})},
             )
         finally:
             if target is not None:

@@ -11,11 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.lifecycle import ending_with_parent
 from deploy.up import a_free_port
 from learner.demo.model import build_demo_model
 from tests.storm.table_policy import save_table_model
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 RESTART_PAUSE_S = 0.2
 LOOK_EVERY_S = 0.02
 TAIL_BYTES = 1 << 14
@@ -115,7 +117,7 @@ class Fleet:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", module, *flags,
                 cwd=self.directory,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, **ending_with_parent(), **ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         try:
