@@ -49,7 +49,9 @@ class GroupFiles:
 
     def __init__(self, directory: Path, *, needed: Collection[int]) -> None:
         self._directory = directory
-        directory.mkdir(exist_ok=True)
+        if not directory.exists():
+            directory.mkdir()
+            disk.sync(directory.parent)
         known = [int(path.name) for path in directory.iterdir() if _FILE_NAME.fullmatch(path.name)]
         for number in set(known) - set(needed):
             self._path(number).unlink()

@@ -18,7 +18,14 @@ JOURNAL = (
         file="learner/coordinator/group_files.py",
         code="            disk.sync(self._directory)\n",
         broken="",
-        test=f"{GROUP_FILES}test_the_name_of_a_new_file_is_on_the_disk_too",
+        test=f"{GROUP_FILES}test_the_names_of_new_files_and_of_their_directory_are_on_the_disk_too",
+    ),
+    Guard(
+        missing="the directory of new files may have lost its name",
+        file="learner/coordinator/group_files.py",
+        code="            disk.sync(directory.parent)\n",
+        broken="",
+        test=f"{GROUP_FILES}test_the_names_of_new_files_and_of_their_directory_are_on_the_disk_too",
     ),
     Guard(
         missing="damaged bytes are handed out",

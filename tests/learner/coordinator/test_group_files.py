@@ -57,11 +57,14 @@ def test_groups_are_on_the_disk_when_append_returns(files, monkeypatch):
     assert len(synced) == 2
 
 
-def test_the_name_of_a_new_file_is_on_the_disk_too(files, monkeypatch, tmp_path):
+def test_the_names_of_new_files_and_of_their_directory_are_on_the_disk_too(monkeypatch, tmp_path):
     synced = []
     monkeypatch.setattr(group_files.disk, "sync", synced.append)
+    files = GroupFiles(tmp_path / "groups", needed=())
+    assert synced == [tmp_path]
     files.append([SMALL])
-    assert synced == [tmp_path / "groups"]
+    assert synced == [tmp_path, tmp_path / "groups"]
+    files.close()
 
 
 def test_a_full_file_is_followed_by_another(files, tmp_path):
