@@ -15,7 +15,6 @@ MIB = 1 << 20
 QUEUE_BYTES = 64 * MIB
 COPIES = 16
 BESIDE_QUEUE_BYTES = 64 * MIB  # the interpreter and everything it has loaded included
-FOR_A_MOMENT_BYTES = 32 * MIB  # seldom, and not understood: 15 MiB in one run of 84, a few milliseconds
 
 
 def test_with_the_learner_stopped_the_process_stays_within_its_bound_and_servers_are_stopped_by_credits(tmp_path):
@@ -44,8 +43,7 @@ def test_a_batch_that_the_learner_does_not_read_takes_no_memory_beside_the_queue
         with senders("servers", plan, tmp_path):
             wait_for_a_full_queue(tmp_path / "events")
         bound = QUEUE_BYTES + ingress_bytes(num_servers=1, group_size=4)
-        assert memory_bytes(running.pid, "VmRSS") < bound + BESIDE_QUEUE_BYTES
-        assert memory_bytes(running.pid, "VmHWM") < bound + BESIDE_QUEUE_BYTES + FOR_A_MOMENT_BYTES
+        assert memory_bytes(running.pid, "VmHWM") < bound + BESIDE_QUEUE_BYTES
         receiver, is_complete = BatchReceiver(), False
         while not is_complete:
             is_complete = receiver.add(*running.learner.hear_part())

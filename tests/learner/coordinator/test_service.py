@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +28,11 @@ from common.trajectory import FinishReason, Group, Trajectory
 from common.wire import curve_keypair, open_dealer
 from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.delivery import LearnerError
+from learner.coordinator.journal import BatchRecord, Journal
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.messages import (
     Batch,
+    CheckpointSaved,
     CloseRun,
     CoordinatorStatus,
     Frontier,
@@ -201,6 +204,37 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
         disk_is_ready.set()
         await server.expect(GroupsAccepted)
         assert (await learner.expect(Batch)).version == 0
+
+
+async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_path, monkeypatch):
+    """Also what comes while the disk is busy: here a checkpoint, whose groups nobody needs any more."""
+    keep, learner_is_done = JournalKeeper.keep, asyncio.Event()
+
+    async def slow_keep(keeper, records, *arguments):
+        if any(isinstance(record, BatchRecord) for record in records):
+            monkeypatch.setattr(JournalKeeper, "keep", slower_keep)
+        await keep(keeper, records, *arguments)
+
+    async def slower_keep(keeper, *arguments):
+        await learner_is_done.wait()
+        await keep(keeper, *arguments)
+
+    monkeypatch.setattr(JournalKeeper, "keep", slow_keep)
+    settings = settings_in(tmp_path)
+    async with a_coordinator_serving(settings) as (learner, address), a_server(address) as server:
+        await learner.say(TakeBatch(version=0))
+        for lease in [await server.expect(Lease) for _ in range(3)]:
+            await finish(server, lease)
+        await learner.expect(Batch)
+        await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))
+        await learner.ask(TakeFrontier(), Frontier)
+        await learner.say(CheckpointSaved(version=1))
+        await learner.say(CloseRun(reason="enough"))
+        await server.expect(Finished)
+        learner_is_done.set()
+    journal = Journal(Path(settings.journal), lineage="later")
+    assert [group.lease_id for group in journal.contents().groups] == [2]
+    journal.close()
 
 
 async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch):
