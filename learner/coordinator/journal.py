@@ -199,6 +199,8 @@ class Journal:
             header, payload = self._files.read(place)
         except DamagedGroupError as error:
             raise JournalError(f"the group of lease {lease_id} is damaged: {error}; {_GO_ON}") from error
+        except OSError as error:
+            raise JournalError(self._explain(error)) from error
         return msgspec.msgpack.decode(header, type=GroupHeader), payload
 
     def _write_all(self, records: Iterable[Record], places: dict[int, Place]) -> None:

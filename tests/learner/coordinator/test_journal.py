@@ -118,6 +118,15 @@ def test_a_group_that_was_damaged_on_the_disk_is_never_handed_out(path, journal,
     again.close()
 
 
+def test_a_group_that_cannot_be_read_is_an_error_that_names_the_journal(path, journal):
+    journal.commit([a_group(0)], PAST)
+    file = path.with_suffix(".groups") / "00000001"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(JournalError, match=r"the journal .*sqlite cannot be used: .*Is a directory"):
+        journal.read([0])
+
+
 def test_a_group_that_is_missing_is_named(journal):
     with pytest.raises(JournalError, match=r"has lost the groups of leases \[1, 2\]"):
         journal.read([1, 2])
