@@ -197,9 +197,9 @@ async def test_a_peer_that_does_not_read_fills_up_and_nothing_is_lost():
         await dealer.send([b"hello", b""])
         [incoming] = await router.receive()
         sent = 0
-        while router.send(incoming.peer, [b"%d" % sent, b"x" * 10_000]) is SendResult.SENT:
+        while (result := router.send(incoming.peer, [b"%d" % sent, b"x" * 10_000])) is SendResult.SENT:
             sent += 1
-        assert router.send(incoming.peer, [b"", b""]) is SendResult.FULL
+        assert result is SendResult.FULL
         for number in range(sent):
             assert (await dealer.receive())[0] == b"%d" % number
 
