@@ -25,7 +25,10 @@ def what_the_learner_waits_for(coordinator: Coordinator, now: float, *, listen_a
                 f", which needs snapshot {lease.min_version}; the learner's snapshot server has not published it yet"
             )
         elif lease.min_version > member.loaded_version:
-            text += f", which needs snapshot {lease.min_version}; the server has {_version(member.loaded_version)}"
+            text += (
+                f", which needs snapshot {lease.min_version}; the learner's snapshot server has published it, "
+                f"the server has {_version(member.loaded_version)}"
+            )
         silent_s = now - member.heard_at
         if silent_s > coordinator.settings.notice_timeout_s:
             text += f"; nothing heard of it for {silent_s:.0f} s"

@@ -35,7 +35,8 @@ def test_a_server_that_lacks_the_snapshot_it_needs_is_named():
     join(coordinator)
     coordinator.heartbeat("a", progress=1, loaded_version=-1, now=0.0)
     assert learner_waits_for(coordinator, now=2.0) == (
-        "server a: 1 groups running, lease 0 (task 0) since 2 s, which needs snapshot 0; the server has none"
+        "server a: 1 groups running, lease 0 (task 0) since 2 s, which needs snapshot 0; the learner's "
+        "snapshot server has published it, the server has none"
     )
 
 
