@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 RETRY_S = 0.02
-COMMITS_APART_S = 0.005  # each costs the processor 0.6 ms, however little it writes: what comes meanwhile goes together
 MAX_HEADER_BYTES = 1 << 20
 MAX_LEARNER_HEADER_BYTES = 2 << 20  # a frontier and some more
 
@@ -174,12 +173,9 @@ class Service:
 
         Returns when the run is closed and all of it is.
         """
-        began_s = -COMMITS_APART_S
         is_closed = False
         while not is_closed:
             await self._recorded.wait()
-            await asyncio.sleep(began_s + COMMITS_APART_S - time.monotonic())
-            began_s = time.monotonic()
             self._recorded.clear()
             is_closed = self._done.is_set()
             await self._keep_records()
