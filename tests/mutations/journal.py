@@ -77,4 +77,11 @@ JOURNAL = (
         '            self._database.execute("COMMIT")\n',
         test=f"{TESTS}test_the_room_of_what_is_forgotten_is_used_again_only_once_the_disk_knows",
     ),
+    Guard(
+        missing="what was decided while the disk was busy is lost when the run is closed",
+        file="learner/coordinator/service.py",
+        code="            is_closed = self._done.is_set()\n            await self._keep_records()\n",
+        broken="            await self._keep_records()\n            is_closed = self._done.is_set()\n",
+        test="learner/coordinator/test_service.py::test_what_was_decided_before_the_run_is_closed_is_in_the_journal",
+    ),
 )
