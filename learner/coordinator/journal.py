@@ -11,6 +11,7 @@ it back.
 import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -105,7 +106,7 @@ class Journal:
 
     def __init__(self, path: Path, *, lineage: str) -> None:
         self._path = path
-        try:
+        with self._explained():
             self._database = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
             for pragma in _PRAGMAS:
                 self._database.execute(f"PRAGMA {pragma}")
@@ -114,8 +115,6 @@ class Journal:
             self.lineage_before = self._fact("lineage", "")
             self._set_facts(lineage=lineage)
             self._files = GroupFiles(path.with_suffix(".groups"), needed=self._needed_files())
-        except (sqlite3.Error, OSError) as error:
-            raise JournalError(self._explain(error)) from error
 
     def contents(self) -> JournalContents:
         """Everything but the groups' bytes."""
@@ -142,33 +141,32 @@ class Journal:
     def commit(self, records: Iterable[Record], past: PastLeases) -> None:
         """All or nothing, and on the disk when this returns. Raises JournalError."""
         records = list(records)
-        try:
+        with self._explained():
             places = self._write_contents([record for record in records if isinstance(record, FinishedGroup)])
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 self._write_all(records, places)
                 self._set_facts(past=msgspec.json.encode(past).decode())
-            except BaseException:
+            except BaseException:  # whatever it is, nothing of it is written
                 if self._database.in_transaction:  # SQLite has given up a transaction for which the disk had no room
                     self._database.execute("ROLLBACK")
                 raise
             self._database.execute("COMMIT")
             if any(isinstance(record, ForgetRecord) for record in records):
                 self._files.reuse_all_but(self._needed_files())
-        except (sqlite3.Error, OSError) as error:
-            raise JournalError(self._explain(error)) from error
 
     def read(self, lease_ids: Sequence[int]) -> dict[int, tuple[GroupHeader, bytes]]:
         """Header and payload by lease. Raises JournalError when one is missing or damaged."""
         found: dict[int, tuple[GroupHeader, bytes]] = {}
-        for some in _at_most(MAX_LEASES, lease_ids):
-            rows = self._database.execute(
-                "SELECT lease_id, file, offset, header_bytes, payload_bytes, digest FROM groups "
-                f"WHERE lease_id IN ({_marks(some)})",
-                some,
-            )
-            for lease_id, *place in rows:
-                found[lease_id] = self._contents_of(lease_id, Place(*place))
+        with self._explained():
+            for some in _at_most(MAX_LEASES, lease_ids):
+                rows = self._database.execute(
+                    "SELECT lease_id, file, offset, header_bytes, payload_bytes, digest FROM groups "
+                    f"WHERE lease_id IN ({_marks(some)})",
+                    some,
+                )
+                for lease_id, *place in rows:
+                    found[lease_id] = self._contents_of(lease_id, Place(*place))
         missing = [lease_id for lease_id in lease_ids if lease_id not in found]
         if missing:
             raise JournalError(f"{self._path} has lost the groups of leases {missing}")
@@ -199,8 +197,6 @@ class Journal:
             header, payload = self._files.read(place)
         except DamagedGroupError as error:
             raise JournalError(f"the group of lease {lease_id} is damaged: {error}; {_GO_ON}") from error
-        except OSError as error:
-            raise JournalError(self._explain(error)) from error
         return msgspec.msgpack.decode(header, type=GroupHeader), payload
 
     def _write_all(self, records: Iterable[Record], places: dict[int, Place]) -> None:
@@ -257,6 +253,14 @@ class Journal:
 
     def _set_facts(self, **facts: str) -> None:
         self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Whatever the database and the disk do not do is a JournalError."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(self._explain(error)) from error
 
     def _explain(self, error: sqlite3.Error | OSError) -> str:
         if isinstance(error, OSError):

@@ -215,8 +215,8 @@ def percentile(values: Iterable[float], share: float) -> float:
 def bench_latency(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
     print("control messages")
     case = Case(
-        group_size=4, servers=MANY_SERVERS, max_staleness=1, step_trajectories=arguments.latency_trajectories // 2,
-        measured_s=2 * arguments.seconds,
+        group_size=arguments.latency_group_size, servers=MANY_SERVERS, max_staleness=1,
+        step_trajectories=arguments.latency_trajectories // 2, measured_s=2 * arguments.seconds,
     )  # fmt: skip
     full: list[Latencies] = []
     paced: list[Latencies] = []
@@ -257,6 +257,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="measured in each run, after a warm-up (default: 2)")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be repeated")
     parser.add_argument("--queue-mib", type=int, default=256, help="bound of the queue for memory (default: 256)")
+    parser.add_argument(
+        "--latency-group-size", type=int, default=4, help="trajectories of a group for control messages (default: 4)"
+    )
     parser.add_argument(
         "--latency-trajectories",
         type=int,

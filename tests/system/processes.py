@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.events import read_events
+from common.lifecycle import ending_with_parent
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = Path(sys.executable).parent  # `learner` and `rollout-server`, as installed
@@ -84,7 +85,7 @@ class Stage:
                 str(COMMANDS / program),
                 *arguments,
                 cwd=self.path,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ending_with_parent(), **ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
