@@ -7,6 +7,8 @@ import torch
 
 from common.staleness import NOT_SAMPLED, token_staleness
 from common.trajectory import FinishReason, Group, Trajectory
+from learner.cutting import cut_into_micro_batches
+from learner.shared_prompts import find_units
 from learner.training import ALONE_AND_PADDED, BatchLayout, MicroBatch, TrainBatch
 
 
@@ -30,7 +32,8 @@ def build_batch(
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     group_index = [index for index, group in enumerate(groups) for _ in group.trajectories]
-    cut = cut_into_micro_batches(list(map(len, trajectories)), micro_batch_tokens, layout)
+    units = find_units([trajectory.token_ids for trajectory in trajectories]) if layout.shares_prompts else None
+    cut = cut_into_micro_batches(list(map(len, trajectories)), micro_batch_tokens, layout, units)
     micro_batches = [
         _pad([trajectories[index] for index in indexes], indexes, version=version, max_staleness=max_staleness)
         if indexes
@@ -56,55 +59,6 @@ def build_batch(
 def _is_over_stale(trajectory: Trajectory, version: int, max_staleness: int) -> np.ndarray:
     """[T] bool: sampled, but too old to be trained on."""
     return trajectory.loss_mask & (token_staleness(trajectory.token_versions, current=version) > max_staleness)
-
-
-def cut_into_micro_batches(lengths: Sequence[int], micro_batch_tokens: int, layout: BatchLayout) -> list[list[int]]:
-    """Places of trajectories, one list per micro-batch; those of the parts in turn, the shortest first.
-
-    A turn holds trajectories of similar length, so that little is padded, each given to the part with the fewest tokens
-    so far. A trajectory beyond the budget goes alone.
-    """
-    budget = micro_batch_tokens * layout.ranks_per_sequence
-    turns: list[list[_Bin]] = []
-    # Ties by place, so that the cut depends on nothing else.
-    for index in sorted(range(len(lengths)), key=lambda each: (lengths[each], each), reverse=True):
-        if turns:
-            bins = sorted(turns[-1], key=lambda each: each.num_tokens)
-            if any(each.takes(index, lengths[index], budget) for each in bins):
-                continue
-        turns.append([_Bin(layout) for _ in range(layout.num_parts)])
-        turns[-1][0].takes(index, lengths[index], budget)
-    return [each.indexes[::-1] for turn in reversed(turns) for each in turn]
-
-
-class _Bin:
-    """A micro-batch that is being filled, the longest trajectory first."""
-
-    def __init__(self, layout: BatchLayout) -> None:
-        self._layout = layout
-        self._longest = 0
-        self._rows: list[int] = []  # tokens in each
-        self.indexes: list[int] = []
-        self.num_tokens = 0
-
-    def takes(self, index: int, length: int, micro_batch_tokens: int) -> bool:
-        """Whether the trajectory fits, and is in it from now on."""
-        self._longest = self._longest or length
-        row = self._row_for(length)
-        num_rows = max(len(self._rows), row + 1)
-        computed = self.num_tokens + length if self._layout.in_one_row else num_rows * self._longest
-        if self.indexes and computed > micro_batch_tokens:
-            return False
-        self._rows += [0] * (num_rows - len(self._rows))
-        self._rows[row] += length
-        self.indexes.append(index)
-        self.num_tokens += length
-        return True
-
-    def _row_for(self, length: int) -> int:
-        """As lay_out_rows() will find it; without packing, a row for each."""
-        fits = (row for row, used in enumerate(self._rows) if used + length <= self._longest)
-        return next(fits, len(self._rows)) if self._layout.packs else len(self._rows)
 
 
 def _pad(trajectories: Sequence[Trajectory], indexes: Sequence[int], *, version: int, max_staleness: int) -> MicroBatch:

@@ -8,7 +8,14 @@ from common.config import option
 from common.environments import Environments
 from learner.config_checks import check
 from learner.coordinator.settings import StaleAction
-from learner.engine_settings import Attention, EngineSettings, Offload, ZeroStage, read_deepspeed_file
+from learner.engine_settings import (
+    Attention,
+    EngineSettings,
+    Offload,
+    SharePrompts,
+    ZeroStage,
+    read_deepspeed_file,
+)
 from learner.evaluation_settings import EvaluationSettings
 from learner.lora_settings import LoraSettings, LoraSnapshots, lora_settings
 from learner.loss_settings import (
@@ -231,6 +238,11 @@ class LearnerConfig:
     packing: bool = option(
         True, help="several trajectories in a row, next to no padding; models that cannot are padded all the same"
     )
+    share_prompts: SharePrompts = option(
+        "auto",
+        help="compute a prompt once, not once for each of its answers, with packing and sdpa attention, where the "
+        "model says the same of them: half the time for answers as long as their prompt; never: once for each",
+    )
     attention: Attention = option(
         "auto",
         help="how attention is computed; auto: flash_attention_2 where it is installed, on a GPU, in bfloat16, and "
@@ -331,6 +343,7 @@ class LearnerConfig:
             offload=self.offload,
             activation_checkpointing=self.activation_checkpointing,
             packing=self.packing,
+            share_prompts=self.share_prompts,
             rank_timeout_s=self.rank_timeout_s,
             attention=self.attention,
             check_memory=self.check_memory,

@@ -18,6 +18,7 @@ from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_pol
 from learner.packing import can_pack, can_spread
 from learner.parallelism import check_attention, check_parallelism, open_sharing
 from learner.ppo_engine import PpoEngine
+from learner.prompt_sharing import share_prompts_where_possible
 from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
 from learner.sequence_parallel import SequenceRanks, let_rows_be_spread
@@ -175,6 +176,7 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
     if sharing.sequence_ranks is not None:
         spread_sequences(policy, critic, trained_policy.device, sharing.sequence_ranks, ranks)
     reference = open_reference(settings, trained_policy.device, policy)
+    share_prompts_where_possible(policy, critic, reference, settings.engine, trained_policy.device)
     return PpoEngine(settings, trained_policy, trained_critic, reference, ranks, sharing.parts)
 
 

@@ -10,6 +10,7 @@ import msgspec
 Offload = Literal["none", "optimizer", "all"]
 ZeroStage = Literal[0, 1, 2, 3]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+SharePrompts = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,7 @@ class EngineSettings:
     offload: Offload = "none"  # to host memory: the optimizer's state, or the parameters too
     activation_checkpointing: bool = False
     packing: bool = True  # where the model allows it, see learner/packing.py
+    share_prompts: SharePrompts = "auto"  # likewise, see learner/segments.py
     rank_timeout_s: float = 600.0
     attention: Attention = "auto"
     check_memory: bool = True  # refuse what cannot fit

@@ -58,6 +58,7 @@ class PolicyNetwork(nn.Module):
         self.adapters = adapters
         self.value_head = a_value_head(self.model) if has_value_head else None  # beside the model, not in it
         self.packs = False  # see learner/packing.py
+        self.shares = False  # see learner/segments.py
         self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
         self._temperature = temperature
         self._trains_entropy = trains_entropy
@@ -83,7 +84,12 @@ class PolicyNetwork(nn.Module):
             said = self._from_logits(logits.before(predicted_BT), token_ids_BT[predicted_BT])
         else:
             hidden = run_body(
-                self.model.base_model, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks
+                self.model.base_model,
+                token_ids_BT,
+                attention_mask_BT,
+                packs=self.packs,
+                shares=self.shares,
+                ranks=self.sequence_ranks,
             )
             predicted_BT = hidden.following(loss_mask_BT)
             said = self._from_hidden(hidden.before(predicted_BT), token_ids_BT[predicted_BT])
@@ -119,7 +125,12 @@ class PolicyNetwork(nn.Module):
     def _whole_forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[HiddenStates, HiddenStates]:
         """(logits, last hidden states): the model's own forward knows what is done to its logits."""
         inputs, whereabouts = body_inputs(
-            self.model, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks
+            self.model,
+            token_ids_BT,
+            attention_mask_BT,
+            packs=self.packs,
+            shares=self.shares,
+            ranks=self.sequence_ranks,
         )
         output = self.model(**inputs, output_hidden_states=self.value_head is not None)
         hidden = output.hidden_states[-1] if self.value_head is not None else output.logits
@@ -161,12 +172,20 @@ class CriticNetwork(nn.Module):
         super().__init__()
         self.body: Any = body
         self.packs = False  # see learner/packing.py
+        self.shares = False  # see learner/segments.py
         self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
         self.head = a_value_head(body)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, packs=self.packs, ranks=self.sequence_ranks)
+        hidden = run_body(
+            self.body,
+            token_ids_BT,
+            attention_mask_BT,
+            packs=self.packs,
+            shares=self.shares,
+            ranks=self.sequence_ranks,
+        )
         return values_before(self.head, hidden)
 
 

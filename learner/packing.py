@@ -12,10 +12,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from learner.segments import segmented_inputs
 from learner.sequence_parallel import SequenceRanks, spread_inputs
+from learner.taking import take
 
 FLASH: Final = "flash_attention_2"
 _CHECKED_LENGTHS = (5, 3, 2)
+_CHECKED_WITH_PROMPT = (7, 6, 6, 4, 2)  # of which the first four have a prompt of three tokens
+_CHECKED_PROMPT = 3
 _TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 0.1,
@@ -85,7 +89,7 @@ class HiddenStates:
 
     def before(self, predicted_BT: Tensor) -> Tensor:
         """[N, H]: of the tokens that stand before those in predicted_BT, which this rank has."""
-        return self.flat_PH[self._places_BT[:, :-1][predicted_BT[:, 1:]]]
+        return take(self.flat_PH, self._places_BT[:, :-1][predicted_BT[:, 1:]])
 
     def at(self, mask_BT: Tensor) -> Tensor:
         """[M, H]: of those tokens in mask_BT that are on this rank."""
@@ -101,20 +105,36 @@ class HiddenStates:
 
 
 def run_body(
-    body: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool, ranks: SequenceRanks | None = None
+    body: Any,
+    token_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    *,
+    packs: bool,
+    shares: bool = False,
+    ranks: SequenceRanks | None = None,
 ) -> HiddenStates:
-    """The last hidden states of a transformers model without its output layer; ranks: see body_inputs()."""
-    inputs, whereabouts = body_inputs(body, token_ids_BT, attention_mask_BT, packs=packs, ranks=ranks)
+    """The last hidden states of a transformers model without its output layer; the rest: see body_inputs()."""
+    inputs, whereabouts = body_inputs(body, token_ids_BT, attention_mask_BT, packs=packs, shares=shares, ranks=ranks)
     return HiddenStates(body(**inputs).last_hidden_state.flatten(0, 1), whereabouts)
 
 
 def body_inputs(
-    model: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, *, packs: bool, ranks: SequenceRanks | None = None
+    model: Any,
+    token_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    *,
+    packs: bool,
+    shares: bool = False,
+    ranks: SequenceRanks | None = None,
 ) -> tuple[dict[str, Any], Whereabouts]:
     """(keyword arguments of a transformers model, where the tokens are in what it returns).
 
+    shares: prompts are computed once, in a row of segments, where that pays; see learner/segments.py.
     ranks: that compute each row together, a stretch of its tokens each; None: this one computes all.
     """
+    if shares and (segmented := segmented_inputs(token_ids_BT, attention_mask_BT)) is not None:
+        inputs, places_BT = segmented
+        return inputs, Whereabouts(places_BT, inputs["input_ids"].shape[1])
     multiple = 1 if ranks is None else ranks.size
     if packs:
         return _packed_inputs(model, token_ids_BT, attention_mask_BT, multiple, ranks)
@@ -174,8 +194,19 @@ def can_spread(body: Any, vocab_size: int, device: torch.device, *, packs: bool,
     return _are_close(spread.at(here_BT), whole.at(here_BT))
 
 
-def _checked_tokens(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    lengths_B = torch.tensor(_CHECKED_LENGTHS, device=device)
+def can_share(body: Any, vocab_size: int, device: torch.device) -> bool:
+    """Whether this model says of trajectories whose prompt stands once what it says of each alone."""
+    ids_BT, mask_BT = _checked_tokens(vocab_size, device, _CHECKED_WITH_PROMPT)
+    ids_BT[:-1, :_CHECKED_PROMPT] = ids_BT[0, :_CHECKED_PROMPT]
+    with torch.no_grad():
+        shared, padded = (run_body(body, ids_BT, mask_BT, packs=False, shares=shares) for shares in (True, False))
+    return _are_close(shared.at(mask_BT), padded.at(mask_BT))
+
+
+def _checked_tokens(
+    vocab_size: int, device: torch.device, lengths: Sequence[int] = _CHECKED_LENGTHS
+) -> tuple[Tensor, Tensor]:
+    lengths_B = torch.tensor(lengths, device=device)
     positions_T = torch.arange(int(lengths_B.max()), device=device)
     mask_BT = positions_T < lengths_B.unsqueeze(1)
     return (torch.arange(mask_BT.numel(), device=device).view_as(mask_BT) * 7 + 3) % vocab_size, mask_BT

@@ -91,6 +91,7 @@ class PpoEngine:
             ranks_per_sequence=sequence_ranks.size if sequence_ranks is not None else 1,
             packs=self._network.packs,
             in_one_row=one_row,
+            shares_prompts=self._network.shares,
         )
 
     @property

@@ -25,11 +25,11 @@ class ReferencePolicy:
     """A model of its own; between its passes an offloaded one takes no memory of the device."""
 
     def __init__(self, network: PolicyNetwork, *, device: torch.device, offload: bool) -> None:
-        self._network = network.requires_grad_(False)
+        self.network = network.requires_grad_(False)
         self._device = device
         self._offload = offload
         if not offload:
-            self._network.to(device)
+            self.network.to(device)
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See Reference."""
@@ -38,14 +38,14 @@ class ReferencePolicy:
 
     def _copy_to_device(self) -> dict[str, Tensor]:
         """What the network is made of, for as long as the caller holds it; what rests in host memory stays there."""
-        tensors = [*self._network.named_parameters(), *self._network.named_buffers()]
+        tensors = [*self.network.named_parameters(), *self.network.named_buffers()]
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors}
 
     def _ask(self, micro: MicroBatch, tensors: dict[str, Tensor]) -> Tensor:
         """With `tensors` in place of the network's own."""
         inputs = (micro.token_ids_BT, micro.attention_mask_BT, micro.loss_mask_BT)
         logprobs_BT: Tensor
-        logprobs_BT, _ = functional_call(self._network, tensors, tuple(each.to(self._device) for each in inputs))
+        logprobs_BT, _ = functional_call(self.network, tensors, tuple(each.to(self._device) for each in inputs))
         return logprobs_BT
 
 

@@ -95,6 +95,7 @@ class BatchLayout:
     ranks_per_sequence: int = 1  # of these, that have some of its tokens each, and so take more at once
     packs: bool = False  # see learner/packing.py
     in_one_row: bool = False  # likewise
+    shares_prompts: bool = False  # see learner/segments.py
 
 
 ALONE_AND_PADDED = BatchLayout()

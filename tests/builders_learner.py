@@ -46,17 +46,24 @@ def a_group(*trajectories: Trajectory, task_id: int = 0) -> Group:
 
 
 def random_groups(
-    seed: int, *, num_groups: int = 3, group_size: int = 4, version: int = 0, sampled_tokens: int | None = None
+    seed: int,
+    *,
+    num_groups: int = 3,
+    group_size: int = 4,
+    version: int = 0,
+    sampled_tokens: int | None = None,
+    shared: int = 0,
 ) -> tuple[Group, ...]:
     """Prompts, completions and environment tokens of random lengths, some of them sampled a version earlier.
 
-    sampled_tokens: of the first answer in each; default: a few.
+    sampled_tokens: of the first answer in each; default: a few. shared: tokens that all in a group begin with.
     """
     rng = np.random.default_rng(seed)
-    return tuple(
-        a_group(*(_random_trajectory(rng, version, sampled_tokens) for _ in range(group_size)), task_id=index)
-        for index in range(num_groups)
-    )
+    groups = [[_random_trajectory(rng, version, sampled_tokens) for _ in range(group_size)] for _ in range(num_groups)]
+    for group in groups:
+        for trajectory in group[1:]:
+            trajectory.token_ids[:shared] = group[0].token_ids[:shared]
+    return tuple(a_group(*group, task_id=index) for index, group in enumerate(groups))
 
 
 def _random_trajectory(rng: np.random.Generator, version: int, sampled_tokens: int | None) -> Trajectory:
@@ -106,11 +113,11 @@ def some_train_settings(model: str, **overrides: Any) -> TrainSettings:
     return TrainSettings(**(values | overrides))
 
 
-def train(engine: TrainEngine, *, steps: int, micro_batch_tokens: int = 40) -> list[StepResult]:
-    """Steps on batches that depend on the version alone, of several micro-batches each."""
+def train(engine: TrainEngine, *, steps: int, micro_batch_tokens: int = 40, shared: int = 0) -> list[StepResult]:
+    """Steps on batches that depend on the version alone, of several micro-batches each; shared: see random_groups()."""
     results = []
     for _ in range(steps):
-        groups = random_groups(engine.version, version=engine.version)
+        groups = random_groups(engine.version, version=engine.version, shared=shared)
         batch = a_batch(groups, version=engine.version, micro_batch_tokens=micro_batch_tokens)
         assert len(batch.micro_batches) > 2
         result = engine.step(batch)

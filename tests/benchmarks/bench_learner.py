@@ -46,6 +46,7 @@ class Workload:
     lengths: Sequence[int]  # tokens of each trajectory
     micro_batch_tokens: int
     prompts: Sequence[int] = ()  # tokens of each trajectory's prompt; (): 8 each
+    shares_prompts: bool = False  # those of a group are the same
 
     def save_model(self, directory: Path) -> str:
         model = a_model(
@@ -56,15 +57,20 @@ class Workload:
 
     def groups(self, version: int) -> list[Group]:
         rng = np.random.default_rng(version)
+        prompts = self.prompts or [8] * len(self.lengths)
+        words = rng.integers(5, 90, (len(self.lengths), max(prompts)))  # a prompt of each group, if they share it
         trajectories = [
             a_trajectory(
                 [0] * prompt + [1] * (length - prompt),
                 versions=version,
                 reward=float(rng.normal()),
-                token_ids=rng.integers(5, 90, length).tolist(),
+                token_ids=[
+                    *words[index // GROUP_SIZE if self.shares_prompts else index, :prompt].tolist(),
+                    *rng.integers(5, 90, length - prompt).tolist(),
+                ],
                 behavior_logprob=-4.0,
             )
-            for length, prompt in zip(self.lengths, self.prompts or [8] * len(self.lengths), strict=True)
+            for index, (length, prompt) in enumerate(zip(self.lengths, prompts, strict=True))
         ]
         places = range(0, len(trajectories), GROUP_SIZE)
         return [a_group(*trajectories[at : at + GROUP_SIZE], task_id=at) for at in places]
@@ -147,22 +153,24 @@ def packed_over_padded(workload: Workload, rounds: int) -> tuple[float, float]:
     return packed, padded
 
 
-def without_repeated_prompts(prompt: int, answer: int, rounds: int) -> tuple[float, float]:
-    """(share of all tokens that repeats a prompt of the group, CPU time without it over CPU time with it).
-
-    At most so much would be saved by computing each prompt once: here the others simply have none, but for one token.
-    """
-    groups = 8
-
-    def workload(prompts: list[int]) -> Workload:
-        lengths = [each + answer for each in prompts]
-        return replace(LONG_TAILED, lengths=lengths * groups, prompts=prompts * groups)
-
-    once, repeated = workload([prompt] + [1] * (GROUP_SIZE - 1)), workload([prompt] * GROUP_SIZE)
+def shared_over_repeated(workload: Workload, rounds: int) -> tuple[float, float, float]:
+    """(share of all tokens that repeats a prompt, CPU time of a step that computes prompts once over one that computes
+    them for each answer, wall time likewise): medians of pairs."""
     with tempfile.TemporaryDirectory() as name:
-        engine = open_deepspeed_engine(settings_for(once.save_model(Path(name))))
-    ratios = [cpu_seconds(engine, once) / cpu_seconds(engine, repeated) for _ in range(rounds + 1)]
-    return 1 - sum(once.lengths) / sum(repeated.lengths), statistics.median(ratios[1:])
+        engine = open_deepspeed_engine(settings_for(workload.save_model(Path(name))))
+    assert engine._network.shares
+    pairs = []
+    for index in range(rounds + 1):
+        spent = {}
+        for shares in (True, False) if index % 2 else (False, True):
+            engine._network.shares = shares
+            start_s = time.perf_counter()
+            cpu_s = cpu_seconds(engine, workload)
+            spent[shares] = cpu_s, time.perf_counter() - start_s
+        pairs.append((spent[True], spent[False]))
+    repeated = sum(workload.prompts) * (GROUP_SIZE - 1) / GROUP_SIZE if workload.shares_prompts else 0.0
+    cpu, wall = (statistics.median(one[i] / other[i] for one, other in pairs[1:]) for i in (0, 1))
+    return repeated / sum(workload.lengths), cpu, wall
 
 
 def peak_of_a_step(how: str) -> float:
@@ -202,10 +210,20 @@ def measure_packing(rounds: int) -> bool:
 
 
 def measure_prompts(rounds: int) -> bool:
-    print("a step in which only one answer of eight has its prompt, over one in which all do")
-    for prompt, answer in PROMPTS_AND_ANSWERS:
-        share, ratio = without_repeated_prompts(prompt, answer, rounds)
-        print(f"  prompts of {prompt}, answers of {answer}: {share:.0%} fewer tokens, {ratio:.2f} of the CPU time",
+    print("a step in which each prompt is computed once, over one in which it is computed for each of eight answers")
+    workloads = [
+        (
+            f"prompts of {prompt}, answers of {answer}",
+            replace(LONG_TAILED, lengths=[prompt + answer] * 64, prompts=[prompt] * 64, shares_prompts=True),
+        )
+        for prompt, answer in PROMPTS_AND_ANSWERS
+    ]
+    demo = replace(DEMO, prompts=[6] * len(DEMO.lengths), shares_prompts=True)
+    alone = replace(LONG_TAILED, lengths=[128] * 64)
+    workloads += [("the demo's", demo), ("nothing shared, long-tailed", LONG_TAILED), ("nothing shared", alone)]
+    for name, workload in workloads:
+        repeated, cpu, wall = shared_over_repeated(workload, rounds)
+        print(f"  {name}: {repeated:.0%} fewer tokens, {cpu:.2f} of the CPU time, {wall:.2f} of the wall time",
               flush=True)  # fmt: skip
     return True
 

@@ -5,9 +5,10 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 
 from learner.batch_codec import part_of
-from learner.batching import cut_into_micro_batches
+from learner.cutting import cut_into_micro_batches
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.packing import HiddenStates, body_inputs, can_pack, can_spread, lay_out_rows
+from learner.shared_prompts import Unit
 from learner.training import BatchLayout
 from tests.builders_learner import a_batch, random_groups
 from tests.models import VOCAB_SIZE, a_tiny_model
@@ -136,6 +137,46 @@ def test_every_trajectory_is_in_one_micro_batch_and_ranks_have_as_many(num_ranks
         lengths = [LENGTHS[index] for index in indexes]
         if len(indexes) > 1:
             assert (lay_out_rows(lengths).num_tokens if packs else len(lengths) * max(lengths)) <= budget
+
+
+def units_of(lengths: list[int], prefix: int) -> list[Unit]:
+    return [Unit(first, 6, min(prefix, *lengths[first : first + 6])) for first in range(0, len(lengths), 6)]
+
+
+def computed(indexes: list[int], units: list[Unit]) -> int:
+    """Tokens, each prompt once in a micro-batch."""
+    prompts = {unit.first: unit.prefix for unit in units}
+    own = sum(LENGTHS[index] - prompts[index // 6 * 6] for index in indexes)
+    return own + sum(prompts[first] for first in {index // 6 * 6 for index in indexes})
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("budget", [1, 50, 200, 100_000])
+def test_trajectories_that_share_a_prompt_stay_together_within_the_budget(num_parts, budget):
+    units = units_of(LENGTHS, prefix=20)
+    cut = cut_into_micro_batches(LENGTHS, budget, BatchLayout(num_parts=num_parts, shares_prompts=True), units)
+    assert sorted(index for indexes in cut for index in indexes) == list(range(60))
+    assert len(cut) % num_parts == 0
+    for indexes in cut:
+        if len(indexes) > 1:
+            assert computed(indexes, units) <= budget
+            assert len(indexes) * max(LENGTHS[index] for index in indexes) <= 4 * budget
+    if budget == 100_000:
+        assert sum(computed(indexes, units) for indexes in cut) <= 1.2 * computed(list(range(60)), units)
+
+
+def test_a_group_that_is_all_there_is_is_shared_out_over_parts():
+    units = [Unit(0, 60, 1)]
+    cut = cut_into_micro_batches(LENGTHS, 100_000, BatchLayout(num_parts=4, shares_prompts=True), units)
+    tokens = [sum(LENGTHS[index] for index in indexes) for indexes in cut]
+    assert len(cut) == 4
+    assert max(tokens) <= 1.4 * min(tokens)
+
+
+def test_long_prompts_let_no_more_into_a_micro_batch_than_attention_can_copy():
+    lengths = [101] * 64
+    [*cut] = cut_into_micro_batches(lengths, 200, BatchLayout(shares_prompts=True), [Unit(0, 64, 100)])
+    assert max(map(len, cut)) == 7
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

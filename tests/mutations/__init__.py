@@ -2,7 +2,8 @@
 
 from tests.mutations.adapters import ADAPTERS
 from tests.mutations.journal import JOURNAL
+from tests.mutations.prompts import PROMPTS
 from tests.mutations.relays import RELAYS
 from tests.mutations.together import TOGETHER
 
-GUARDS = (*ADAPTERS, *JOURNAL, *RELAYS, *TOGETHER)
+GUARDS = (*ADAPTERS, *JOURNAL, *PROMPTS, *RELAYS, *TOGETHER)

@@ -8,6 +8,9 @@ from learner.torch_engine import open_torch_engine
 from learner.training import StepResult, TrainSettings
 from tests.builders_learner import some_train_settings, train, weights_of
 
+SHARED = 2
+"""Tokens that all trajectories of a group begin with, which ranks on DeepSpeed compute once."""
+
 
 def settings_for(model: str, **overrides: Any) -> TrainSettings:
     """Adam's usual epsilon would make updates of a learning rate each out of the rounding errors of tiny gradients, and
@@ -18,5 +21,5 @@ def settings_for(model: str, **overrides: Any) -> TrainSettings:
 
 def one_rank(settings: TrainSettings, steps: int) -> tuple[dict[str, Tensor], list[StepResult]]:
     engine = open_torch_engine(settings)
-    results = train(engine, steps=steps)
+    results = train(engine, steps=steps, shared=SHARED)
     return weights_of(engine, settings), results

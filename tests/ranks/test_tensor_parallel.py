@@ -14,7 +14,7 @@ from learner.training import TrainSettings
 from tests.builders_learner import largest_difference, train, weights_of
 from tests.models import a_model, save_model
 from tests.ranks.pair import Pair, a_pair
-from tests.ranks.rank_settings import one_rank, settings_for
+from tests.ranks.rank_settings import SHARED, one_rank, settings_for
 
 STEPS = 3
 TOGETHER = EngineSettings(tensor_parallel=2)
@@ -59,7 +59,7 @@ def test_split_layers_are_updated_published_and_checkpointed_as_whole_ones(
     alone = open_torch_engine(settings_for(wide_model))
     alone.load(saved)
     alone.copy_state()(tmp_path / "alone")
-    train(alone, steps=1)
+    train(alone, steps=1, shared=SHARED)
     assert largest_difference(weights_of(alone), outcome.weights) < 1e-6
     split_again = splitting_pair.play(settings, resume=str(tmp_path / "alone"), steps=1)
     assert largest_difference(split_again.weights, outcome.weights) < 1e-6

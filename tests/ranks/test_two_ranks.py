@@ -15,7 +15,7 @@ from learner.torch_engine import open_torch_engine
 from tests.builders_learner import largest_difference, train, weights_of
 from tests.models import save_tiny_model
 from tests.ranks.pair import Pair
-from tests.ranks.rank_settings import one_rank, settings_for
+from tests.ranks.rank_settings import SHARED, one_rank, settings_for
 
 STAGES = (0, 1, 2, 3)
 STEPS = 3
@@ -33,7 +33,7 @@ def test_two_ranks_update_as_one_rank_does_at_every_stage(stage: int, model: str
     assert largest_difference(outcome.weights, weights) < 1e-6
     for metrics, expected in zip(outcome.metrics, results, strict=True):
         assert metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
-    assert (outcome.version, outcome.layout.packs) == (STEPS, True)
+    assert (outcome.version, outcome.layout.packs, outcome.layout.shares_prompts) == (STEPS, True, True)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_resumed_at_another_stage_and_number_of_ranks(
     one = open_torch_engine(settings_for(model))
     one.load(directory)
     one.copy_state()(tmp_path / "one-rank")
-    train(one, steps=2)
+    train(one, steps=2, shared=SHARED)
     assert largest_difference(weights_of(one), unbroken.weights) < 1e-6
     grown = pair.play(settings_for(model, zero_stage=before), resume=str(tmp_path / "one-rank"), steps=2)
     assert largest_difference(grown.weights, unbroken.weights) == 0.0

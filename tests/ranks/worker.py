@@ -23,6 +23,7 @@ from learner.rank_orders import LeadingEngine, follow, lead
 from learner.ranks import Ranks
 from learner.training import TrainSettings
 from tests.builders_learner import a_batch, random_groups, weights_of, with_nan
+from tests.ranks.rank_settings import SHARED
 
 STEP_TIMEOUT_S = 60.0
 
@@ -54,7 +55,11 @@ def play(scenario: Scenario, ranks: Ranks, writing: Ranks) -> dict[str, Any]:
             write = engine.copy_state()
         version = engine.version
         groups = random_groups(
-            version, num_groups=scenario.num_groups, version=version, sampled_tokens=scenario.sampled_tokens
+            version,
+            num_groups=scenario.num_groups,
+            version=version,
+            sampled_tokens=scenario.sampled_tokens,
+            shared=SHARED,
         )
         batch = a_batch(groups, version=version, micro_batch_tokens=scenario.micro_batch_tokens, layout=engine.layout)
         result = engine.step(with_nan(batch, scenario.nan) if scenario.nan else batch)
