@@ -51,7 +51,7 @@ TOGETHER = (
     ),
     Guard(
         missing="the largest row cannot be leased",
-        file="rollout_server/server.py",
+        file="rollout_server/greeting.py",
         code=", max_header_bytes=MAX_HEADER_BYTES",
         broken="",
         test="rollout_server/test_held_leases.py::test_the_largest_row_can_be_leased",
