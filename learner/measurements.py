@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import get_args
 
 from common.metrics import Measurement
+from learner.coordinator.bounds import Bound
 from learner.coordinator.client import CoordinatorClient
-from learner.coordinator.leases import Bound
 from learner.coordinator.messages import CoordinatorStatus
 from learner.publisher import Publisher
 from learner.training import TrainEngine

@@ -27,11 +27,12 @@ from rollout_server.environments.environment import AgentEnvironment, Environmen
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.gateway.gateway import Gateway
 from rollout_server.gateway.opening import gateway_settings
+from rollout_server.greeting import RunFinishedError, join
 from rollout_server.inference import InferenceEngine
 from rollout_server.nearest_snapshots import TRANSPORTS
 from rollout_server.reached_addresses import own_address_towards, with_host_of
 from rollout_server.relay import Relaying, open_relay
-from rollout_server.server import RolloutServer, RunFinishedError, join
+from rollout_server.server import RolloutServer
 from rollout_server.tokenizer import Tokenizer, load_tokenizer, model_config
 from rollout_server.vllm_engine import open_vllm_engine
 from rollout_server.vllm_start import AdapterSlots, VllmSettings

@@ -1,7 +1,7 @@
 """HostCopy: the weights in this process's memory, at one version, and what the last delta changed in them.
 
 Both lie in anonymous files that vanish with the process; other processes of this user read them by path.
-Memory: the bytes of the model, and 4 bytes for each element that the last delta changed.
+Memory: the bytes of the model, and for each element that the last delta changed 4 bytes and its own.
 """
 
 import mmap
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.delta import BlockPlace, Changes, DeltaManifest, changes_by_tensor
 from common.snapshot import SnapshotManifest, verify_all
-from rollout_server.inference import LocalChanges
+from rollout_server.local_changes import LocalChanges
 
 BlockChanges = tuple[BlockPlace, Changes]
 
@@ -76,23 +76,13 @@ class HostCopy:
         return written
 
     def _write_changes(self, delta: DeltaManifest, changes: Sequence[BlockChanges]) -> LocalChanges:
-        tensors = delta.target.tensors
-        index_type = LocalChanges.index_type(delta.target)
-        ranges: list[tuple[str, int, int]] = []
-        os.ftruncate(self._changes_descriptor, 0)
+        parts = (
+            (part.tensor.name, part.positions, part.values)
+            for block, changed in changes
+            for part in changes_by_tensor(block, changed, delta.target.tensors)
+        )
         path = Path(f"/proc/{os.getpid()}/fd/{self._changes_descriptor}")
-        end = 0
-        with path.open("wb") as file:
-            for block, changed in changes:
-                for part in changes_by_tensor(block, changed, tensors):
-                    name, start, count = part.tensor.name, end, part.positions.size
-                    if ranges and ranges[-1][0] == name:  # the tensor began in an earlier block
-                        _, start, before = ranges.pop()
-                        count += before
-                    ranges.append((name, start, count))
-                    file.write(part.positions.astype(index_type).data)
-                    end = start + count
-        return LocalChanges(base_version=delta.base_version, path=path, tensors=tuple(ranges))
+        return LocalChanges.write(path, delta.target, delta.base_version, parts)
 
     def close(self) -> None:
         self._mapping = None

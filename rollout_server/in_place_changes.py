@@ -5,28 +5,23 @@ snapshot: see CopyRecorder.
 """
 
 import logging
-import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from common.snapshot import ITEM_BYTES, SnapshotManifest
-from rollout_server.inference import LocalChanges, LocalSnapshot
-from rollout_server.placements import I64, Placement
+from rollout_server.inference import LocalSnapshot
+from rollout_server.local_changes import I64, LocalChanges, Words
+from rollout_server.placements import Placement
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARE_IN_PLACE = 0.1  # of the elements; from there on copying all of them is quicker: make bench-apply
 
 Part = tuple[str, int, int]
-Words = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +68,7 @@ class InPlaceChanges:
             return None
         if self._changed_much(snapshot.manifest, changes):
             return None
-        with _mapped(snapshot.path) as data, _mapped(changes.path) as indices:
-            changed = list(_changed_elements(snapshot.manifest, changes, data, indices))
+        changed = list(changes.read(snapshot.manifest))
         return [self._write_patch(rank, changed) for rank in self._placements]
 
     def close(self) -> None:
@@ -83,8 +77,7 @@ class InPlaceChanges:
         self._descriptors.clear()
 
     def _changed_much(self, manifest: SnapshotManifest, changes: LocalChanges) -> bool:
-        num_changed = sum(count for _, _, count in changes.tensors)
-        share = num_changed / sum(tensor.num_bytes // ITEM_BYTES[tensor.dtype] for tensor in manifest.tensors)
+        share = changes.num_changed / sum(tensor.num_bytes // ITEM_BYTES[tensor.dtype] for tensor in manifest.tensors)
         if share <= MAX_SHARE_IN_PLACE:
             return False
         if not self._has_said_that_much_changed:
@@ -111,33 +104,8 @@ class InPlaceChanges:
         if rank not in self._descriptors:
             self._descriptors[rank] = os.memfd_create(f"countercurrent-patch-{rank}")
         descriptor = self._descriptors[rank]
-        os.ftruncate(descriptor, 0)
         path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
         with path.open("wb") as file:
             for array in (*indices, *values):
                 file.write(array.data)
         return Patch(rank=rank, path=path, num_items=end, parts=tuple(parts))
-
-
-def _changed_elements(
-    manifest: SnapshotManifest, changes: LocalChanges, data: memoryview, indices: memoryview
-) -> Iterator[tuple[str, I64, Words]]:
-    """(tensor, positions in it, their new bit patterns), copied."""
-    index_type = changes.index_type(manifest)
-    specs = {tensor.name: tensor for tensor in manifest.tensors}
-    for name, start, count in changes.tensors:
-        spec, item_bytes = specs[name], ITEM_BYTES[specs[name].dtype]
-        words = np.frombuffer(data, f"<u{item_bytes}", spec.num_bytes // item_bytes, spec.offset)
-        positions = np.frombuffer(indices, index_type, count, start * index_type.itemsize).astype(np.int64)
-        yield name, positions, words[positions]
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    """All bytes of a file, which may be empty."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
-            yield view

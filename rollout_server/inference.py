@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from common.snapshot import ITEM_BYTES, SnapshotManifest
+from common.snapshot import SnapshotManifest
+from rollout_server.local_changes import LocalChanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,25 +31,10 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalChanges:
-    """Which elements of a snapshot differ, in any bit, from those of base_version."""
-
-    base_version: int
-    path: Path  # element indices, ascending for each tensor; uint32, or uint64 if a tensor has 2**32 elements or more
-    tensors: tuple[tuple[str, int, int], ...]  # (name, start, count): its indices are items [start, start + count)
-
-    @staticmethod
-    def index_type(manifest: SnapshotManifest) -> np.dtype[Any]:
-        """Of the indices in the file."""
-        most = max(tensor.num_bytes // ITEM_BYTES[tensor.dtype] for tensor in manifest.tensors)
-        return np.dtype("<u4" if most < 1 << 32 else "<u8")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSnapshot:
     """A snapshot whose bytes lie, pulled and verified, in a local file.
 
-    An engine that is at changes.base_version may copy nothing but the changed elements; the values are in `path`.
+    An engine that is at changes.base_version may write nothing but the changed elements.
     """
 
     manifest: SnapshotManifest

@@ -4,12 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 
 import msgspec
 
 from common import messages
-from common.codec import Decoder, ProtocolError, encode
+from common.codec import encode
 from common.events import EventLog
 from common.keys import ClientKey
 from common.lifecycle import UserError
@@ -19,62 +18,20 @@ from common.wire import Dealer, open_dealer
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner
 from rollout_server.evaluations import Evaluations
+from rollout_server.greeting import SAY_IT_EVERY_S, RunFinishedError, receive_message, said_now
 from rollout_server.held_leases import HeldLeases
 from rollout_server.lease_failure import LeaseFailure
 from rollout_server.reached_addresses import with_host_of
+from rollout_server.vital_signs import VitalSigns
 from rollout_server.waiting import WaitingAloud
 from rollout_server.weight_receiver import WeightReceiver
 
 logger = logging.getLogger(__name__)
 
-HELLO_INTERVAL_S = 1.0
-SAY_IT_EVERY_S = 5.0
 HEARTBEAT_INTERVAL_S = 0.5
 RESEND_AFTER_S = 5.0
 HEALTH_INTERVAL_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
-MAX_HEADER_BYTES = 2 << 20  # a lease with the largest row, and what is said beside it
-
-decoder = Decoder(messages.CoordinatorToServer, max_payload_bytes=0, max_header_bytes=MAX_HEADER_BYTES)
-
-
-class RunFinishedError(Exception):
-    """The learner said that the run is over."""
-
-
-async def join(dealer: Dealer, hello: messages.Hello) -> messages.Welcome:
-    """Introduce this server until the learner answers.
-
-    Raises UserError when it does not want us, RunFinishedError when it needs nobody any more.
-    """
-    said_s = time.monotonic()
-    while True:
-        dealer.try_send(encode(said_now(hello)))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(HELLO_INTERVAL_S):
-                message = receive_message(await dealer.receive())
-                if isinstance(message, messages.Welcome):
-                    return message
-                if isinstance(message, messages.Refused) and not message.retry:
-                    raise UserError(f"the learner refuses this rollout server: {message.reason}")
-                if isinstance(message, messages.Finished):
-                    raise RunFinishedError(f"the run is finished: {message.reason}")
-        if time.monotonic() - said_s > SAY_IT_EVERY_S:
-            said_s = time.monotonic()
-            logger.info("waiting for the learner at %s: is it running, and is the key one of its run?", dealer.address)
-
-
-def said_now(hello: messages.Hello) -> messages.Hello:
-    return msgspec.structs.replace(hello, said_us=time.monotonic_ns() // 1000)
-
-
-def receive_message(frames: list[bytes | memoryview]) -> messages.Message | None:
-    """None for what is not a message of this protocol version: it is logged, and ignored."""
-    try:
-        return decoder.decode(frames)[0]
-    except ProtocolError as error:
-        logger.warning("the learner sent what is not a message: %s", error)
-        return None
 
 
 class RolloutServer:
@@ -105,10 +62,9 @@ class RolloutServer:
         self._evaluations = Evaluations(receiver, self._say)
         self._run_id = ""
         self._following: asyncio.Task[None] | None = None
-        self._progress = 0
+        self._vital_signs = VitalSigns(engine, receiver, self._leases, self._evaluations, events)
         self._last_heard_s = time.monotonic()
         self._confirmed_version = NO_VERSION  # the coordinator was told that this one is loaded
-        self._waiting_for = ""
         self._is_greeting_again = False
         self._is_finished = False
         self._adapters: messages.AdapterNeeds | None = None  # that the engine was started for
@@ -121,22 +77,7 @@ class RolloutServer:
 
     def metrics(self) -> Iterator[Measurement]:
         """What Prometheus is told."""
-        yield Measurement(name="running_groups", value=self._leases.num_working, help="leases being worked on")
-        yield Measurement(name="running_evaluations", value=len(self._evaluations), help="evaluation tasks")
-        yield Measurement(
-            name="unacknowledged_groups", value=self._leases.num_unacknowledged, help="sent, not yet accepted"
-        )
-        yield Measurement(name="loaded_version", value=self._receiver.loaded_version, help="policy version sampling")
-        yield Measurement(name="published_version", value=self._receiver.published_version, help="newest known")
-        yield Measurement(name="generated_tokens_total", value=self._engine.generated_tokens, help="tokens sampled")
-        yield Measurement(name="generating_seconds_total", value=self._engine.busy_s, help="requests were running")
-        yield Measurement(name="update_pause_seconds_total", value=self._receiver.paused_s, help="paused for weights")
-        yield Measurement(name="weight_bytes_total", value=self._receiver.received_bytes, help="of snapshots pulled")
-        yield Measurement(name="deltas_loaded_total", value=self._receiver.deltas_loaded, help="versions, as deltas")
-        yield Measurement(name="out_of_service", value=bool(self._receiver.doubt), help="1: its weights are wrong")
-        yield Measurement(name="failed_canaries_total", value=self._receiver.canaries_failed, help="wrong weights")
-        yield Measurement(name="full_snapshots_loaded_total", value=self._receiver.full_loaded, help="versions, whole")
-        yield from self._receiver.relaying.metrics()
+        return self._vital_signs.metrics()
 
     async def run(self, welcome: messages.Welcome) -> None:
         """Returns when the run is finished."""
@@ -197,7 +138,7 @@ class RolloutServer:
             self._last_heard_s = time.monotonic()
             match message:
                 case messages.Pulse():
-                    self._waiting_for = message.waiting_for
+                    self._vital_signs.waiting_for = message.waiting_for
                     await self._receiver.announce(message.published_version)
                 case messages.Welcome():
                     await self._hear_welcome(message)
@@ -293,7 +234,7 @@ class RolloutServer:
     async def _say(self, message: messages.Message) -> None:
         """Once."""
         await self._dealer.send(encode(message))
-        self._progress += 1
+        self._vital_signs.progress += 1
 
     async def _work(self, lease: messages.Lease) -> None:
         try:
@@ -307,7 +248,7 @@ class RolloutServer:
             # A token may only claim a version that this server has loaded, and found right.
             await self._receiver.wait_for_version(group.newest_version)
             self._leases.finished(group)
-        self._progress += 1
+        self._vital_signs.progress += 1
 
     async def _send_groups(self) -> None:
         """What is finished while a message is made and sent goes with the next one."""
@@ -318,7 +259,7 @@ class RolloutServer:
             await self._dealer.send(message.frames)
 
     async def _say_alive(self) -> None:
-        heartbeat = self._describe()
+        heartbeat = self._vital_signs.heartbeat()
         await self._dealer.send(encode(heartbeat))
         self._confirmed_version = heartbeat.loaded_version
 
@@ -326,7 +267,7 @@ class RolloutServer:
         aloud = WaitingAloud(self._dealer.address, time.monotonic())
         while True:
             self._engine.flush()
-            heartbeat = self._describe()
+            heartbeat = self._vital_signs.heartbeat()
             if self._dealer.try_send(encode(heartbeat)):
                 self._confirmed_version = heartbeat.loaded_version
             self._leases.resend(self._dealer.try_send, time.monotonic(), after_s=RESEND_AFTER_S)
@@ -335,40 +276,14 @@ class RolloutServer:
                 time.monotonic(),
                 heard_s=self._last_heard_s,
                 is_working=self._leases.num_working > 0 and awaited is None,
-                waiting_for=self._waiting_for if awaited is None else f"snapshot {awaited} of the learner",
+                waiting_for=self._vital_signs.waiting_for if awaited is None else f"snapshot {awaited} of the learner",
                 every_s=SAY_IT_EVERY_S,
             )
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-
-    def _describe(self) -> messages.Heartbeat:
-        if self._receiver.doubt:
-            doing = "repairing the weights"
-        elif self._leases.num_working:
-            doing = "generating"
-        else:
-            doing = self._waiting_for or f"waiting for leases at version {self._receiver.loaded_version}"
-        heartbeat = messages.Heartbeat(
-            progress=self._progress,
-            loaded_version=self._receiver.loaded_version,
-            running_groups=self._leases.num_working,
-            generated_tokens=self._engine.generated_tokens,
-            busy_s=self._engine.busy_s,
-            paused_s=self._receiver.paused_s,
-            doing=doing[:4096],
-            out_of_service=self._receiver.doubt[:4096],
-            updates=self._receiver.deltas_loaded + self._receiver.full_loaded,
-            pulled_bytes=self._receiver.received_bytes,
-            holding=self._receiver.holding,
-            relay_address=self._receiver.relaying.offered_at,
-            relay_key=self._receiver.relaying.public_key,
-            lying_relay=self._receiver.relaying.upstream.last_liar,
-        )
-        self._events.emit("heartbeat", generated_tokens=heartbeat.generated_tokens, running=heartbeat.running_groups)
-        return heartbeat
 
     async def _watch_engine(self) -> None:
         """Progress is what the engine does, not what its front end says; a dead engine ends this process."""
         while True:
             await self._engine.check_health(HEALTH_TIMEOUT_S)
-            self._progress += 1
+            self._vital_signs.progress += 1
             await asyncio.sleep(HEALTH_INTERVAL_S)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from common.snapshot import NO_VERSION, SnapshotError, SnapshotManifest
 from common.wire import Dealer
-from rollout_server.inference import LocalChanges
+from rollout_server.local_changes import LocalChanges
 
 
 @dataclass(slots=True, kw_only=True)

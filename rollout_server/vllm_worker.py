@@ -98,7 +98,10 @@ class SnapshotLoader:
                 indices = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start * 8)
                 offset = num_items * 8 + start * flat.itemsize
                 values = torch.frombuffer(data, dtype=flat.dtype, count=count, offset=offset)
-                flat[indices.to(flat.device, non_blocking=True)] = values.to(flat.device, non_blocking=True)
+                # Takes 0.6 of the time of an assignment to flat[indices].
+                flat.index_copy_(
+                    0, indices.to(flat.device, non_blocking=True), values.to(flat.device, non_blocking=True)
+                )
         _wait_for_device()
 
     def load_adapter(self, name: str, number: int, path: str, unneeded: Sequence[int]) -> float:

@@ -330,7 +330,7 @@ class Coordinator:
     def _grant(self, now: float) -> list[Decision]:
         """Leases to servers with room, as far as the bounds allow."""
         decisions: list[Decision] = []
-        room = self.book.room
+        room = self.book.bounds.room
         if room and now >= self._servers_return_until and not self.closed:
             free = self.members.free(now)
             while free and len(decisions) < room:
@@ -348,12 +348,12 @@ class Coordinator:
         self.book.batches.deliver(self.version, batch)
         idle_share = self._delivery.deliver(batch, now)
         if idle_share is not None:
-            self.book.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))
+            self.book.bounds.depth.batch_delivered(idle_share=idle_share, spare=len(self.book.queue) - len(batch))
         return [DeliverBatch(version=self.version, groups=batch)]
 
     def hold(self) -> str:
         """What keeps leases from being granted to anybody, for people; empty when nothing does."""
-        return f"nothing: the run is over, {self.closed}" if self.closed else self.book.hold()
+        return f"nothing: the run is over, {self.closed}" if self.closed else self.book.bounds.hold(self.version)
 
     def _remove(self, server_id: str, kind: str, reason: str) -> list[Decision]:
         """Cancel the server's leases and drop it."""

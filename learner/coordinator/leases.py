@@ -1,12 +1,11 @@
-"""LeaseBook: the open leases of a run; who holds them, what bounds them, when they are due, and how they end."""
+"""LeaseBook: the open leases of a run; who holds them, when they are due, and how they end."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from common.snapshot import NO_VERSION
 from learner.coordinator.batches import Batches
+from learner.coordinator.bounds import Bounds
 from learner.coordinator.decisions import CancelLease, Decision, GrantLease, ParkTask
-from learner.coordinator.depth import Depth
 from learner.coordinator.dynamic_sampling import EQUAL_REWARDS, DynamicSampling
 from learner.coordinator.ledger import FrontierState, PastLeases, TaskLedger, encode_frontier
 from learner.coordinator.members import Member, Members
@@ -18,8 +17,6 @@ from learner.coordinator.settings import CoordinatorSettings
 
 # Leases granted after the last word in the journal may be held by servers: their ids are not given to others.
 LEASE_ID_LEAP = 1 << 16
-
-Bound = Literal["max_staleness", "queue_groups", "queue_bytes", "depth"]
 
 
 class LeaseBook:
@@ -39,58 +36,13 @@ class LeaseBook:
         self.next_lease_id = recovered.next_lease_id
         self.leased = recovered.past.leased
         self.endings = Endings(recovered.past)
-        ceiling = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups)
         self.sampling = DynamicSampling(settings.max_filtered, recovered.filtered, version=self.version)
-        self.depth = Depth(groups_per_step=settings.groups_per_step, ceiling=ceiling)
+        self.bounds = Bounds(settings, self.running, self.batches)
         self.tasks.restore(recovered.tasks)
 
     @property
     def queue(self) -> ReplayQueue:
         return self.batches.queue
-
-    @property
-    def num_open(self) -> int:
-        return len(self.running) + len(self.batches)
-
-    @property
-    def bytes_with_one_more(self) -> int:
-        """Bytes that are queued, or would be set aside for running leases, were there one more."""
-        return self.queue.num_bytes + (len(self.running) + 1) * self.settings.max_group_bytes
-
-    def held_by(self) -> Bound | None:
-        """The bound that keeps leases from being granted to anybody, if one does."""
-        settings, num_open = self.settings, self.num_open
-        if num_open >= (settings.max_staleness + 1) * settings.groups_per_step:
-            return "max_staleness"
-        if num_open >= settings.queue_groups:
-            return "queue_groups"
-        if self.bytes_with_one_more > settings.queue_bytes:
-            return "queue_bytes"
-        return "depth" if num_open >= self.depth.leases else None
-
-    @property
-    def room(self) -> int:
-        """How many leases can be granted before held_by() names a bound: each takes one place, and a group's bytes."""
-        settings = self.settings
-        places = min((settings.max_staleness + 1) * settings.groups_per_step, settings.queue_groups, self.depth.leases)
-        bytes_left = settings.queue_bytes - self.queue.num_bytes
-        return max(0, min(places - self.num_open, bytes_left // settings.max_group_bytes - len(self.running)))
-
-    def hold(self) -> str:
-        """Who must do what before leases can be granted to anybody, for people; empty when they can be."""
-        settings, num_open = self.settings, self.num_open
-        match self.held_by():
-            case "max_staleness":
-                return f"the learner to complete step {self.version + 1}: more data would be older than max_staleness"
-            case "queue_groups":
-                return f"the learner to empty the queue: {num_open} of {settings.queue_groups} groups are open"
-            case "queue_bytes":
-                needed, bound = self.bytes_with_one_more, settings.queue_bytes
-                return f"the learner to empty the queue: {needed} of {bound} bytes would be needed"
-            case "depth":
-                return f"the learner to complete step {self.version + 1}: {num_open} open groups keep it busy"
-            case None:
-                return ""
 
     def grant(self, member: Member, now: float) -> GrantLease | None:
         """The next task to `member`. See deadlines.py for why min_version bounds the staleness.
@@ -100,7 +52,7 @@ class LeaseBook:
         task_id = self.tasks.next(lambda environment: self.may_run(member, environment, now))
         if task_id is None:
             return None
-        place = self.version * self.settings.groups_per_step + self.num_open
+        place = self.version * self.settings.groups_per_step + self.bounds.num_open
         must_be = place // self.settings.groups_per_step - self.settings.max_staleness
         # What the server has loaded is all that it will sample with, so the group is due later than it might be.
         will_be = min(member.loaded_version, self.published_version)
@@ -303,16 +255,15 @@ class LeaseBook:
 
     def _may_adopt(self, claim: Claim) -> bool:
         """Takes the task, if so. Adopting must keep every bound that granting keeps."""
-        ceiling = (self.settings.max_staleness + 1) * self.settings.groups_per_step
         is_open = claim.lease_id in self.running or claim.lease_id in self.queue
         if is_open or not self.endings.may_go_on(claim.lease_id):
             return False
-        if self.num_open >= min(ceiling, self.settings.queue_groups):
+        if self.bounds.num_open >= min(self.bounds.pacing, self.settings.queue_groups):
             return False
-        if self.bytes_with_one_more > self.settings.queue_bytes or claim.min_version > self.version:
+        if self.bounds.bytes_with_one_more > self.settings.queue_bytes or claim.min_version > self.version:
             return False
         in_time = self.batches.would_fit(claim.min_version + self.settings.max_staleness, version=self.version)
-        return in_time and self.tasks.claim(claim.task_id, at_most_ahead=ceiling)
+        return in_time and self.tasks.claim(claim.task_id, at_most_ahead=self.bounds.pacing)
 
     def _open(self, lease: OpenLease, member: Member, now: float) -> None:
         # Many are granted at one moment: all that the server has is looked through before the first of them only.

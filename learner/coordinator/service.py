@@ -19,6 +19,7 @@ from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import DeliverBatch
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.inbound import Inbound
+from learner.coordinator.inbox import Inbox
 from learner.coordinator.journal_keeper import JournalKeeper
 from learner.coordinator.lender import Lender
 from learner.coordinator.mailer import MAX_KEPT_BYTES, Mailer
@@ -85,6 +86,7 @@ class Service:
         self._lender = Lender(
             tasks, self._outbound, self._to_servers, post=self._post, evaluation_tasks=evaluation_tasks
         )
+        self._inbox = Inbox()
         self._decoder = Decoder(
             ServerToCoordinator,
             max_payload_bytes=max(MAX_TOGETHER_BYTES, settings.rules.max_group_bytes),
@@ -98,8 +100,8 @@ class Service:
         self._tell_learner(RunOpened(listen_address=self._servers.address))
         async with asyncio.TaskGroup() as group:
             loops = (
-                self._hear_servers(), self._hear_learner(), self._lender.run(), self._batches.run(), self._tick(),
-                self._retry(),
+                self._receive_from_servers(), self._hear_servers(), self._hear_learner(), self._lender.run(),
+                self._batches.run(), self._tick(), self._retry(),
             )  # fmt: skip
             group.create_task(self._keep_journal())
             running = [group.create_task(loop) for loop in loops]
@@ -107,11 +109,28 @@ class Service:
             for task in running:
                 task.cancel()
 
-    async def _hear_servers(self) -> None:
+    async def _receive_from_servers(self) -> None:
         while True:
             messages = await self._servers.receive()
             turn = Turn()
             for incoming in messages:
+                if self._outbound.is_blocked(incoming.peer):  # before it is looked at or kept: floods must be cheap
+                    continue
+                if not self._inbox.may_be_heard_now(incoming):
+                    self._inbox.put(incoming)
+                    continue
+                self._hear_server(incoming)
+                if turn.is_over:
+                    self._post()
+                    await turn.next()
+            self._post()
+            await self._inbox.wait_for_room()
+
+    async def _hear_servers(self) -> None:
+        while True:
+            await self._inbox.wait_for_messages()
+            turn = Turn()
+            while (incoming := self._inbox.take()) is not None:
                 self._hear_server(incoming)
                 if turn.is_over:
                     self._post()
@@ -119,8 +138,6 @@ class Service:
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:
-        if self._outbound.is_blocked(incoming.peer):  # before anything it sent is looked at: floods must be cheap
-            return
         now = time.monotonic()
         try:
             message, payload = self._decoder.decode(incoming.frames)

@@ -1,6 +1,7 @@
 """Versions of a model's weights as files, each with what changed in it since the one before, for bench_apply."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from common.snapshot import SnapshotManifest, build_manifest
-from rollout_server.inference import LocalChanges, LocalSnapshot
+from rollout_server.inference import LocalSnapshot
+from rollout_server.local_changes import LocalChanges
 from rollout_server.model_tensors import checkpoint_dtype
 from rollout_server.vllm_start import VllmSettings
 from tests.models import a_model, save_model, snapshot_bytes
@@ -95,15 +97,12 @@ class Versions:
 
     def _changes(self, old: int, new: int) -> LocalChanges:
         is_changed = self._sets[old] != self._sets[new]
-        tensors: list[tuple[str, int, int]] = []
-        indices: list[np.ndarray] = []
-        end = 0
-        for tensor in self._tensors:
-            start = tensor.offset // self._sets[old].itemsize
-            stop = start + tensor.num_bytes // self._sets[old].itemsize
-            indices.append(np.flatnonzero(is_changed[start:stop]).astype("<u4"))
-            tensors.append((tensor.name, end, indices[-1].size))
-            end += indices[-1].size
-        path = self._directory / f"changes-{old}-{new}"
-        path.write_bytes(np.concatenate(indices).data)
-        return LocalChanges(base_version=0, path=path, tensors=tuple(tensors))
+
+        def changes() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+            for tensor in self._tensors:
+                start = tensor.offset // self._sets[old].itemsize
+                stop = start + tensor.num_bytes // self._sets[old].itemsize
+                places = np.flatnonzero(is_changed[start:stop])
+                yield tensor.name, places, self._sets[new][start:stop][places]
+
+        return LocalChanges.write(self._directory / f"changes-{old}-{new}", self._manifests[new], 0, changes())

@@ -197,7 +197,7 @@ def bench_memory(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
     with tempfile.TemporaryDirectory(prefix="countercurrent-bench-") as name:
         memory = run_memory(Path(name), queue_bytes=arguments.queue_mib * MIB, copies=COPIES)
     print(
-        f"  bound of the queue {memory.queue_bytes / MIB:.0f} MiB, of what was not received "
+        f"  bound of the queue {memory.queue_bytes / MIB:.0f} MiB, of what was not heard "
         f"{memory.ingress_bytes / MIB:.0f} MiB, sent {memory.sent_bytes / MIB:.0f} MiB, queued "
         f"{memory.status.queued_bytes / MIB:.0f} MiB; process {memory.rss_before / MIB:.0f} MiB before, "
         f"{memory.peak_rss / MIB:.0f} MiB at most; servers wait for {memory.status.servers_wait_for}"
@@ -258,13 +258,16 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be repeated")
     parser.add_argument("--queue-mib", type=int, default=256, help="bound of the queue for memory (default: 256)")
     parser.add_argument(
-        "--latency-group-size", type=int, default=4, help="trajectories of a group for control messages (default: 4)"
+        "--latency-group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        help=f"trajectories of a group for control messages (default: {DEFAULT_GROUP_SIZE})",
     )
     parser.add_argument(
         "--latency-trajectories",
         type=int,
-        default=512,
-        help="leased or queued at once for control messages (default: 512)",
+        default=2048,
+        help="leased or queued at once for control messages (default: 2048)",
     )
     parser.add_argument(
         "--load",

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from common.messages import MAX_TOGETHER_BYTES
 from common.wire.options import RECEIVE_QUEUE_BYTES
+from learner.coordinator.inbox import INBOX_BYTES
 from learner.coordinator.messages import CloseRun, CoordinatorStatus
 from learner.coordinator.service import MAX_HEADER_BYTES
 from tests.benchmarks.dataplane_groups import group_bytes
@@ -143,7 +144,7 @@ class Memory:
     """Of a coordinator whose learner has stopped."""
 
     queue_bytes: int  # the bound
-    ingress_bytes: int  # likewise, of what has arrived and was not received yet, over all connections
+    ingress_bytes: int  # likewise, of what has arrived and was not heard yet, over all connections
     sent_bytes: int  # in groups for leases
     rss_before: int
     peak_rss: int
@@ -156,9 +157,9 @@ class Memory:
 
 
 def ingress_bytes(num_servers: int, group_size: int) -> int:
-    """What may have arrived from so many servers and not have been received yet."""
+    """What may have arrived from so many servers and not have been heard yet: on its connection, or in the inbox."""
     message_bytes = max(MAX_TOGETHER_BYTES, group_bytes(group_size))
-    return num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * message_bytes
+    return INBOX_BYTES + num_servers * RECEIVE_QUEUE_BYTES // MAX_HEADER_BYTES * message_bytes
 
 
 def run_memory(directory: Path, *, queue_bytes: int, copies: int, group_size: int = 4) -> Memory:

@@ -51,7 +51,7 @@ TOGETHER = (
     ),
     Guard(
         missing="the largest row cannot be leased",
-        file="rollout_server/server.py",
+        file="rollout_server/greeting.py",
         code=", max_header_bytes=MAX_HEADER_BYTES",
         broken="",
         test="rollout_server/test_held_leases.py::test_the_largest_row_can_be_leased",
@@ -92,5 +92,45 @@ TOGETHER = (
         code="                    await turn.next()\n",
         broken="                    pass\n",
         test="learner/coordinator/test_lender.py::test_others_have_a_turn_between_the_messages_of_leases",
+    ),
+    Guard(
+        missing="heartbeats wait behind groups",
+        file="learner/coordinator/inbox.py",
+        code="return not self._in_order[incoming.peer] and _may_overtake(incoming.frames)",
+        broken="return False",
+        test="learner/coordinator/test_service.py::"
+        "test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_it",
+    ),
+    Guard(
+        missing="what takes a server out of service overtakes the groups before it",
+        file="learner/coordinator/inbox.py",
+        code="return not _heartbeats.decode(frames[0]).out_of_service",
+        broken="return bool(_heartbeats.decode(frames[0]))",
+        test="learner/coordinator/test_inbox.py::"
+        "test_a_heartbeat_that_takes_its_server_out_of_service_waits_for_the_groups_before_it",
+    ),
+    Guard(
+        missing="a server leaves before its groups are heard",
+        file="learner/coordinator/inbox.py",
+        code="        if not self._waiting[incoming.peer]:\n            return True\n",
+        broken="        return True\n",
+        test="learner/coordinator/test_inbox.py::"
+        "test_what_else_a_server_says_keeps_its_place_behind_its_own_groups_and_behind_no_others",
+    ),
+    Guard(
+        missing="what is received and not heard has no bound",
+        file="learner/coordinator/inbox.py",
+        code="            self._has_room.clear()\n",
+        broken="            pass\n",
+        test="learner/coordinator/test_inbox.py::test_no_more_is_taken_in_than_its_bound_and_one_message",
+    ),
+    Guard(
+        missing="groups hold up everybody else while they are heard",
+        file="learner/coordinator/service.py",
+        code="(incoming := self._inbox.take()) is not None:\n                self._hear_server(incoming)\n"
+        "                if turn.is_over:\n",
+        broken="(incoming := self._inbox.take()) is not None:\n                self._hear_server(incoming)\n"
+        "                if False:\n",
+        test="learner/coordinator/test_service.py::test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard",
     ),
 )

@@ -35,7 +35,8 @@ from common.weight_messages import ChunkReply, ManifestReply, ManifestRequest, S
 from common.wire import Peer, Router, open_dealer, open_router
 from rollout_server.busy import MeteredEngine
 from rollout_server.episodes import EpisodeRunner
-from rollout_server.server import RolloutServer, join
+from rollout_server.greeting import join
+from rollout_server.server import RolloutServer
 from rollout_server.table_engine import TABLE_TENSOR, TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 from tests.rollout_server.test_episodes import ScriptedEnvironment

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import hashlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from rollout_server.inference import Completion, EngineError, LocalChanges, LocalSnapshot, WeightUpdate
+from common.snapshot import SnapshotManifest
+from rollout_server.inference import Completion, EngineError, LocalSnapshot, WeightUpdate
+from rollout_server.local_changes import LocalChanges
 from tests.models import VOCAB_SIZE, write_snapshot
 from tests.rollout_server.conftest import LiveEngine, set_fault
 from tests.rollout_server.test_vllm_engine import TOLERANCE, a_prompt, a_sampling, hold, logprob_error, until_calls
@@ -34,18 +36,18 @@ def changed(model: Qwen2ForCausalLM, share: float, seed: int) -> Qwen2ForCausalL
     return new
 
 
-def write_changes(path: Path, old: Qwen2ForCausalLM, new: Qwen2ForCausalLM, base_version: int) -> LocalChanges:
-    tensors: list[tuple[str, int, int]] = []
-    indices: list[np.ndarray] = []
-    end = 0
+def write_changes(
+    path: Path, manifest: SnapshotManifest, old: Qwen2ForCausalLM, new: Qwen2ForCausalLM, base_version: int
+) -> LocalChanges:
     before = dict(old.named_parameters())
-    for name, parameter in new.named_parameters():
-        is_changed = parameter.detach().view(torch.int32) != before[name].detach().view(torch.int32)
-        indices.append(np.flatnonzero(is_changed.numpy()).astype("<u4"))
-        tensors.append((name, end, indices[-1].size))
-        end += indices[-1].size
-    path.write_bytes(np.concatenate(indices).tobytes())
-    return LocalChanges(base_version=base_version, path=path, tensors=tuple(tensors))
+
+    def changes() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for name, parameter in new.named_parameters():
+            words, words_before = (each.detach().view(torch.int32).flatten() for each in (parameter, before[name]))
+            places = np.flatnonzero((words != words_before).numpy())
+            yield name, places, words.numpy()[places]
+
+    return LocalChanges.write(path, manifest, base_version, changes())
 
 
 async def load_changed(live: LiveEngine, share: float, *, whole: bool = False) -> WeightUpdate:
@@ -55,7 +57,7 @@ async def load_changed(live: LiveEngine, share: float, *, whole: bool = False) -
     live.models[version] = changed(live.models[base], share, version)
     path = live.directory / "changed"
     manifest = write_snapshot(path, live.models[version], version=version)
-    changes = write_changes(live.directory / "changes", live.models[base], live.models[version], base)
+    changes = write_changes(live.directory / "changes", manifest, live.models[base], live.models[version], base)
     next(live._versions)
     return await live.engine.load_weights(
         LocalSnapshot(manifest=manifest, path=path, changes=None if whole else changes)

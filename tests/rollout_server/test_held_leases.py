@@ -7,8 +7,8 @@ import pytest
 from common.codec import Decoder, encode
 from common.messages import MAX_TOGETHER_BYTES, GroupsFinished, Lease, Leases
 from common.trajectory import Group
+from rollout_server.greeting import decoder
 from rollout_server.held_leases import HeldLeases
-from rollout_server.server import decoder
 from tests.builders_codec import a_group, a_trajectory
 from tests.rollout_server.builders_server import a_lease
 

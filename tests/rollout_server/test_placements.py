@@ -10,7 +10,8 @@ import torch
 from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
 from rollout_server.copy_recorder import CopyRecorder
 from rollout_server.in_place_changes import InPlaceChanges, Patch
-from rollout_server.inference import LocalChanges, LocalSnapshot
+from rollout_server.inference import LocalSnapshot
+from rollout_server.local_changes import LocalChanges
 from rollout_server.placements import Placement, nested_strides
 
 Loader = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
@@ -66,14 +67,12 @@ def snapshot_of(tensors: dict[str, torch.Tensor], path: Path, version: int) -> S
     return build_manifest(memoryview(data), tuple(specs), run_id="test", version=version)
 
 
-def changes_of(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], path: Path, base: int) -> LocalChanges:
-    ranges, indices = [], np.zeros(0, "<u4")
-    for name, tensor in new.items():
-        changed = np.flatnonzero((tensor != old[name]).numpy()).astype("<u4")
-        ranges.append((name, indices.size, changed.size))
-        indices = np.concatenate([indices, changed])
-    path.write_bytes(indices.tobytes())
-    return LocalChanges(base_version=base, path=path, tensors=tuple(ranges))
+def changes_of(
+    old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], path: Path, manifest: SnapshotManifest, base: int
+) -> LocalChanges:
+    changed = [(name, np.flatnonzero((tensor != old[name]).numpy())) for name, tensor in new.items()]
+    values = {name: tensor.numpy().reshape(-1).view("<u4") for name, tensor in new.items()}
+    return LocalChanges.write(path, manifest, base, ((name, where, values[name][where]) for name, where in changed))
 
 
 def write(patch: Patch, parameters: dict[str, torch.Tensor]) -> None:
@@ -102,12 +101,12 @@ def test_a_patch_makes_the_parameters_what_a_load_of_the_new_snapshot_makes_them
     for version in range(1, 20):
         new = {name: tensor + (torch.rand(tensor.shape, generator=generator) < share) for name, tensor in old.items()}
         manifest = snapshot_of(new, tmp_path / "snapshot", version)
-        told = changes_of(old, new, tmp_path / "changes", version - 1)
+        told = changes_of(old, new, tmp_path / "changes", manifest, version - 1)
         patches = changes.prepare(
             LocalSnapshot(manifest=manifest, path=tmp_path / "snapshot", changes=told), loaded_version=version - 1
         )
         if patches is None:
-            assert sum(count for _, _, count in told.tensors) > 0.1 * sum(tensor.numel() for tensor in new.values())
+            assert told.num_changed > 0.1 * sum(tensor.numel() for tensor in new.values())
             continue
         [patch] = patches
         assert patch.rank == 3
@@ -219,7 +218,7 @@ def a_small_change(tmp_path: Path) -> LocalSnapshot:
     old = {"w": torch.cat([torch.zeros(1), torch.ones(39)])}
     manifest = snapshot_of(new, tmp_path / "snapshot", 5)
     return LocalSnapshot(
-        manifest=manifest, path=tmp_path / "snapshot", changes=changes_of(old, new, tmp_path / "changes", 4)
+        manifest=manifest, path=tmp_path / "snapshot", changes=changes_of(old, new, tmp_path / "changes", manifest, 4)
     )
 
 

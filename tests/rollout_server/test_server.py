@@ -25,12 +25,13 @@ from common.messages import (
 )
 from common.snapshot import SnapshotError
 from common.wire import open_dealer
+from rollout_server import greeting
 from rollout_server import server as server_module
 from rollout_server.config import RolloutServerConfig
 from rollout_server.environments.environment import EnvironmentFailure
+from rollout_server.greeting import RunFinishedError, join
 from rollout_server.inference import LocalSnapshot, WeightUpdate
 from rollout_server.reached_addresses import own_address_towards, with_host_of
-from rollout_server.server import RunFinishedError, join
 from rollout_server.table_engine import TableEngine
 from tests.rollout_server.builders_server import HELLO, READY, FakeLearner, a_joined_server, a_learner, a_lease
 from tests.rollout_server.test_episodes import ScriptedEnvironment
@@ -321,8 +322,8 @@ async def test_what_is_no_message_is_ignored(tmp_path, caplog):
 async def test_a_server_without_a_learner_says_what_it_waits_for_and_joins_when_it_appears(
     monkeypatch, caplog, unused_tcp_port
 ):
-    monkeypatch.setattr(server_module, "SAY_IT_EVERY_S", 0.2)
-    monkeypatch.setattr(server_module, "HELLO_INTERVAL_S", 0.1)
+    monkeypatch.setattr(greeting, "SAY_IT_EVERY_S", 0.2)
+    monkeypatch.setattr(greeting, "HELLO_INTERVAL_S", 0.1)
     caplog.set_level("INFO")
     address = f"tcp://127.0.0.1:{unused_tcp_port}"
     async with open_dealer(address) as dealer, asyncio.TaskGroup() as tasks:

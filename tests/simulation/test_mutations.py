@@ -14,6 +14,7 @@ from learner.coordinator import core as core_module
 from learner.coordinator import dynamic_sampling, evaluations, records
 from learner.coordinator.admission import Admission
 from learner.coordinator.batches import Batches
+from learner.coordinator.bounds import Bounds
 from learner.coordinator.core import Coordinator
 from learner.coordinator.deadlines import Deadlines
 from learner.coordinator.decisions import AcceptGroup, FilterGroup, ForgetTrained, RefuseGroup
@@ -243,16 +244,16 @@ def without_bound(monkeypatch, **changes):
 
     def generous(rule):
         def generous_rule(self):
-            true, self.settings = self.settings, replace(self.settings, **changes)
+            true, self._settings = self._settings, replace(self._settings, **changes)
             try:
                 return rule(self)
             finally:
-                self.settings = true
+                self._settings = true
 
         return generous_rule
 
-    monkeypatch.setattr(LeaseBook, "held_by", generous(LeaseBook.held_by))
-    monkeypatch.setattr(LeaseBook, "room", property(generous(LeaseBook.room.fget)))
+    monkeypatch.setattr(Bounds, "held_by", generous(Bounds.held_by))
+    monkeypatch.setattr(Bounds, "room", property(generous(Bounds.room.fget)))
 
 
 @mutation

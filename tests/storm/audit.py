@@ -26,7 +26,7 @@ class Records:
     evaluations: list[dict[str, Any]]  # by time
     canaries: dict[bool, int]  # how many versions servers computed with as they should, and how many they did not
     equal_rewards: set[int]  # tasks of which two samples had the same reward, as environments said
-    filtered_lately: set[int]  # tasks that the last checkpoint has as open, and the journal as filtered
+    filtered_lately: set[int]  # tasks that the journal has as filtered, and the last checkpoint as open or not at all
 
 
 @dataclass
@@ -157,8 +157,9 @@ def _check_tasks(records: Records, verdict: Verdict, trained: list[int]) -> set[
     still_open = [task[0] for task in records.frontier["open_tasks"] if task[0] not in records.filtered_lately]
     parked = [int(task) for task in records.frontier["parked"]]
     places = sorted([*trained, *still_open, *parked])
-    handed_out = list(range(records.frontier["next_task_id"]))
-    filtered, doubles = set(handed_out) - set(places), _doubles(places)
+    # Of those that were handed out after the last checkpoint some are filtered, which the journal knows.
+    handed_out = {*range(records.frontier["next_task_id"]), *records.filtered_lately}
+    filtered, doubles = handed_out - set(places), _doubles(places)
     lost = sorted(filtered - records.equal_rewards)
     verdict.check(not lost, f"tasks were skipped: {lost}")
     verdict.check(not doubles, f"tasks are in two places: {doubles}")

@@ -78,7 +78,7 @@ class DoubtingEngine(TableEngine):
     async def load_weights(self, snapshot: LocalSnapshot) -> WeightUpdate:
         data = np.fromfile(snapshot.path, np.uint8)
         if snapshot.changes is not None and snapshot.changes.base_version == self.loaded_version:
-            self._apply_changes(snapshot, data)
+            self._apply_changes(snapshot)
             self.loads_by_changes += 1
         else:
             self._bytes = data
@@ -88,18 +88,16 @@ class DoubtingEngine(TableEngine):
                 self.mixed.append(self.loaded_version)
         return WeightUpdate(version=self.loaded_version, pause_s=0.0)
 
-    def _apply_changes(self, snapshot: LocalSnapshot, data: np.ndarray) -> None:
+    def _apply_changes(self, snapshot: LocalSnapshot) -> None:
         assert snapshot.changes is not None
-        indices = np.fromfile(snapshot.changes.path, "<u4")
         specs = {spec.name: spec for spec in snapshot.manifest.tensors}
-        for name, start, count in snapshot.changes.tensors:
+        for name, changed, values in snapshot.changes.read(snapshot.manifest):
             spec, words = specs[name], FORMATS[specs[name].dtype].words
             place = slice(spec.offset, spec.offset + spec.num_bytes)
-            changed = indices[start : start + count]
-            assert np.all(np.diff(changed.astype(np.int64)) > 0)
+            assert np.all(np.diff(changed) > 0)
             assert changed.size
             assert changed[-1] < spec.num_bytes // ITEM_BYTES[spec.dtype]
-            self._bytes[place].view(words)[changed] = data[place].view(words)[changed]
+            self._bytes[place].view(words)[changed] = values
 
 
 class CuttingProxy(FaultProxy):

@@ -585,7 +585,7 @@ def test_a_server_that_is_silent_for_a_moment_is_granted_nothing_more_and_keeps_
 
 def test_leases_are_held_back_when_those_that_are_open_keep_the_learner_busy():
     coordinator = a_coordinator(groups_per_step=2, max_staleness=3)
-    coordinator.book.depth.leases = 3
+    coordinator.book.bounds.depth.leases = 3
     assert len(join(coordinator)) == 3
     assert coordinator.hold() == "the learner to complete step 1: 3 open groups keep it busy"
 

@@ -97,7 +97,7 @@ class World:
         assert counts.running + counts.queued + counts.trained <= ceiling
         assert counts.running + counts.queued <= settings.queue_groups
         assert book.queue.num_bytes + counts.running * settings.max_group_bytes <= settings.queue_bytes
-        assert (book.room > 0) == (book.held_by() is None)
+        assert (book.bounds.room > 0) == (book.bounds.held_by() is None)
         for member in book.members.values():
             assert len(member.leases) <= member.capacity_groups
         self.check_that_every_task_is_in_one_place()

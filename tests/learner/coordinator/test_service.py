@@ -237,7 +237,17 @@ async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_p
     journal.close()
 
 
-async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch):
+def heartbeats():
+    return a_heartbeat(), b"", Pulse
+
+
+def groups_without_leases():
+    header, payload = pack_group(a_sampled_group(1 << 20, 0))
+    return GroupsFinished(groups=(header,)), payload, GroupRefused
+
+
+@pytest.mark.parametrize("kind", [heartbeats, groups_without_leases])
+async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch, kind):
     hear, turns, heard_in = Service._hear_server, 0, []
 
     def slow_hear(service, incoming):
@@ -252,18 +262,40 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
             await asyncio.sleep(0)
 
     monkeypatch.setattr(Service, "_hear_server", slow_hear)
-    async with a_coordinator_serving(settings_in(tmp_path)) as (_, address), a_server(address) as server:
+    patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
+    async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
         await server.expect(Lease)
         heard_in.clear()
+        message, payload, answer = kind()
         async with asyncio.TaskGroup() as tasks:
             for _ in range(50):
-                await server.say(a_heartbeat())
+                await server.say(message, payload)
             counting = tasks.create_task(count_turns())
             for _ in range(50):
-                await server.expect(Pulse)
+                await server.expect(answer)
             counting.cancel()
     assert len(heard_in) >= 50
     assert len(set(heard_in)) == len(heard_in)
+
+
+async def test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_it(tmp_path, monkeypatch):
+    hear = Service._hear_server
+
+    def slow_hear(service, incoming):
+        time.sleep(0.005)
+        hear(service, incoming)
+
+    patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
+    async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
+        await server.expect(Lease)
+        await server.ask(a_heartbeat(), Pulse)
+        monkeypatch.setattr(Service, "_hear_server", slow_hear)
+        group, payload, _ = groups_without_leases()
+        for _ in range(100):
+            await server.say(group, payload)
+        await server.say(a_heartbeat())
+        answers = await server.everything_until(Pulse)
+        assert sum(isinstance(answer, GroupRefused) for answer in answers) < 50
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):
