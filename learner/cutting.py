@@ -9,7 +9,6 @@ from learner.shared_prompts import Unit, saves_enough
 from learner.training import BatchLayout
 
 _MOST_PADDED = 4  # times the budget; log-probabilities are padded, and attention copies a shared prompt's keys
-_UNITS_OF_A_PART = 2  # at least, where there are several parts, so that they can be given about as many tokens
 
 
 def cut_into_micro_batches(
@@ -53,14 +52,14 @@ class _Piece:
 
 
 def _pieces(units: Sequence[Unit], lengths: Sequence[int], budget: int, num_parts: int) -> Iterator[_Piece]:
-    """Units, each cut into as few pieces, of about as many trajectories, as the budget and the parts need."""
-    total = sum(lengths) - sum(unit.saved for unit in units)
-    most = budget if num_parts == 1 else min(budget, total // (_UNITS_OF_A_PART * num_parts))
+    """Units, each cut into as few pieces, of about as many trajectories, as the parts and the budget need."""
+    share_of_a_part = (sum(lengths) - sum(unit.saved for unit in units)) / num_parts
     for unit in units:
-        for num_pieces in range(1, unit.count + 1):
-            cut = np.array_split(range(unit.first, unit.first + unit.count), num_pieces)
-            pieces = [_piece(indexes.tolist(), lengths, unit.prefix) for indexes in cut]
-            if all(each.num_tokens <= most and each.num_padded <= _MOST_PADDED * budget for each in pieces):
+        indexes = range(unit.first, unit.first + unit.count)
+        shares = round(_piece(indexes, lengths, unit.prefix).num_tokens / share_of_a_part)
+        for num_pieces in range(min(max(shares, 1), unit.count), unit.count + 1):
+            pieces = [_piece(each.tolist(), lengths, unit.prefix) for each in np.array_split(indexes, num_pieces)]
+            if all(each.num_tokens <= budget and each.num_padded <= _MOST_PADDED * budget for each in pieces):
                 break
         yield from pieces
 

@@ -182,8 +182,13 @@ def _attention(
     segmented: SegmentedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """In place of transformers' own, `usual`; query, key, value [1, A, L, D] -> [1, L, A, D]."""
-    if segmented is None:
+    """In place of transformers' own, `usual`; query, key, value [1, A, L, D] -> [1, L, A, D].
+
+    Where a model has put something of its own into the mask, or sees a window, that is left to it: what it then says is
+    found out at the start, see can_share().
+    """
+    has_its_own = (attention_mask is not None and attention_mask.numel() > 1) or kwargs.get("sliding_window")
+    if segmented is None or has_its_own:
         output, weights = usual(layer, query, key, value, attention_mask, **kwargs)
         return output, weights
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.trajectory import Group
 from learner.deepspeed_engine import open_deepspeed_engine
@@ -31,7 +32,7 @@ from tests.models import a_model, save_model
 GATE, GOAL = 1.25, 1.10  # of 10M parameters in bfloat16 at stage 1
 MEMORY_GATE = 0.5
 GROUP_SIZE = 8
-PROMPTS_AND_ANSWERS = ((16, 112), (64, 64), (112, 16))  # tokens
+PROMPTS_AND_ANSWERS = ((8, 120), (16, 112), (64, 64), (112, 16))  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +110,23 @@ def settings_for(model: str, **overrides: object) -> TrainSettings:
     return some_train_settings(model, learning_rate=1e-5, warmup_steps=0, **overrides)
 
 
-def cpu_seconds(engine: PpoEngine, workload: Workload) -> float:
+def seconds(engine: PpoEngine, workload: Workload) -> tuple[float, float]:
+    """Of CPU and on the wall, for a step."""
     batch = a_batch(
         workload.groups(engine.version),
         version=engine.version,
         micro_batch_tokens=workload.micro_batch_tokens,
         layout=engine.layout,
     )
-    start_s = time.process_time()
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
     result = engine.step(batch)
-    spent_s = time.process_time() - start_s
+    spent_s = time.process_time() - cpu_start_s, time.perf_counter() - start_s
     assert result.refusal is None, result.refusal
     return spent_s
+
+
+def cpu_seconds(engine: PpoEngine, workload: Workload) -> float:
+    return seconds(engine, workload)[0]
 
 
 def over_plain_torch(workload: Workload, *, dtype: str, stage: ZeroStage, rounds: int) -> tuple[float, float, float]:
@@ -139,18 +145,18 @@ def over_plain_torch(workload: Workload, *, dtype: str, stage: ZeroStage, rounds
     return ours, plain, statistics.median(one / other for one, other in pairs)
 
 
-def packed_over_padded(workload: Workload, rounds: int) -> tuple[float, float]:
-    """Tokens of trajectories per CPU second, (packed, padded)."""
+LAYOUTS = {"in a row of segments": (True, True), "packed": (False, True), "padded": (False, False)}
+
+
+def tokens_per_cpu_second(workload: Workload, rounds: int) -> dict[str, float]:
+    """Tokens of trajectories, by how they are laid out."""
     with tempfile.TemporaryDirectory() as name:
         engine = open_deepspeed_engine(settings_for(workload.save_model(Path(name))))
-    spent: dict[bool, list[float]] = {True: [], False: []}
+    spent: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     for _ in range(rounds + 1):
-        for packs in (True, False):
-            engine._network.packs = packs
-            spent[packs].append(cpu_seconds(engine, workload))
-    tokens = sum(workload.lengths)
-    packed, padded = (tokens / statistics.median(spent[packs][1:]) for packs in (True, False))
-    return packed, padded
+        for name, (engine._network.shares, engine._network.packs) in LAYOUTS.items():
+            spent[name].append(cpu_seconds(engine, workload))
+    return {name: sum(workload.lengths) / statistics.median(each[1:]) for name, each in spent.items()}
 
 
 def shared_over_repeated(workload: Workload, rounds: int) -> tuple[float, float, float]:
@@ -164,9 +170,7 @@ def shared_over_repeated(workload: Workload, rounds: int) -> tuple[float, float,
         spent = {}
         for shares in (True, False) if index % 2 else (False, True):
             engine._network.shares = shares
-            start_s = time.perf_counter()
-            cpu_s = cpu_seconds(engine, workload)
-            spent[shares] = cpu_s, time.perf_counter() - start_s
+            spent[shares] = seconds(engine, workload)
         pairs.append((spent[True], spent[False]))
     repeated = sum(workload.prompts) * (GROUP_SIZE - 1) / GROUP_SIZE if workload.shares_prompts else 0.0
     cpu, wall = (statistics.median(one[i] / other[i] for one, other in pairs[1:]) for i in (0, 1))
@@ -203,9 +207,10 @@ def measure_engines(rounds: int) -> bool:
 
 
 def measure_packing(rounds: int) -> bool:
-    packed, padded = packed_over_padded(LONG_TAILED, rounds)
-    print("trajectories of log-normal lengths, tokens per CPU second")
-    print(f"  packed {packed:,.0f}, padded {padded:,.0f}: {packed / padded:.2f} times as many", flush=True)
+    rates = tokens_per_cpu_second(LONG_TAILED, rounds)
+    print("trajectories of log-normal lengths that share nothing, tokens per CPU second")
+    for name, rate in rates.items():
+        print(f"  {name}: {rate:,.0f}, {rate / rates['padded']:.2f} times as many as padded", flush=True)
     return True
 
 
@@ -223,7 +228,7 @@ def measure_prompts(rounds: int) -> bool:
     workloads += [("the demo's", demo), ("nothing shared, long-tailed", LONG_TAILED), ("nothing shared", alone)]
     for name, workload in workloads:
         repeated, cpu, wall = shared_over_repeated(workload, rounds)
-        print(f"  {name}: {repeated:.0%} fewer tokens, {cpu:.2f} of the CPU time, {wall:.2f} of the wall time",
+        print(f"  {name}: {1 - repeated:.2f} of the tokens, {cpu:.2f} of the CPU time, {wall:.2f} of the wall time",
               flush=True)  # fmt: skip
     return True
 
@@ -257,5 +262,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that are started from here
+    torch.set_num_threads(1)
     main()

@@ -173,6 +173,12 @@ def test_a_group_that_is_all_there_is_is_shared_out_over_parts():
     assert max(tokens) <= 1.4 * min(tokens)
 
 
+def test_a_long_prompt_is_not_computed_on_more_parts_than_it_takes_to_share_out_the_answers():
+    lengths, units = [1050] * 16, [Unit(0, 8, 1000), Unit(8, 8, 1000)]
+    cut = cut_into_micro_batches(lengths, 100_000, BatchLayout(num_parts=4, shares_prompts=True), units)
+    assert [len(indexes) for indexes in cut] == [4] * 4
+
+
 def test_long_prompts_let_no_more_into_a_micro_batch_than_attention_can_copy():
     lengths = [101] * 64
     [*cut] = cut_into_micro_batches(lengths, 200, BatchLayout(shares_prompts=True), [Unit(0, 64, 100)])

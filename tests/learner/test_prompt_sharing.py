@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,19 @@ def eager() -> nn.Module:
     return model
 
 
+def with_a_mask_of_its_own() -> nn.Module:
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.forward = partial(_attend_with_another_mask, layer.self_attn.forward)
+    return model
+
+
+def _attend_with_another_mask(forward: Callable[..., Any], *, hidden_states, attention_mask, **kwargs) -> Any:
+    num_tokens = hidden_states.shape[1]
+    mask = attention_mask.expand(-1, -1, num_tokens, num_tokens)
+    return forward(hidden_states=hidden_states, attention_mask=mask, **kwargs)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], EngineSettings, str]] = {
     "it is not wanted": (tiny, EngineSettings(share_prompts="never"), "--share-prompts never"),
     "nothing is packed": (tiny, EngineSettings(packing=False), "--packing false"),
@@ -68,6 +83,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], EngineSettings, str]] = {
     "layers see a window": (
         with_a_window, EngineSettings(),
         "MistralModel has layers in which a token does not see all tokens before it",
+    ),
+    "a layer has something to say of the mask": (
+        with_a_mask_of_its_own, EngineSettings(),
+        "Qwen2Model says something else of trajectories whose prompt stands once",
     ),
     "attention ignores it": (
         ignoring, EngineSettings(), "Qwen2Model says something else of trajectories whose prompt stands once"

@@ -86,6 +86,14 @@ PROMPTS = (
         "test_prompts_are_computed_anew_where_they_cannot_be_shared_and_the_log_says_why",
     ),
     Guard(
+        missing="what a model puts into the mask is lost",
+        file="learner/segments.py",
+        code="(attention_mask is not None and attention_mask.numel() > 1)",
+        broken="False",
+        test="learner/test_prompt_sharing.py::"
+        "test_prompts_are_computed_anew_where_they_cannot_be_shared_and_the_log_says_why",
+    ),
+    Guard(
         missing="a window is taken for all tokens before",
         file="learner/prompt_sharing.py",
         code="if sees_a_window(body.config):",
@@ -118,8 +126,8 @@ PROMPTS = (
     Guard(
         missing="one rank gets the only group",
         file="learner/cutting.py",
-        code="total // (_UNITS_OF_A_PART * num_parts)",
-        broken="total",
+        code="min(max(shares, 1), unit.count)",
+        broken="1",
         test="learner/test_packing.py::test_a_group_that_is_all_there_is_is_shared_out_over_parts",
     ),
 )
