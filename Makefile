@@ -72,7 +72,7 @@ bench-canary: venv ## how far a right engine is from the learner on the canary, 
 bench-stale-actions: venv ## wait, requeue and mask on a long-tailed task: wall time, reward, tokens sampled in vain
 	$(VENV)/python -m tests.benchmarks.bench_stale_actions
 
-bench-learner: venv ## a step on DeepSpeed over plain torch, packed over padded, and its peak memory: docs/learner.md
+bench-learner: venv ## a step on DeepSpeed over plain torch, shared prompts over repeated ones, packed over padded, and its peak memory: docs/learner.md
 	$(VENV)/python -m tests.benchmarks.bench_learner
 
 learn: venv ## staleness 0 to 8, corrected and not, 5 seeds of the demo (an hour; goes on where it was): docs/learning.md

@@ -233,15 +233,16 @@ class LearnerConfig:
         "float32", help="parameters and activations; bfloat16 from stage 1 up"
     )
     micro_batch_tokens: int = option(
-        16384, help="tokens per forward pass of a rank, padding included; less needs less memory"
+        16384,
+        help="tokens per forward pass of a rank, padding included, a shared prompt once; less needs less memory",
     )
     packing: bool = option(
         True, help="several trajectories in a row, next to no padding; models that cannot are padded all the same"
     )
     share_prompts: SharePrompts = option(
         "auto",
-        help="compute a prompt once, not once for each of its answers, with packing and sdpa attention, where the "
-        "model says the same of them: half the time for answers as long as their prompt; never: once for each",
+        help="whether the prompt of a group is computed once or for each answer; auto: once, with packing and sdpa "
+        "attention, where the model then says the same; two thirds of the time for answers as long as their prompt",
     )
     attention: Attention = option(
         "auto",
