@@ -96,16 +96,17 @@ class InPlaceChanges:
         for name, positions, words in changed:
             for placement in self._placements[rank][name]:
                 which, places = placement.place(positions)
-                if which.size:
-                    parts.append((placement.parameter, end, which.size))
+                if places.size:
+                    parts.append((placement.parameter, end, places.size))
                     indices.append(places)
                     values.append(words[which])
-                    end += which.size
+                    end += places.size
         if rank not in self._descriptors:
             self._descriptors[rank] = os.memfd_create(f"countercurrent-patch-{rank}")
         descriptor = self._descriptors[rank]
         path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-        with path.open("wb") as file:
+        with path.open("r+b") as file:  # pages that are there are written again: new ones take longer than that
             for array in (*indices, *values):
                 file.write(array.data)
+            file.truncate()
         return Patch(rank=rank, path=path, num_items=end, parts=tuple(parts))

@@ -30,14 +30,14 @@ class Placement:
     def num_elements(self) -> int:
         return math.prod(self.sizes)
 
-    def place(self, positions: I64) -> tuple[I64, I64]:
+    def place(self, positions: I64) -> tuple[I64 | slice, I64]:
         """Of positions [M] in the flat tensor, ascending: which of them [K] are in the part, and where in the
         parameter [K] they lie, both ascending."""
         span = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True)) + 1
         low, high = np.searchsorted(positions, [self.start, self.start + span])
-        rest = positions[low:high] - self.start
         if self.strides == (1,):
-            return np.arange(low, high), rest + self.destination
+            return slice(low, high), positions[low:high] + (self.destination - self.start)
+        rest = positions[low:high] - self.start
         index, inside = np.zeros_like(rest), np.ones(rest.shape, dtype=bool)
         for size, stride in zip(self.sizes, self.strides, strict=True):
             coordinate, rest = np.divmod(rest, stride)

@@ -29,6 +29,7 @@ class Window:
 
     wall_s: float = 0.0
     engine_cpu_s: float = 0.0
+    server_cpu_s: float = 0.0  # of the process that the updates come from: this one
     done: list[tuple[np.ndarray, Completion]] = field(default_factory=list)
     pauses_s: list[float] = field(default_factory=list)
 
@@ -43,6 +44,12 @@ class Window:
     @property
     def cpu_s_per_token(self) -> float:
         return self.engine_cpu_s / self.num_tokens
+
+    def cpu_s_per_update(self, control: "Window") -> tuple[float, float]:
+        """(the engine's, this process's) beyond what a control without updates took for as many tokens."""
+        share, num_updates = self.num_tokens / control.num_tokens, len(self.pauses_s)
+        engine = (self.engine_cpu_s - share * control.engine_cpu_s) / num_updates
+        return engine, (self.server_cpu_s - share * control.server_cpu_s) / num_updates
 
 
 class Updates:
@@ -99,7 +106,7 @@ class Load:
         shape = (self.requests, self.prompt_tokens)
         prompts = np.random.default_rng(turn + 1).integers(FIRST_WORD_ID, VOCAB_SIZE, shape, dtype=np.int32)
         [pid] = engine.process_ids()
-        start_cpu_s, start_s = cpu_s(pid), time.perf_counter()
+        start_cpu_s, start_server_s, start_s = cpu_s(pid), time.process_time(), time.perf_counter()
         next_update = steps_per_update or self.new_tokens
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self._generate(engine, prompt, seed)) for seed, prompt in enumerate(prompts)]
@@ -109,6 +116,7 @@ class Load:
                     next_update += steps_per_update
         window.wall_s = time.perf_counter() - start_s
         window.engine_cpu_s = cpu_s(pid) - start_cpu_s
+        window.server_cpu_s = time.process_time() - start_server_s
         window.done = [(prompt, task.result()) for prompt, task in zip(prompts, running, strict=True)]
         return window
 

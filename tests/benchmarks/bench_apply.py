@@ -91,7 +91,8 @@ async def measure_lost_tokens(size: str, rounds: int, load: Load, intervals: Seq
                 window = await load.run(engine, updates, steps_per_update=every, turn=turn)
                 windows.setdefault(name, []).append(window)
     print(f"\n{size} float32, 1 % changed, {load}; medians of {rounds} rounds, over no updates in the same round")
-    print("KV cache, steps per update  tokens/s   lost: wall  engine's CPU   pause ms  updates  share of time paused")
+    print("KV cache, steps per update  tokens/s   lost: wall  engine's CPU   updates  share of time paused", end="")
+    print("  ms per update: pause  engine's CPU  server's CPU")
     for name, found in windows.items():
         pairs = list(zip(found, windows["no updates"], strict=True))
         wall = statistics.median(1 - mine.tokens_per_s / control.tokens_per_s for mine, control in pairs)
@@ -100,10 +101,12 @@ async def measure_lost_tokens(size: str, rounds: int, load: Load, intervals: Seq
         pause_ms = statistics.median([pause for window in found for pause in window.pauses_s] or [0.0]) * 1e3
         paused = sum(sum(window.pauses_s) for window in found) / sum(window.wall_s for window in found)
         num_updates = sum(len(window.pauses_s) for window in found)
-        print(
-            f"{name:26} {rate:9.0f} {wall:11.1%} {cpu:13.1%} {pause_ms:10.2f} {num_updates:8} {paused:12.2%}",
-            flush=True,
-        )
+        print(f"{name:26} {rate:9.0f} {wall:11.1%} {cpu:13.1%} {num_updates:9} {paused:21.2%}", end="")
+        if num_updates:
+            costs = [mine.cpu_s_per_update(control) for mine, control in pairs]
+            engine_ms, server_ms = (statistics.median(each) * 1e3 for each in zip(*costs, strict=True))
+            print(f" {pause_ms:21.2f} {engine_ms:13.1f} {server_ms:13.1f}", end="")
+        print(flush=True)
 
 
 async def measure_errors(size: str, share: float, load: Load, directory: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_patch_makes_the_parameters_what_a_load_of_the_new_snapshot_makes_them
             continue
         [patch] = patches
         assert patch.rank == 3
+        assert patch.path.stat().st_size == 12 * patch.num_items
         expected = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
         load(expected, new)
         write(patch, parameters)
