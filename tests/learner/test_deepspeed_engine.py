@@ -114,6 +114,7 @@ def gae_settings(model: str, **overrides) -> TrainSettings:
     return some_train_settings(
         model,
         learning_rate=1e-3,  # Adam turns rounding errors of tiny gradients into errors of the size of a step
+        adam_epsilon=1e-6,
         critic_learning_rate=3e-3,
         critic_model=model,
         advantage="gae",
