@@ -187,8 +187,10 @@ class VllmEngine:
         self._num_base_models += snapshot.manifest.is_base_model
         label = self._num_base_models if snapshot.manifest.is_base_model else version
         copied = self._copy_whole(snapshot) if patches is None else self._write_changes(patches)
-        # Together, which saves a journey; without both the engine stays paused.
-        await asyncio.gather(copied, self._llm.update_weight_version(str(label)))
+        # Together, which saves a journey. Both are waited for, whatever becomes of the other; else it stays paused.
+        for failed in await asyncio.gather(copied, self._llm.update_weight_version(str(label)), return_exceptions=True):
+            if failed is not None:
+                raise failed
         self.loaded_version = version
         await self._llm.resume_generation()
         return time.perf_counter() - paused_at

@@ -6,8 +6,8 @@ IN_PLACE = (
     Guard(
         missing="an engine into which not all changes were written goes on",
         file="rollout_server/vllm_engine.py",
-        code="await asyncio.gather(copied, self._llm.update_weight_version(str(label)))",
-        broken="await asyncio.gather(copied, self._llm.update_weight_version(str(label)), return_exceptions=True)",
+        code="                raise failed\n",
+        broken="                pass\n",
         test="rollout_server/test_changes_on_vllm.py::"
         "test_half_written_changes_keep_the_engine_paused_until_a_whole_snapshot_is_loaded",
     ),
