@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 
 _LEAST_SAVED = 0.02  # of a unit's tokens; fewer are not worth a segment of their own
-_MOST_COMPUTED = 0.95
+_LARGEST_MASK = 1 << 26  # bytes; an answer attends to its prompt with a mask, and without one where it is alone
+_MOST_COMPUTED = 0.95  # of the padded tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def find_units(token_ids: Sequence[np.ndarray]) -> list[Unit]:
     for index in sorted(range(len(common)), key=lambda each: (-common[each], each)):
         joined = _join(ends.pop(index + 1), pieces.pop(index + 1), common[index])
         pieces[joined.first] = ends[joined.end] = joined
-    lengths = np.cumsum([0, *map(len, token_ids)])
+    lengths = [len(token_ids_T) for token_ids_T in token_ids]
     return [unit for piece in pieces.values() for each in piece.units for unit in _worthwhile(each, lengths)]
 
 
@@ -76,8 +77,11 @@ def _common_prefix(one_T: np.ndarray, other_T: np.ndarray) -> int:
     return int(differs_T.argmax()) if differs_T.any() else length
 
 
-def _worthwhile(unit: Unit, ends: np.ndarray) -> list[Unit]:
-    """Its trajectories one by one, where too little is shared; ends: of tokens, from 0 on, trajectory by trajectory."""
-    if unit.count == 1 or unit.saved >= _LEAST_SAVED * (ends[unit.first + unit.count] - ends[unit.first]):
+def _worthwhile(unit: Unit, lengths: Sequence[int]) -> list[Unit]:
+    """Its trajectories one by one, where too little is shared or its mask would be too large."""
+    of_unit = lengths[unit.first : unit.first + unit.count]
+    longest = max(of_unit)
+    saves = unit.saved >= _LEAST_SAVED * sum(of_unit) and (longest - unit.prefix) * longest <= _LARGEST_MASK
+    if unit.count == 1 or saves:
         return [unit]
     return [Unit(index, 1, 0) for index in range(unit.first, unit.first + unit.count)]

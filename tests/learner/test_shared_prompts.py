@@ -42,6 +42,13 @@ def test_a_first_token_that_all_texts_have_is_not_worth_a_unit():
     assert find_units(ids([0, *range(5, 90)], [0, *range(6, 91)])) == [Unit(0, 1, 0), Unit(1, 1, 0)]
 
 
+def test_answers_whose_mask_would_be_too_large_are_computed_each_with_its_prompt():
+    prompt = [9] * 1000
+    long, short = ([[*prompt, *[word] * length] for word in (5, 6)] for length in (8000, 7000))
+    assert find_units(ids(*long)) == [Unit(0, 1, 0), Unit(1, 1, 0)]
+    assert find_units(ids(*short)) == [Unit(0, 2, 1000)]
+
+
 def test_there_may_be_one_trajectory_or_none():
     assert find_units(ids(PROMPT)) == [Unit(0, 1, 0)]
     assert find_units([]) == []
