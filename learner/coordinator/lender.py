@@ -37,6 +37,8 @@ class Lender:
         self._mailer = mailer
         self._post = post
         self._granted = asyncio.Event()
+        self._has_sent = asyncio.Event()  # all leases whose rows are there
+        self._has_sent.set()
         self._waiting: list[Grant] = []  # for servers that have not read what was sent before
 
     def wake(self) -> None:
@@ -50,6 +52,10 @@ class Lender:
             self._waiting.clear()
             self._granted.set()
 
+    async def wait_until_sent(self) -> None:
+        """Returns at once while rows are waited for: a slow generator holds up nobody else."""
+        await self._has_sent.wait()
+
     async def run(self) -> None:
         background = Background()  # the one thread that asks for rows
         try:
@@ -57,7 +63,10 @@ class Lender:
                 await self._granted.wait()
                 self._granted.clear()
                 while grants := self._next_grants():
-                    await self._lend(await background.run(partial(self._make_tasks, grants)))
+                    made = await background.run(partial(self._make_tasks, grants))
+                    self._has_sent.clear()
+                    await self._lend(made)
+                    self._has_sent.set()
         finally:
             background.close()
 

@@ -135,6 +135,7 @@ class Service:
                 if turn.is_over:
                     self._post()
                     await turn.next()
+                    await self._lender.wait_until_sent()  # a server may have nothing to do until its lease comes
             self._post()
 
     def _hear_server(self, incoming: Incoming) -> None:

@@ -133,4 +133,22 @@ TOGETHER = (
         "                if False:\n",
         test="learner/coordinator/test_service.py::test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard",
     ),
+    Guard(
+        missing="leases wait behind groups",
+        file="learner/coordinator/service.py",
+        code="await self._lender.wait_until_sent()",
+        broken="pass",
+        test="learner/coordinator/test_service.py::"
+        "test_groups_are_not_heard_while_leases_are_being_sent_and_heartbeats_are",
+    ),
+    Guard(
+        missing="groups wait for the rows of leases",
+        file="learner/coordinator/lender.py",
+        code="                    made = await background.run(partial(self._make_tasks, grants))\n"
+        "                    self._has_sent.clear()\n",
+        broken="                    self._has_sent.clear()\n"
+        "                    made = await background.run(partial(self._make_tasks, grants))\n",
+        test="learner/coordinator/test_lender.py::"
+        "test_who_waits_until_leases_are_sent_waits_for_messages_and_not_for_rows",
+    ),
 )

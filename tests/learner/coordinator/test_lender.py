@@ -1,6 +1,7 @@
 """Leases on their way to servers: no faster than those read them, and nobody waits for another's reading."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 
 from common.messages import MAX_TOGETHER_BYTES, Leases
@@ -136,3 +137,27 @@ async def test_others_have_a_turn_between_the_messages_of_leases(monkeypatch):
     desk = Desk(row_bytes=2)
     async with lending(desk):
         assert await seen_by_others(lambda: desk.num_messages, until=2) >= {1, 2}
+
+
+async def test_who_waits_until_leases_are_sent_waits_for_messages_and_not_for_rows(monkeypatch):
+    monkeypatch.setattr(turns, "TURN_S", -1.0)
+    desk, is_asked, may_answer = Desk(row_bytes=2), threading.Event(), threading.Event()
+    make_tasks = Lender._make_tasks
+
+    def slow_rows(lender, grants):
+        is_asked.set()
+        assert may_answer.wait(TIMEOUT_S)
+        return make_tasks(lender, grants)
+
+    monkeypatch.setattr(Lender, "_make_tasks", slow_rows)
+    async with lending(desk):
+        assert await asyncio.to_thread(is_asked.wait, TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S / 2):
+            await desk.lender.wait_until_sent()
+        assert desk.num_messages == 0
+        may_answer.set()
+        async with asyncio.timeout(TIMEOUT_S):
+            while not desk.num_messages:
+                await asyncio.sleep(0)
+            await desk.lender.wait_until_sent()
+        assert desk.num_messages == 2

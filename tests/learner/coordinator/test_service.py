@@ -30,6 +30,7 @@ from learner.coordinator.batch_receiver import BatchReceiver
 from learner.coordinator.delivery import LearnerError
 from learner.coordinator.journal import BatchRecord, Journal
 from learner.coordinator.journal_keeper import JournalKeeper
+from learner.coordinator.lender import Lender
 from learner.coordinator.messages import (
     Batch,
     CheckpointSaved,
@@ -296,6 +297,32 @@ async def test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_i
         await server.say(a_heartbeat())
         answers = await server.everything_until(Pulse)
         assert sum(isinstance(answer, GroupRefused) for answer in answers) < 50
+
+
+async def test_groups_are_not_heard_while_leases_are_being_sent_and_heartbeats_are(tmp_path, monkeypatch):
+    hear, are_sent = Service._hear_server, asyncio.Event()
+
+    def slow_hear(service, incoming):
+        time.sleep(2 * TURN_S)
+        hear(service, incoming)
+
+    patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
+    async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
+        await server.expect(Lease)
+        await server.ask(a_heartbeat(), Pulse)
+        monkeypatch.setattr(Service, "_hear_server", slow_hear)
+        monkeypatch.setattr(Lender, "wait_until_sent", lambda lender: are_sent.wait())
+        group, payload, _ = groups_without_leases()
+        for _ in range(10):
+            await server.say(group, payload)
+        heard = []
+        for _ in range(20):
+            await server.say(a_heartbeat())
+            heard += await server.everything_until(Pulse)
+        assert sum(isinstance(each, GroupRefused) for each in heard) == 1
+        are_sent.set()
+        for _ in range(9):
+            await server.expect(GroupRefused)
 
 
 async def test_a_server_with_another_model_is_refused(tmp_path):
