@@ -238,6 +238,18 @@ async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_p
     journal.close()
 
 
+def hear_slowly(monkeypatch, seconds, note=lambda: None):
+    """Each message that is heard takes so long; note() is called before it."""
+    hear = Service._hear_server
+
+    def slow_hear(service, incoming):
+        note()
+        time.sleep(seconds)
+        hear(service, incoming)
+
+    monkeypatch.setattr(Service, "_hear_server", slow_hear)
+
+
 def heartbeats():
     return a_heartbeat(), b"", Pulse
 
@@ -249,12 +261,7 @@ def groups_without_leases():
 
 @pytest.mark.parametrize("kind", [heartbeats, groups_without_leases])
 async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp_path, monkeypatch, kind):
-    hear, turns, heard_in = Service._hear_server, 0, []
-
-    def slow_hear(service, incoming):
-        heard_in.append(turns)
-        time.sleep(2 * TURN_S)
-        hear(service, incoming)
+    turns, heard_in = 0, []
 
     async def count_turns():
         nonlocal turns
@@ -262,7 +269,7 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
             turns += 1
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(Service, "_hear_server", slow_hear)
+    hear_slowly(monkeypatch, 2 * TURN_S, note=lambda: heard_in.append(turns))
     patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
     async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
         await server.expect(Lease)
@@ -280,17 +287,11 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
 
 
 async def test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_it(tmp_path, monkeypatch):
-    hear = Service._hear_server
-
-    def slow_hear(service, incoming):
-        time.sleep(0.005)
-        hear(service, incoming)
-
     patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
     async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
         await server.expect(Lease)
         await server.ask(a_heartbeat(), Pulse)
-        monkeypatch.setattr(Service, "_hear_server", slow_hear)
+        hear_slowly(monkeypatch, 0.005)
         group, payload, _ = groups_without_leases()
         for _ in range(100):
             await server.say(group, payload)
@@ -300,17 +301,12 @@ async def test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_i
 
 
 async def test_groups_are_not_heard_while_leases_are_being_sent_and_heartbeats_are(tmp_path, monkeypatch):
-    hear, are_sent = Service._hear_server, asyncio.Event()
-
-    def slow_hear(service, incoming):
-        time.sleep(2 * TURN_S)
-        hear(service, incoming)
-
+    are_sent = asyncio.Event()
     patient = settings_in(tmp_path, rules=some_settings(max_offences=1000))
     async with a_coordinator_serving(patient) as (_, address), a_server(address) as server:
         await server.expect(Lease)
         await server.ask(a_heartbeat(), Pulse)
-        monkeypatch.setattr(Service, "_hear_server", slow_hear)
+        hear_slowly(monkeypatch, 2 * TURN_S)
         monkeypatch.setattr(Lender, "wait_until_sent", lambda lender: are_sent.wait())
         group, payload, _ = groups_without_leases()
         for _ in range(10):
