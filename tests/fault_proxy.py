@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from tests.listening import stop_listening
+
 PIECE_BYTES = 1 << 16
 
 
@@ -199,6 +201,6 @@ async def a_fault_proxy(target: str, *, seed: int = 0) -> AsyncIterator[FaultPro
     try:
         yield proxy
     finally:
-        server.close()
+        await stop_listening(server)
         await proxy.close()
         await server.wait_closed()

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.listening import stop_listening
+
 
 @dataclass
 class Request:
@@ -77,10 +79,10 @@ class HttpTwin:
         self._server = await asyncio.start_server(self.serve, "127.0.0.1", port, limit=1 << 22)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Stop listening, and cut all connections."""
         assert self._server is not None
-        self._server.close()
+        await stop_listening(self._server)
         for writer in self._writers:
             writer.transport.abort()
         async with asyncio.timeout(10):
@@ -95,7 +97,7 @@ async def an_http_server(handler: Handler, *, port: int = 0) -> AsyncIterator[Ht
     try:
         yield twin
     finally:
-        await twin.close()
+        await twin.stop()
 
 
 # --- a reward model that does what the completion says ---------------------------------------------------------------

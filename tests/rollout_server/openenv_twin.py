@@ -13,6 +13,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from tests.listening import stop_listening
+
 TEXT_ACTION = {
     "type": "object",
     "properties": {"metadata": {"type": "object"}, "text": {"type": "string"}},
@@ -53,9 +55,9 @@ class OpenEnvTwin:
 
     async def stop(self) -> None:
         assert self._server is not None
+        await stop_listening(self._server)
         for connection in list(self._server.connections):
             connection.transport.abort()
-        self._server.close()
         await self._server.wait_closed()
 
     def answer_http(self, connection: ServerConnection, request: Request) -> Response | None:

@@ -136,7 +136,7 @@ async def test_a_completion_outlives_a_server_that_is_restarted():
             assert await reward_of(environment) == 1.0
             async with environment.episode(ROW, seed=0) as episode:
                 await episode.reset()
-                await first.close()
+                await first.stop()
                 async with asyncio.TaskGroup() as tasks:
                     step = tasks.create_task(episode.step(Said(text="", read_all=lambda: "reward 7")))
                     await asyncio.sleep(0.1)  # it fails at least once meanwhile; nothing depends on it

@@ -27,6 +27,7 @@ from rollout_server.relay import Relaying, open_relay
 from rollout_server.table_engine import TableEngine
 from rollout_server.weight_receiver import WeightReceiver
 from tests.fault_proxy import FaultProxy
+from tests.listening import stop_listening
 
 RUN_ID = "run.1"
 CHUNK_BYTES = 1 << 15
@@ -129,7 +130,7 @@ async def a_cutting_proxy(target: str) -> AsyncIterator[CuttingProxy]:
     try:
         yield proxy
     finally:
-        server.close()
+        await stop_listening(server)
         await proxy.close()
         await server.wait_closed()
 
