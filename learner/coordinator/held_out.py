@@ -44,6 +44,7 @@ class RowsWithout:
         digest = xxhash.xxh3_64_hexdigest(" ".join(map(str, sorted(held_out))).encode())
         self.name = f"{rows.name}, {len(held_out)} prompts held out (digest {digest})"
         self.num_rows: int | None = None
+        self.are_in_memory = rows.are_in_memory
         if rows.num_rows is not None:
             while self._next < rows.num_rows:
                 self._read_one()
@@ -77,6 +78,8 @@ class HeldOutTasks:
     Which they are depends on the rows and the seed alone, and so does what each is sampled with: evaluations of two
     versions differ in nothing but the policy.
     """
+
+    are_in_memory = True
 
     def __init__(self, rows: Rows, *, num_tasks: int, seed: int, environment: int = 0) -> None:
         """Raises rows.DataError when the source has fewer prompts."""
@@ -119,6 +122,8 @@ class HeldOutTasks:
 
 class MixedHeldOutTasks:
     """Those of several environments, which have shares by their weights."""
+
+    are_in_memory = True
 
     def __init__(self, sources: Sequence[HeldOutTasks], mix: Mix) -> None:
         self._sources = sources

@@ -63,7 +63,7 @@ class Lender:
                 await self._granted.wait()
                 self._granted.clear()
                 while grants := self._next_grants():
-                    made = await background.run(partial(self._make_tasks, grants))
+                    made = await self._tasks_for(grants, background)
                     self._has_sent.clear()
                     await self._lend(made)
                     self._has_sent.set()
@@ -102,6 +102,11 @@ class Lender:
     def _must_wait(self, grant: Grant) -> bool:
         session = self._outbound.sessions.of_server(grant.server_id)
         return session is not None and self._mailer.is_behind(session.peer)
+
+    async def _tasks_for(self, grants: list[Grant], background: Background) -> list[tuple[Grant, Task]]:
+        if all(self._source_of(grant).are_in_memory for grant in grants):
+            return self._make_tasks(grants)  # the way to a thread and back can take longer than all else of a lease
+        return await background.run(partial(self._make_tasks, grants))
 
     def _make_tasks(self, grants: list[Grant]) -> list[tuple[Grant, Task]]:
         return [(grant, self._source_of(grant).task(grant.task_id)) for grant in grants]

@@ -33,6 +33,11 @@ class Rows(Protocol):
         """None: as many as are asked for."""
         ...
 
+    @property
+    def are_in_memory(self) -> bool:
+        """A row is there at once: it need not be asked for in a thread."""
+        ...
+
     def row(self, index: int) -> bytes:
         """Row `index` as a JSON object with at least "prompt"; raises DataError naming what is wrong with it."""
         ...
@@ -100,6 +105,7 @@ class RepeatedRow:
     each from the seed of the task."""
 
     num_rows = None
+    are_in_memory = True
 
     def __init__(self, source: str) -> None:
         self.name = source
@@ -113,6 +119,8 @@ class RepeatedRow:
 
 class JsonlRows:
     """A file of one JSON object per line; empty lines are skipped. All of it is read and checked at once."""
+
+    are_in_memory = True
 
     def __init__(self, path: Path) -> None:
         self._rows: list[bytes] = []
@@ -138,6 +146,8 @@ class JsonlRows:
 
 class HuggingFaceRows:
     """A split of a dataset by its name on the hub or its local folder."""
+
+    are_in_memory = False
 
     def __init__(self, source: str) -> None:
         import datasets  # only here: importing it takes seconds
@@ -181,6 +191,7 @@ class GeneratorRows:
     """
 
     num_rows = None
+    are_in_memory = False
 
     def __init__(self, source: str, function: Callable[..., Iterable[object]], *, seed: int) -> None:
         self.name = source

@@ -31,6 +31,11 @@ class Tasks(Protocol):
         """Names all that the tasks depend on, so that a resume with other ones is noticed."""
         ...
 
+    @property
+    def are_in_memory(self) -> bool:
+        """A task takes microseconds: it need not be asked for in a thread."""
+        ...
+
     def task(self, task_id: int) -> Task:
         """Raises rows.DataError when the row cannot be used."""
         ...
@@ -43,6 +48,7 @@ class TaskSource:
         self.rows = rows
         self.seed = seed
         self.name = f"{rows.name}, seed {seed}"
+        self.are_in_memory = rows.are_in_memory
 
     def task(self, task_id: int) -> Task:
         """Raises rows.DataError when the row cannot be used."""
@@ -64,6 +70,7 @@ class MixedTasks:
         self._mix = Mix([spec.weight for spec in specs])
         pairs = zip(specs, sources, strict=True)
         self.name = "; ".join(f"{spec.name} x {spec.weight:g}: {source.name}" for spec, source in pairs)
+        self.are_in_memory = all(source.are_in_memory for source in sources)
 
     def task(self, task_id: int) -> Task:
         place = self._mix.place(task_id)

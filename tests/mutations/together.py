@@ -142,12 +142,26 @@ TOGETHER = (
         "test_groups_are_not_heard_while_leases_are_being_sent_and_heartbeats_are",
     ),
     Guard(
+        missing="a slow generator of rows holds up the loop",
+        file="learner/coordinator/lender.py",
+        code="if all(self._source_of(grant).are_in_memory for grant in grants):",
+        broken="if True:",
+        test="learner/coordinator/test_lender.py::test_tasks_are_asked_for_in_a_thread_unless_they_are_in_memory",
+    ),
+    Guard(
+        missing="a generator in a mix with rows in memory holds up the loop",
+        file="learner/coordinator/tasks.py",
+        code="all(source.are_in_memory for source in sources)",
+        broken="any(source.are_in_memory for source in sources)",
+        test="learner/coordinator/test_tasks.py::test_tasks_are_in_memory_if_the_rows_of_every_environment_are",
+    ),
+    Guard(
         missing="groups wait for the rows of leases",
         file="learner/coordinator/lender.py",
-        code="                    made = await background.run(partial(self._make_tasks, grants))\n"
+        code="                    made = await self._tasks_for(grants, background)\n"
         "                    self._has_sent.clear()\n",
         broken="                    self._has_sent.clear()\n"
-        "                    made = await background.run(partial(self._make_tasks, grants))\n",
+        "                    made = await self._tasks_for(grants, background)\n",
         test="learner/coordinator/test_lender.py::"
         "test_who_waits_until_leases_are_sent_waits_for_messages_and_not_for_rows",
     ),

@@ -36,6 +36,7 @@ def test_tasks_taken_out_of_the_data_are_evaluated_and_never_trained(tmp_path, i
     trained = prompts(training, range(300))  # ten epochs
     assert len(set(evaluated)) == 10
     assert set(trained) == {row["prompt"] for row in numbered(40)} - set(evaluated)
+    assert (training.are_in_memory, held_out.are_in_memory) == (is_finite, True)
     assert sorted(trained[:30]) == sorted(set(trained))  # an epoch goes through all that is left, once
 
 

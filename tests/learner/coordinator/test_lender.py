@@ -4,6 +4,8 @@ import asyncio
 import threading
 from contextlib import asynccontextmanager
 
+import pytest
+
 from common.messages import MAX_TOGETHER_BYTES, Leases
 from common.wire import Peer
 from learner.coordinator import turns
@@ -20,10 +22,13 @@ A, B = Peer(b"a", ""), Peer(b"b", "")
 
 
 class FakeTasks:
-    def __init__(self, row_bytes):
+    def __init__(self, row_bytes, are_in_memory):
         self.row_bytes = row_bytes
+        self.are_in_memory = are_in_memory
+        self.asked_by = set()
 
     def task(self, task_id):
+        self.asked_by.add(threading.current_thread())
         return Task(row=bytes(self.row_bytes), seed=task_id)
 
 
@@ -41,13 +46,14 @@ class Desk:
     By default no two rows fit into one message.
     """
 
-    def __init__(self, reads_only=1 << 20, row_bytes=MAX_TOGETHER_BYTES):
+    def __init__(self, reads_only=1 << 20, row_bytes=MAX_TOGETHER_BYTES, are_in_memory=False):
         self.reads_only = reads_only
         self.core = Coordinator(some_settings(groups_per_step=5))
         self.core.published(0, now=0.0)
         self.outbound = Outbound(some_service_settings(), self.core)
         self.mailer = FakeMailer()
-        self.lender = Lender(FakeTasks(row_bytes), self.outbound, self.mailer, post=self.post)
+        self.tasks = FakeTasks(row_bytes, are_in_memory)
+        self.lender = Lender(self.tasks, self.outbound, self.mailer, post=self.post)
         self.told = []
         self.num_messages = 0
         for name, peer in (("a", A), ("b", B)):
@@ -107,6 +113,14 @@ async def test_leases_of_one_server_go_in_one_message_as_far_as_they_fit():
         async with lending(desk):
             await desk.told_are(10)
         assert desk.num_messages == num_messages
+
+
+@pytest.mark.parametrize("are_in_memory", [False, True])
+async def test_tasks_are_asked_for_in_a_thread_unless_they_are_in_memory(are_in_memory):
+    desk = Desk(are_in_memory=are_in_memory)
+    async with lending(desk):
+        await desk.told_are(10)
+    assert (desk.tasks.asked_by == {threading.main_thread()}) == are_in_memory
 
 
 async def test_a_server_that_does_not_read_gets_no_more_and_others_get_theirs():

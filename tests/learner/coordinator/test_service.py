@@ -415,6 +415,7 @@ async def test_a_run_is_opened_once(tmp_path):
 async def test_a_dataset_row_that_cannot_be_used_ends_the_service_with_its_place(tmp_path):
     class BrokenTasks:
         name = "broken"
+        are_in_memory = False
 
         def task(self, task_id):
             raise DataError(f"prompts row {task_id}: the prompt is empty")

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from common.environments import EnvironmentSpec
 from learner.coordinator import rows as rows_module
 from learner.coordinator.rows import DataError, open_rows
 from learner.coordinator.tasks import open_tasks, shuffled
@@ -164,6 +165,20 @@ def test_a_bad_generator_is_an_error_that_names_it(a_module, text, message):
     assert message in str(error.value)
 
 
+def test_tasks_are_in_memory_if_the_rows_of_every_environment_are(a_module, tmp_path):
+    file, name = str(a_jsonl_file(tmp_path)), a_module("def rows():\n    yield {'prompt': 'a'}\n")
+    generator = f"python:{name}:rows"
+
+    def mixed(*sources):
+        return open_tasks("", seed=0, specs=[EnvironmentSpec(name=data, url="", data=data) for data in sources])
+
+    assert open_tasks(file, seed=0).are_in_memory
+    assert open_tasks("system:Say.", seed=0).are_in_memory
+    assert not open_tasks(generator, seed=0).are_in_memory
+    assert mixed(file, "system:Say.").are_in_memory
+    assert not mixed(file, generator).are_in_memory
+
+
 def test_an_environment_that_makes_its_own_tasks_needs_a_system_message_alone():
     tasks = open_tasks("system:Say the answer alone.", seed=0)
     rows = {tasks.task(task_id).row for task_id in range(5)}
@@ -178,6 +193,7 @@ def test_a_dataset_of_hugging_face_is_read_from_a_local_folder(tmp_path, monkeyp
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_rows(f"hf:{tmp_path / 'data'}", seed=0)
     assert [json.loads(source.row(index)) for index in range(4)] == rows
+    assert not source.are_in_memory
     with pytest.raises(DataError, match="the dataset cannot be loaded"):
         open_rows(f"hf:{tmp_path / 'data'}:test", seed=0)
 
