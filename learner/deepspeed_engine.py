@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from common.lifecycle import UserError
+from learner.arranging import arrange
 from learner.deepspeed_config import deepspeed_config
 from learner.launch import Place
-from learner.networks import CriticNetwork, PolicyNetwork, load_critic, load_policy
-from learner.packing import can_pack, can_spread
+from learner.networks import PolicyNetwork, load_critic, load_policy
 from learner.parallelism import check_attention, check_parallelism, open_sharing
 from learner.ppo_engine import PpoEngine
-from learner.prompt_sharing import share_prompts_where_possible
 from learner.ranks import Alone, GlooRanks, Ranks
 from learner.reference import open_reference
-from learner.sequence_parallel import SequenceRanks, let_rows_be_spread
 from learner.sharded_state import SavedState, ShardedState
 from learner.tensor_parallel import TensorRanks
 from learner.training import TrainSettings
@@ -171,12 +169,8 @@ def open_deepspeed_engine(settings: TrainSettings, ranks: Ranks | None = None) -
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's use of torch
         trained_policy = DeepSpeedNetwork(policy, settings, sharing.tensor_ranks)
         trained_critic = DeepSpeedNetwork(critic, settings, sharing.tensor_ranks) if critic is not None else None
-    if settings.engine.packing:
-        pack_where_possible(policy, critic, trained_policy.device)
-    if sharing.sequence_ranks is not None:
-        spread_sequences(policy, critic, trained_policy.device, sharing.sequence_ranks, ranks)
     reference = open_reference(settings, trained_policy.device, policy)
-    share_prompts_where_possible(policy, critic, reference, settings.engine, trained_policy.device)
+    arrange(policy, critic, reference, settings.engine, trained_policy.device, sharing.sequence_ranks, ranks)
     return PpoEngine(settings, trained_policy, trained_critic, reference, ranks, sharing.parts)
 
 
@@ -188,36 +182,6 @@ def compute_activations_twice(body: Any) -> None:
     for module in body.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # only then it does; of what is in it, dropout stays off
-
-
-def pack_where_possible(policy: PolicyNetwork, critic: CriticNetwork | None, device: torch.device) -> None:
-    """A model that would mix up what lies in one row is given padded trajectories."""
-    for network, body in _bodies(policy, critic):
-        network.packs = can_pack(body, body.config.vocab_size, device)
-        if not network.packs:
-            logger.warning("%s mixes up trajectories in one row: they are padded instead", type(body).__name__)
-
-
-def spread_sequences(
-    policy: PolicyNetwork, critic: CriticNetwork | None, device: torch.device, ranks: SequenceRanks, all_ranks: Ranks
-) -> None:
-    """Over these ranks, from now on; raises UserError on all ranks for a model that would then say something else."""
-    let_rows_be_spread()
-    for network, body in _bodies(policy, critic):
-        can = can_spread(body, body.config.vocab_size, device, packs=network.packs, ranks=ranks)
-        if all_ranks.saying(not can):
-            raise UserError(
-                f"{type(body).__name__} says something else of sequences that are spread over ranks; without "
-                "--sequence-parallel it can be trained"
-            )
-        network.sequence_ranks = ranks
-
-
-def _bodies(policy: PolicyNetwork, critic: CriticNetwork | None) -> Iterator[tuple[PolicyNetwork | CriticNetwork, Any]]:
-    """What is trained, and the transformers model without its output layer in it."""
-    yield policy, policy.model.base_model
-    if critic is not None:
-        yield critic, critic.body
 
 
 def open_ranks(place: Place | None, *, timeout_s: float) -> tuple[Ranks, Ranks]:

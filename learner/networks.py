@@ -14,8 +14,7 @@ from transformers.utils import logging as transformers_logging
 from common.lifecycle import UserError
 from learner.engine_settings import Attention
 from learner.lora_settings import LoraSettings
-from learner.packing import FLASH, HiddenStates, body_inputs, run_body
-from learner.sequence_parallel import SequenceRanks
+from learner.packing import FLASH, PADDED, HiddenStates, body_inputs, run_body
 from learner.token_logprobs import from_logits, token_logprobs
 
 if TYPE_CHECKING:
@@ -57,12 +56,15 @@ class PolicyNetwork(nn.Module):
         self.model: Any = model
         self.adapters = adapters
         self.value_head = a_value_head(self.model) if has_value_head else None  # beside the model, not in it
-        self.packs = False  # see learner/packing.py
-        self.shares = False  # see learner/segments.py
-        self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
+        self.arrangement = PADDED
         self._temperature = temperature
         self._trains_entropy = trains_entropy
         self._changes_logits = changes_logits(self.model.config)
+
+    @property
+    def body(self) -> Any:
+        """The transformers model without its output layer."""
+        return self.model.base_model
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -83,14 +85,7 @@ class PolicyNetwork(nn.Module):
             predicted_BT = logits.following(loss_mask_BT)
             said = self._from_logits(logits.before(predicted_BT), token_ids_BT[predicted_BT])
         else:
-            hidden = run_body(
-                self.model.base_model,
-                token_ids_BT,
-                attention_mask_BT,
-                packs=self.packs,
-                shares=self.shares,
-                ranks=self.sequence_ranks,
-            )
+            hidden = run_body(self.body, token_ids_BT, attention_mask_BT, self.arrangement)
             predicted_BT = hidden.following(loss_mask_BT)
             said = self._from_hidden(hidden.before(predicted_BT), token_ids_BT[predicted_BT])
         placed = tuple(hidden.of_all_ranks(self._place(each_N, predicted_BT)) for each_N in said)
@@ -124,14 +119,7 @@ class PolicyNetwork(nn.Module):
 
     def _whole_forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[HiddenStates, HiddenStates]:
         """(logits, last hidden states): the model's own forward knows what is done to its logits."""
-        inputs, whereabouts = body_inputs(
-            self.model,
-            token_ids_BT,
-            attention_mask_BT,
-            packs=self.packs,
-            shares=self.shares,
-            ranks=self.sequence_ranks,
-        )
+        inputs, whereabouts = body_inputs(self.model, token_ids_BT, attention_mask_BT, self.arrangement)
         output = self.model(**inputs, output_hidden_states=self.value_head is not None)
         hidden = output.hidden_states[-1] if self.value_head is not None else output.logits
         return HiddenStates(output.logits.flatten(0, 1), whereabouts), HiddenStates(hidden.flatten(0, 1), whereabouts)
@@ -171,22 +159,16 @@ class CriticNetwork(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body: Any = body
-        self.packs = False  # see learner/packing.py
-        self.shares = False  # see learner/segments.py
-        self.sequence_ranks: SequenceRanks | None = None  # that each have a stretch of every row
+        self.arrangement = PADDED
         self.head = a_value_head(body)
 
     def forward(self, token_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """values_BT float32: the value at t sees the tokens before t. Position 0 has seen nothing: 0."""
-        hidden = run_body(
-            self.body,
-            token_ids_BT,
-            attention_mask_BT,
-            packs=self.packs,
-            shares=self.shares,
-            ranks=self.sequence_ranks,
-        )
+        hidden = run_body(self.body, token_ids_BT, attention_mask_BT, self.arrangement)
         return values_before(self.head, hidden)
+
+
+Network = PolicyNetwork | CriticNetwork
 
 
 def a_value_head(model: Any) -> nn.Linear:

@@ -6,7 +6,7 @@ silently be read as one long text each. B = trajectories, T = tokens (padded), R
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -58,6 +58,18 @@ def lay_out_rows(lengths: Sequence[int], *, in_one_row: bool = False, multiple: 
     return Places(rows, starts, len(filled), row_length)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """How a network lays out a micro-batch for its body; by default each trajectory in a row of its own, padded."""
+
+    packs: bool = False  # several in a row
+    shares: bool = False  # prompts are computed once, in a row of segments, where that pays: see learner/segments.py
+    ranks: SequenceRanks | None = None  # that compute each row together, a stretch of its tokens each
+
+
+PADDED = Arrangement()
+
+
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
     """Where the tokens of a micro-batch are in what a model returns."""
@@ -104,39 +116,22 @@ class HiddenStates:
         return values_BT if self._ranks is None else self._ranks.summed(values_BT)
 
 
-def run_body(
-    body: Any,
-    token_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    *,
-    packs: bool,
-    shares: bool = False,
-    ranks: SequenceRanks | None = None,
-) -> HiddenStates:
-    """The last hidden states of a transformers model without its output layer; the rest: see body_inputs()."""
-    inputs, whereabouts = body_inputs(body, token_ids_BT, attention_mask_BT, packs=packs, shares=shares, ranks=ranks)
+def run_body(body: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, arrangement: Arrangement) -> HiddenStates:
+    """The last hidden states of a transformers model without its output layer."""
+    inputs, whereabouts = body_inputs(body, token_ids_BT, attention_mask_BT, arrangement)
     return HiddenStates(body(**inputs).last_hidden_state.flatten(0, 1), whereabouts)
 
 
 def body_inputs(
-    model: Any,
-    token_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    *,
-    packs: bool,
-    shares: bool = False,
-    ranks: SequenceRanks | None = None,
+    model: Any, token_ids_BT: Tensor, attention_mask_BT: Tensor, arrangement: Arrangement
 ) -> tuple[dict[str, Any], Whereabouts]:
-    """(keyword arguments of a transformers model, where the tokens are in what it returns).
-
-    shares: prompts are computed once, in a row of segments, where that pays; see learner/segments.py.
-    ranks: that compute each row together, a stretch of its tokens each; None: this one computes all.
-    """
-    if shares and (segmented := segmented_inputs(token_ids_BT, attention_mask_BT)) is not None:
+    """(keyword arguments of a transformers model, where the tokens are in what it returns)."""
+    ranks = arrangement.ranks
+    if arrangement.shares and (segmented := segmented_inputs(token_ids_BT, attention_mask_BT)) is not None:
         inputs, places_BT = segmented
         return inputs, Whereabouts(places_BT, inputs["input_ids"].shape[1])
     multiple = 1 if ranks is None else ranks.size
-    if packs:
+    if arrangement.packs:
         return _packed_inputs(model, token_ids_BT, attention_mask_BT, multiple, ranks)
     row_length = _rounded_up(token_ids_BT.shape[1], multiple)
     places_BT = torch.arange(len(token_ids_BT) * row_length, device=token_ids_BT.device).view(-1, row_length)
@@ -180,16 +175,19 @@ def can_pack(body: Any, vocab_size: int, device: torch.device) -> bool:
     """Whether this model keeps trajectories in a row apart: packed, it says of each what it says of it alone."""
     ids_BT, mask_BT = _checked_tokens(vocab_size, device)
     with torch.no_grad():
-        packed, padded = (run_body(body, ids_BT, mask_BT, packs=packs) for packs in (True, False))
+        packed, padded = (run_body(body, ids_BT, mask_BT, each) for each in (Arrangement(packs=True), PADDED))
     return _are_close(packed.at(mask_BT), padded.at(mask_BT))
 
 
-def can_spread(body: Any, vocab_size: int, device: torch.device, *, packs: bool, ranks: SequenceRanks) -> bool:
-    """Whether this model says of a rank's tokens, spread over several, what it says of them on one; all ranks ask."""
+def can_spread(body: Any, vocab_size: int, device: torch.device, arrangement: Arrangement) -> bool:
+    """Whether this model says of a rank's tokens, spread over several, what it says of them on one; all ranks ask.
+
+    arrangement: with these ranks in it.
+    """
     ids_BT, mask_BT = _checked_tokens(vocab_size, device)
     with torch.no_grad():
-        spread = run_body(body, ids_BT, mask_BT, packs=packs, ranks=ranks)
-        whole = run_body(body, ids_BT, mask_BT, packs=packs)
+        spread = run_body(body, ids_BT, mask_BT, arrangement)
+        whole = run_body(body, ids_BT, mask_BT, replace(arrangement, ranks=None))
     here_BT = mask_BT & spread.is_here_BT
     return _are_close(spread.at(here_BT), whole.at(here_BT))
 
@@ -199,7 +197,7 @@ def can_share(body: Any, vocab_size: int, device: torch.device) -> bool:
     ids_BT, mask_BT = _checked_tokens(vocab_size, device, _CHECKED_WITH_PROMPT)
     ids_BT[:-1, :_CHECKED_PROMPT] = ids_BT[0, :_CHECKED_PROMPT]
     with torch.no_grad():
-        shared, padded = (run_body(body, ids_BT, mask_BT, packs=False, shares=shares) for shares in (True, False))
+        shared, padded = (run_body(body, ids_BT, mask_BT, each) for each in (Arrangement(shares=True), PADDED))
     return _are_close(shared.at(mask_BT), padded.at(mask_BT))
 
 

@@ -83,15 +83,15 @@ class PpoEngine:
 
     @property
     def layout(self) -> BatchLayout:
-        one_row = self._network.model.config._attn_implementation == FLASH if self._network.packs else False
-        sequence_ranks = self._network.sequence_ranks
+        arrangement = self._network.arrangement
+        one_row = self._network.model.config._attn_implementation == FLASH if arrangement.packs else False
         return BatchLayout(
             num_parts=self._parts.size,
             ranks_per_part=self._ranks.size // self._parts.size,
-            ranks_per_sequence=sequence_ranks.size if sequence_ranks is not None else 1,
-            packs=self._network.packs,
+            ranks_per_sequence=arrangement.ranks.size if arrangement.ranks is not None else 1,
+            packs=arrangement.packs,
             in_one_row=one_row,
-            shares_prompts=self._network.shares,
+            shares_prompts=arrangement.shares,
         )
 
     @property

@@ -2,38 +2,26 @@
 
 import inspect
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from learner.engine_settings import EngineSettings
-from learner.networks import CriticNetwork, PolicyNetwork
+from learner.networks import Network
 from learner.packing import can_share
-from learner.reference import Reference, ReferencePolicy
 from learner.segments import KIND_OF_ATTENTION, let_rows_be_segmented
-
-Network = PolicyNetwork | CriticNetwork
 
 logger = logging.getLogger(__name__)
 
 
-def share_prompts_where_possible(
-    policy: PolicyNetwork,
-    critic: CriticNetwork | None,
-    reference: Reference | None,
-    settings: EngineSettings,
-    device: torch.device,
-) -> None:
+def share_prompts_where_possible(networks: Sequence[Network], settings: EngineSettings, device: torch.device) -> None:
     """All networks or none, since batches are cut for all alike; says which, and why none."""
-    places: list[tuple[Network, torch.device]] = [(policy, device)]
-    if critic is not None:
-        places.append((critic, device))
-    if isinstance(reference, ReferencePolicy):
-        places.append((reference.network, next(reference.network.parameters()).device))
-    reasons = (_against_network(network, where) for network, where in places)
+    reasons = (_against_network(network, device) for network in networks)
     reason = _against(settings) or next(filter(None, reasons), None)
-    for network, _ in places:
-        network.shares = reason is None
+    for network in networks:
+        network.arrangement = replace(network.arrangement, shares=reason is None)
     if reason is None:
         logger.info("a prompt is computed once for all trajectories that begin with it")
     else:
@@ -49,7 +37,7 @@ def _against(settings: EngineSettings) -> str | None:
 
 
 def _against_network(network: Network, device: torch.device) -> str | None:
-    body: Any = network.model.base_model if isinstance(network, PolicyNetwork) else network.body
+    body: Any = network.body
     name, attention = type(body).__name__, body.config._attn_implementation
     if attention != KIND_OF_ATTENTION:
         return f"the attention of {name} is {attention}, and not {KIND_OF_ATTENTION}"

@@ -1,6 +1,7 @@
 """Reference: the frozen policy that the trained one is held near."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -30,6 +31,16 @@ class ReferencePolicy:
         self._offload = offload
         if not offload:
             self.network.to(device)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """For what is asked of the network itself."""
+        resting = next(self.network.parameters()).device
+        self.network.to(self._device)
+        try:
+            yield
+        finally:
+            self.network.to(resting)
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See Reference."""
@@ -81,13 +92,12 @@ def open_reference(settings: TrainSettings, device: torch.device, policy: Policy
         name, dtype=settings.dtype, temperature=settings.temperature, attention=settings.engine.attention
     )
     kinds = network.model.config.model_type, policy.model.config.model_type
-    if policy.sequence_ranks is not None and kinds[0] != kinds[1]:
+    if settings.engine.sequence_parallel > 1 and kinds[0] != kinds[1]:
         raise UserError(f"--sequence-parallel: the reference model {name} is a {kinds[0]}, the policy a {kinds[1]}")
     if name != settings.model and _token_ids(name) != _token_ids(settings.model):
         raise UserError(
             f"the reference model {name} has another tokenizer than {settings.model}: its token ids mean other words"
         )
-    network.sequence_ranks = policy.sequence_ranks
     return ReferencePolicy(network, device=device, offload=settings.kl.reference_offload)
 
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from common.snapshot import SnapshotManifest, TensorSpec, build_manifest
 
@@ -52,6 +52,21 @@ def a_model(
         # Their logits are 0: completions do end, but in hundreds of tokens and not in dozens.
         model.get_output_embeddings().weight.data[list(END_IDS)] = 0.0
     return model.to(dtype).eval()
+
+
+class MixesRowsUp(Qwen2Model):
+    """Looks at no positions: each token of a row sees all before it."""
+
+    def forward(self, *, position_ids: Any = None, **inputs: Any) -> Any:
+        return super().forward(**inputs)
+
+
+def a_model_that_mixes_rows_up() -> Qwen2Model:
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    return MixesRowsUp(config).eval()
 
 
 def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool, dtype: torch.dtype = torch.float32) -> Path:

@@ -23,6 +23,7 @@ import torch
 from common.trajectory import Group
 from learner.deepspeed_engine import open_deepspeed_engine
 from learner.engine_settings import ZeroStage
+from learner.packing import Arrangement
 from learner.ppo_engine import PpoEngine
 from learner.training import TrainSettings
 from tests.benchmarks.plain_network import open_plain_engine
@@ -145,7 +146,11 @@ def over_plain_torch(workload: Workload, *, dtype: str, stage: ZeroStage, rounds
     return ours, plain, statistics.median(one / other for one, other in pairs)
 
 
-LAYOUTS = {"in a row of segments": (True, True), "packed": (False, True), "padded": (False, False)}
+LAYOUTS = {
+    "in a row of segments": Arrangement(packs=True, shares=True),
+    "packed": Arrangement(packs=True),
+    "padded": Arrangement(),
+}
 
 
 def tokens_per_cpu_second(workload: Workload, rounds: int) -> dict[str, float]:
@@ -154,7 +159,7 @@ def tokens_per_cpu_second(workload: Workload, rounds: int) -> dict[str, float]:
         engine = open_deepspeed_engine(settings_for(workload.save_model(Path(name))))
     spent: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     for _ in range(rounds + 1):
-        for name, (engine._network.shares, engine._network.packs) in LAYOUTS.items():
+        for name, engine._network.arrangement in LAYOUTS.items():
             spent[name].append(cpu_seconds(engine, workload))
     return {name: sum(workload.lengths) / statistics.median(each[1:]) for name, each in spent.items()}
 
@@ -164,12 +169,12 @@ def shared_over_repeated(workload: Workload, rounds: int) -> tuple[float, float,
     them for each answer, wall time likewise): medians of pairs."""
     with tempfile.TemporaryDirectory() as name:
         engine = open_deepspeed_engine(settings_for(workload.save_model(Path(name))))
-    assert engine._network.shares
+    assert engine._network.arrangement.shares
     pairs = []
     for index in range(rounds + 1):
         spent = {}
         for shares in (True, False) if index % 2 else (False, True):
-            engine._network.shares = shares
+            engine._network.arrangement = Arrangement(packs=True, shares=shares)
             spent[shares] = seconds(engine, workload)
         pairs.append((spent[True], spent[False]))
     repeated = sum(workload.prompts) * (GROUP_SIZE - 1) / GROUP_SIZE if workload.shares_prompts else 0.0

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from learner.networks import load_policy
+from learner.packing import Arrangement
 from learner.ppo_engine import PpoEngine
 from learner.sharded_state import ShardedState
 from learner.torch_engine import TorchNetwork
@@ -47,6 +48,6 @@ def open_plain_engine(settings: TrainSettings) -> PpoEngine:
     """The same step in plain torch, in the type of the settings, packed as DeepSpeed's is."""
     torch.manual_seed(settings.seed)
     policy = load_policy(settings.model, dtype=settings.dtype, temperature=settings.temperature)
-    policy.packs = settings.engine.packing
+    policy.arrangement = Arrangement(packs=settings.engine.packing)
     kind = TorchNetwork if settings.dtype == "float32" else PlainNetwork
     return PpoEngine(settings, kind(policy, settings), None)

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2Model
 
 from learner.batch_codec import part_of
 from learner.cutting import cut_into_micro_batches
 from learner.networks import CriticNetwork, PolicyNetwork
-from learner.packing import HiddenStates, body_inputs, can_pack, can_spread, lay_out_rows
+from learner.packing import Arrangement, HiddenStates, body_inputs, can_pack, can_spread, lay_out_rows
 from learner.shared_prompts import Unit
 from learner.training import BatchLayout
 from tests.builders_learner import a_batch, random_groups
-from tests.models import VOCAB_SIZE, a_tiny_model
+from tests.models import VOCAB_SIZE, a_model_that_mixes_rows_up, a_tiny_model
 
 CPU = torch.device("cpu")
 MICRO = a_batch(random_groups(0, num_groups=4)).micro_batches[0]
@@ -36,7 +35,7 @@ def test_packed_log_probabilities_entropies_and_gradients_are_those_of_padded_tr
     outcomes = []
     for packs in (False, True):
         network = PolicyNetwork(a_tiny_model(0, tied=True), temperature=0.7, trains_entropy=True)
-        network.packs = packs
+        network.arrangement = Arrangement(packs=packs)
         logprobs_BT, entropy_BT = network(*INPUTS)
         (logprobs_BT.sum() + entropy_BT.square().sum()).backward()
         gradients = [parameter.grad / parameter.grad.abs().max() for parameter in network.parameters()]
@@ -51,13 +50,13 @@ def test_packed_values_are_those_of_padded_trajectories_also_after_the_last_toke
     torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
     ids_BS, mask_BS = (torch.nn.functional.pad(each, (0, 1)) for each in INPUTS[:2])
     padded_BS = critic(ids_BS, mask_BS)
-    critic.packs = True
+    critic.arrangement = Arrangement(packs=True)
     asked_BS = torch.nn.functional.pad(MICRO.attention_mask_BT, (1, 0), value=True)
     torch.testing.assert_close(critic(ids_BS, mask_BS)[asked_BS], padded_BS[asked_BS], rtol=1e-4, atol=1e-4)
 
 
 def test_packing_computes_less():
-    inputs, _ = body_inputs(a_tiny_model(0, tied=True), *INPUTS[:2], packs=True)
+    inputs, _ = body_inputs(a_tiny_model(0, tied=True), *INPUTS[:2], Arrangement(packs=True))
     assert inputs["input_ids"].numel() < 0.85 * MICRO.token_ids_BT.numel()
     assert "attention_mask" not in inputs  # with one, transformers would read a row as one text
     assert inputs["use_cache"] is False
@@ -72,7 +71,7 @@ class SecondOfTwo:
 @pytest.mark.parametrize("packs", [False, True])
 def test_of_rows_that_are_spread_a_rank_computes_its_stretch_alone(packs):
     model, (ids_BT, mask_BT, loss_mask_BT) = a_tiny_model(0, tied=True), INPUTS
-    inputs, whereabouts = body_inputs(model, ids_BT, mask_BT, packs=packs, ranks=SecondOfTwo())
+    inputs, whereabouts = body_inputs(model, ids_BT, mask_BT, Arrangement(packs=packs, ranks=SecondOfTwo()))
     rows, length = inputs["input_ids"].shape
     assert inputs["position_ids"].shape == (rows, length)
     assert length == -(-ids_BT.shape[1] // 2)
@@ -90,7 +89,7 @@ def test_of_rows_that_are_spread_a_rank_computes_its_stretch_alone(packs):
 def test_a_model_whose_attention_does_not_ask_other_ranks_is_found_out():
     body = a_tiny_model(0, tied=True).base_model
     body.config._attn_implementation = "eager"
-    assert not can_spread(body, VOCAB_SIZE, CPU, packs=True, ranks=SecondOfTwo())
+    assert not can_spread(body, VOCAB_SIZE, CPU, Arrangement(packs=True, ranks=SecondOfTwo()))
 
 
 def test_ranks_that_share_a_micro_batch_get_as_many_times_more_tokens_and_the_same_part():
@@ -108,19 +107,8 @@ def test_a_model_that_keeps_trajectories_apart_may_be_packed():
     assert can_pack(a_tiny_model(0, tied=True).base_model, VOCAB_SIZE, CPU)
 
 
-class MixesUp(Qwen2Model):
-    """Looks at no positions: each token of a row sees all before it."""
-
-    def forward(self, *, position_ids=None, **inputs):
-        return super().forward(**inputs)
-
-
 def test_a_model_that_would_mix_them_up_is_found_out():
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.5,
-    )  # fmt: skip
-    assert not can_pack(MixesUp(config).eval(), VOCAB_SIZE, CPU)
+    assert not can_pack(a_model_that_mixes_rows_up(), VOCAB_SIZE, CPU)
 
 
 LENGTHS = [((index * 37) % 41) + 1 for index in range(60)]

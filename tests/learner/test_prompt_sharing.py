@@ -15,7 +15,6 @@ from learner.engine_settings import EngineSettings
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.packing import can_share
 from learner.prompt_sharing import share_prompts_where_possible
-from learner.reference import ReferencePolicy
 from learner.reward_settings import KlSettings
 from learner.segments import let_rows_be_segmented
 from tests.builders_learner import a_batch, largest_difference, random_groups, some_train_settings, weights_of
@@ -99,26 +98,24 @@ def test_prompts_are_computed_anew_where_they_cannot_be_shared_and_the_log_says_
     build, settings, sentence = REFUSED[why]
     policy, critic = a_policy(build()), CriticNetwork(tiny().model)
     with caplog.at_level(logging.INFO):
-        share_prompts_where_possible(policy, critic, None, settings, CPU)
+        share_prompts_where_possible([policy, critic], settings, CPU)
     assert caplog.messages == [ANEW + sentence]
-    assert not policy.shares
-    assert not critic.shares
+    assert not policy.arrangement.shares
+    assert not critic.arrangement.shares
 
 
-def test_a_reference_that_cannot_keeps_prompts_from_being_shared_by_the_policy_too():
-    policy, reference = a_policy(tiny()), ReferencePolicy(a_policy(ignoring()), device=CPU, offload=False)
-    share_prompts_where_possible(policy, None, reference, EngineSettings(), CPU)
-    assert not policy.shares
+def test_one_network_that_cannot_keeps_prompts_from_being_shared_by_all():
+    networks = [a_policy(tiny()), CriticNetwork(tiny().model), a_policy(ignoring())]
+    share_prompts_where_possible(networks, EngineSettings(), CPU)
+    assert not any(network.arrangement.shares for network in networks)
 
 
 def test_all_networks_share_prompts_where_all_can(caplog):
-    policy, critic = a_policy(tiny()), CriticNetwork(tiny().model)
-    reference = ReferencePolicy(
-        a_policy(GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=None, eos_token_id=None))), device=CPU, offload=True
-    )
+    other = GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=None, eos_token_id=None))
+    networks = [a_policy(tiny()), CriticNetwork(tiny().model), a_policy(other)]
     with caplog.at_level(logging.INFO):
-        share_prompts_where_possible(policy, critic, reference, EngineSettings(), CPU)
-    assert [policy.shares, critic.shares, reference.network.shares] == [True] * 3
+        share_prompts_where_possible(networks, EngineSettings(), CPU)
+    assert all(network.arrangement.shares for network in networks)
     assert caplog.messages == ["a prompt is computed once for all trajectories that begin with it"]
 
 

@@ -11,6 +11,7 @@ from transformers import GraniteForCausalLM
 
 from learner.deepspeed_engine import compute_activations_twice
 from learner.networks import CriticNetwork, PolicyNetwork
+from learner.packing import Arrangement
 from learner.segments import let_rows_be_segmented, segmented_inputs
 from learner.taking import take
 from tests.models import VOCAB_SIZE, a_model, a_tiny_model
@@ -51,7 +52,7 @@ def a_policy(**how: Any) -> PolicyNetwork:
 
 def said_and_gradients(network: PolicyNetwork, inputs: Sequence[Tensor], *, shares: bool) -> list[Tensor]:
     """Of a loss in which every trajectory counts differently."""
-    network.shares = shares
+    network.arrangement = Arrangement(shares=shares)
     network.zero_grad()
     said = [each_BT.where(inputs[1], 0.0) for each_BT in network(*inputs)]
     counts_B1 = torch.arange(1, len(inputs[0]) + 1).unsqueeze(1)
@@ -107,7 +108,7 @@ def test_a_critic_says_the_same_values_also_after_the_last_token():
     ids_BT, mask_BT = a_micro_batch(SHAPES["several groups, prompts of several lengths"])
     ids_BS, mask_BS = (torch.nn.functional.pad(each, (0, 1)) for each in (ids_BT, mask_BT))
     repeated_BS = critic(ids_BS, mask_BS)
-    critic.shares = True
+    critic.arrangement = Arrangement(shares=True)
     asked_BS = torch.nn.functional.pad(mask_BT, (1, 0), value=True)
     torch.testing.assert_close(critic(ids_BS, mask_BS)[asked_BS], repeated_BS[asked_BS], rtol=1e-6, atol=1e-6)
 
@@ -115,7 +116,7 @@ def test_a_critic_says_the_same_values_also_after_the_last_token():
 @torch.no_grad()
 def test_what_one_answer_says_does_not_leak_into_another():
     network = a_policy()
-    network.shares = True
+    network.arrangement = Arrangement(shares=True)
     ids_BT, mask_BT = a_micro_batch([(10, (8, 8, 8))])
     before_BT, _ = network(ids_BT, mask_BT, mask_BT)
     changed_BT = ids_BT.clone()

@@ -112,10 +112,24 @@ PROMPTS = (
     Guard(
         missing="batches are cut for prompts that the reference cannot share",
         file="learner/prompt_sharing.py",
-        code="    if isinstance(reference, ReferencePolicy):\n",
-        broken="    if False:\n",
-        test="learner/test_prompt_sharing.py::"
-        "test_a_reference_that_cannot_keeps_prompts_from_being_shared_by_the_policy_too",
+        code="(_against_network(network, device) for network in networks)",
+        broken="(_against_network(network, device) for network in networks[:1])",
+        test="learner/test_prompt_sharing.py::test_one_network_that_cannot_keeps_prompts_from_being_shared_by_all",
+    ),
+    Guard(
+        missing="a reference is padded where batches are cut for packed rows",
+        file="learner/arranging.py",
+        code="networks = trained if own is None else [*trained, own.network]",
+        broken="networks = trained",
+        test="learner/test_arranging.py::test_critic_and_reference_are_packed_and_share_prompts_as_the_policy_does",
+    ),
+    Guard(
+        missing="one network is padded where batches are cut for packed rows",
+        file="learner/arranging.py",
+        code="packs=not mixing",
+        broken="packs=network not in mixing",
+        test="learner/test_arranging.py::"
+        "test_where_one_network_would_mix_trajectories_up_all_are_padded_and_the_log_names_it",
     ),
     Guard(
         missing="attention copies a long prompt as often as there are short answers",

@@ -209,7 +209,7 @@ async def test_nothing_is_acknowledged_or_delivered_before_the_journal_has_it(tm
 
 async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_path, monkeypatch):
     """Also what comes while the disk is busy: here a checkpoint, whose groups nobody needs any more."""
-    keep, learner_is_done = JournalKeeper.keep, asyncio.Event()
+    keep, disk_is_busy, learner_is_done = JournalKeeper.keep, asyncio.Event(), asyncio.Event()
 
     async def slow_keep(keeper, records, *arguments):
         if any(isinstance(record, BatchRecord) for record in records):
@@ -217,6 +217,7 @@ async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_p
         await keep(keeper, records, *arguments)
 
     async def slower_keep(keeper, *arguments):
+        disk_is_busy.set()
         await learner_is_done.wait()
         await keep(keeper, *arguments)
 
@@ -224,9 +225,12 @@ async def test_what_was_decided_before_the_run_is_closed_is_in_the_journal(tmp_p
     settings = settings_in(tmp_path)
     async with a_coordinator_serving(settings) as (learner, address), a_server(address) as server:
         await learner.say(TakeBatch(version=0))
-        for lease in [await server.expect(Lease) for _ in range(3)]:
+        *first, last = [await server.expect(Lease) for _ in range(3)]
+        for lease in first:
             await finish(server, lease)
         await learner.expect(Batch)
+        await finish(server, last)
+        await disk_is_busy.wait()
         await learner.say(StepCompleted(version=1, lease_ids=(0, 1)))
         await learner.ask(TakeFrontier(), Frontier)
         await learner.say(CheckpointSaved(version=1))
