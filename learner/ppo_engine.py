@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from learner.algorithms import OFF_POLICY_ADVANTAGES, build_advantages
 from learner.algorithms.aggregation import BatchCounts
@@ -20,10 +18,10 @@ from learner.algorithms.health import trajectory_health
 from learner.algorithms.kl import kl_metrics
 from learner.algorithms.metrics import Mean, Metric, Sum, merge, report
 from learner.algorithms.samples import BatchRatios
+from learner.engine_state import copy_state, export_huggingface, load_state
 from learner.gradient_watch import GradientWatch
 from learner.kl_control import KlControl
 from learner.learning_rate import learning_rate_scale
-from learner.lora_settings import check_adapters_note, write_adapters_note
 from learner.metric_codec import merged_over
 from learner.networks import CriticNetwork, PolicyNetwork
 from learner.objective import PolicyObjective, batch_ratios, value_objective
@@ -35,8 +33,6 @@ from learner.reward_shaping import RewardShaper
 from learner.targets import Targets, build_targets
 from learner.trainable import Trainable
 from learner.training import BatchLayout, MicroBatch, StepResult, TrainBatch, TrainSettings, WriteState
-
-NETWORK_NAMES = ("policy", "critic")  # directories of a checkpoint
 
 
 class PpoEngine:
@@ -273,45 +269,19 @@ class PpoEngine:
         return np.asarray(logprobs_1T[0, 1:].cpu().numpy())
 
     def copy_state(self) -> WriteState:
-        networks = dict(zip(NETWORK_NAMES, [network.copy_state() for network in self._networks()], strict=False))
-        state = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
-        state |= self._shaper.state() | self._kl.state()
-        rank, lora = self._ranks.rank, self._settings.lora
-
-        def write(directory: Path) -> None:
-            for name, network in networks.items():
-                network.write(directory / name)
-            save_file(state, _engine_file(directory, rank))
-            if rank == 0:
-                write_adapters_note(directory, lora)
-
-        return write
+        own = {"version": torch.tensor(self._version), "rng": torch.get_rng_state()}
+        own |= self._shaper.state() | self._kl.state()
+        return copy_state(self._networks(), own, rank=self._ranks.rank, lora=self._settings.lora)
 
     def load(self, directory: Path) -> None:
-        check_adapters_note(directory, self._settings.lora)
-        for name, network in zip(NETWORK_NAMES, self._networks(), strict=False):
-            network.load(directory / name)
-        own = _engine_file(directory, self._ranks.rank)
-        state = load_file(own if own.exists() else _engine_file(directory, 0))  # it may have been fewer ranks
-        self._version = int(state["version"])
-        torch.set_rng_state(state["rng"])
-        self._shaper.restore(state)
-        self._kl.restore(state)
+        own = load_state(directory, self._networks(), rank=self._ranks.rank, lora=self._settings.lora)
+        self._version = int(own["version"])
+        torch.set_rng_state(own["rng"])
+        self._shaper.restore(own)
+        self._kl.restore(own)
 
     def export_huggingface(self, directory: Path) -> None:
-        tensors = _in_host_memory(self._network.merged_tensors(self._policy.gathered))
-        adapters = _in_host_memory(self._policy.gathered(self._network.adapter_parameters()))
-        if self._ranks.rank == 0:
-            self._network.export(directory, tensors, adapters)
-            AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(directory)
-
-
-def _in_host_memory(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors}
-
-
-def _engine_file(directory: Path, rank: int) -> Path:
-    return directory / f"engine-{rank:05d}.safetensors"
+        export_huggingface(directory, self._policy, model=self._settings.model, rank=self._ranks.rank)
 
 
 def _is_finite(metrics: Mapping[str, Metric]) -> bool:

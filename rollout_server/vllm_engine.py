@@ -16,12 +16,12 @@ from rollout_server.adapter_versions import HeldAdapter
 from rollout_server.in_place_changes import InPlaceChanges, Patch
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling, WeightUpdate
 from rollout_server.model_tensors import check_snapshot, expected_shapes
-from rollout_server.vllm_adapters import VllmAdapters, adapter_token_versions, request_of
+from rollout_server.vllm_adapters import VllmAdapters, request_of
+from rollout_server.vllm_requests import completion_of, eos_ids, logprobs_params, sampling_params
 from rollout_server.vllm_start import VllmSettings, start_vllm, stop_vllm
 
 URGENT = -1  # smaller comes first: a canary must not wait for thousands of requests that vLLM has queued
 NO_ADAPTER = "the base model is loaded, and no adapter yet"
-MIN_TEMPERATURE = 0.01  # vLLM raises anything lower, except 0, to this; the learner would not know
 
 
 @asynccontextmanager
@@ -68,7 +68,7 @@ class VllmEngine:
         self.loaded_version = NO_VERSION
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._shapes = expected_shapes(settings.model)
-        self._eos_ids = _eos_ids(model_config.hf_config)
+        self._eos_ids = eos_ids(model_config.hf_config)
         self._calls: set[asyncio.Timeout] = set()  # of vLLM, in flight
         self._updating = asyncio.Lock()  # held while weights are replaced
         self._in_place = InPlaceChanges()
@@ -96,46 +96,20 @@ class VllmEngine:
 
     async def generate(self, prompt_ids: np.ndarray, sampling: Sampling, request_id: str) -> Completion:
         """See InferenceEngine. A call during a weight update waits and is sampled by the new weights."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._check_prompt(prompt_ids)
-        _check_sampling(sampling)
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            seed=sampling.seed,
-            stop_token_ids=self._eos_ids,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+        params = sampling_params(sampling, self._eos_ids)
         seat: AbstractAsyncContextManager[Any] = self._adapters.seats if self._adapters is not None else nullcontext()
         async with seat:
             output, adapter = await self._run(prompt_ids, params, request_id)
-        return _completion(output.outputs[0], adapter)
+        return completion_of(output.outputs[0], adapter)
 
     async def token_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """See InferenceEngine. No weight update happens meanwhile, so that one version answers for all of them."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         self._check_prompt(token_ids)
         if token_ids.size < 2:
             raise ValueError(f"log-probabilities are of tokens after the first; got {token_ids.size} token")
-        params = SamplingParams(
-            temperature=1.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
         async with self._updating:
-            output, _ = await self._run(token_ids, params, "token_logprobs", priority=URGENT)
+            output, _ = await self._run(token_ids, logprobs_params(), "token_logprobs", priority=URGENT)
         # The first position is empty; logprobs=0 leaves exactly the token itself at every other.
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
 
@@ -273,46 +247,3 @@ class VllmEngine:
             )
         if prompt_ids.min() < 0 or prompt_ids.max() >= self.vocab_size:
             raise ValueError(f"token ids are 0 to {self.vocab_size - 1}, got {prompt_ids.min()} to {prompt_ids.max()}")
-
-
-def _check_sampling(sampling: Sampling) -> None:
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {sampling.max_new_tokens}")
-    if sampling.temperature != 0 and not sampling.temperature >= MIN_TEMPERATURE:
-        raise ValueError(f"temperature must be >= {MIN_TEMPERATURE}, or 0 for greedy, got {sampling.temperature}")
-
-
-def _completion(output: Any, adapter: HeldAdapter | None) -> Completion:
-    """Raises EngineError unless every token has its log-probability and its version."""
-    num_tokens = len(output.token_ids)
-    if len(output.logprobs.logprobs) != num_tokens:
-        raise EngineError(f"{num_tokens} tokens, but {len(output.logprobs.logprobs)} log-probabilities")
-    versions = token_versions(output.weight_versions or (), num_tokens)
-    return Completion(
-        token_ids=np.array(output.token_ids, dtype=np.int32),
-        logprobs=np.array(output.logprobs.logprobs, dtype=np.float32),
-        token_versions=versions if adapter is None else adapter_token_versions(versions, adapter.version),
-        terminated=output.finish_reason == "stop",
-    )
-
-
-def token_versions(spans: Any, num_tokens: int) -> np.ndarray:
-    """Versions per token [num_tokens] int32 from vLLM's spans [start, end), which must tile the tokens."""
-    versions = np.empty(num_tokens, dtype=np.int32)
-    end = 0
-    for span in spans:
-        if span.start != end or not span.version.isdecimal():
-            raise EngineError(f"weight version span {span} does not continue at token {end} with a number")
-        versions[end : span.end] = int(span.version)
-        end = span.end
-    if end != num_tokens:
-        raise EngineError(f"weight version spans cover {end} of {num_tokens} tokens")
-    return versions
-
-
-def _eos_ids(hf_config: Any) -> list[int]:
-    """End-of-sequence ids of the model's config; vLLM adds those of the tokenizer and of generation_config.json."""
-    ids = getattr(hf_config, "eos_token_id", None)
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)

@@ -17,7 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 MAX_FUNCTION_LINES = 50
 DOORS = {
     "zmq": {f"common/wire/{name}.py" for name in ("foreign", "lifeline", "opening", "options", "sockets", "watch")},
-    "vllm": {f"rollout_server/vllm_{name}.py" for name in ("adapters", "engine", "start", "tools", "worker")},
+    "vllm": {f"rollout_server/vllm_{name}.py" for name in ("adapters", "requests", "start", "tools", "worker")},
     "deepspeed": {"learner/deepspeed_engine.py"},
     "peft": {"learner/lora.py"},
     "httpx": {"rollout_server/environments/http_server.py"},

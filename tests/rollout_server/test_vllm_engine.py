@@ -16,7 +16,8 @@ import pytest
 from common.snapshot import NO_VERSION, SnapshotError
 from rollout_server import vllm_engine
 from rollout_server.inference import Completion, EngineError, LocalSnapshot, Sampling
-from rollout_server.vllm_engine import open_vllm_engine, token_versions
+from rollout_server.vllm_engine import open_vllm_engine
+from rollout_server.vllm_requests import token_versions
 from tests.models import END_IDS, FIRST_WORD_ID, VOCAB_SIZE, forward_logprobs, save_tiny_model
 from tests.rollout_server.conftest import MAX_MODEL_LEN, LiveEngine, tiny_settings
 
