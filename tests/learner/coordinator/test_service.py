@@ -269,7 +269,7 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
 
     async def count_turns():
         nonlocal turns
-        while True:
+        while len(heard_in) < 50:
             turns += 1
             await asyncio.sleep(0)
 
@@ -282,12 +282,10 @@ async def test_others_have_a_turn_while_a_burst_of_servers_messages_is_heard(tmp
         async with asyncio.TaskGroup() as tasks:
             for _ in range(50):
                 await server.say(message, payload)
-            counting = tasks.create_task(count_turns())
+            tasks.create_task(count_turns())
             for _ in range(50):
                 await server.expect(answer)
-            counting.cancel()
-    assert len(heard_in) >= 50
-    assert len(set(heard_in)) == len(heard_in)
+    assert len(set(heard_in[:50])) == 50
 
 
 async def test_a_heartbeat_is_answered_before_the_groups_that_were_sent_before_it(tmp_path, monkeypatch):
