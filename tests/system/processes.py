@@ -16,7 +16,8 @@ from common.events import read_events
 from common.lifecycle import ending_with_parent
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = Path(sys.executable).parent  # `learner` and `rollout-server`, as installed
+COMMANDS = Path(sys.executable).parent  # what is installed, others' launchers too
+OURS = ("learner", "rollout-server", "countercurrent")
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
@@ -79,13 +80,14 @@ class Stage:
         """Runs an installed command; `within`: words that put it elsewhere, as `ip netns exec NAME` does."""
         program, *arguments = words
         log = self.path / f"{next(self._numbers)}-{program}.log"
+        ending = ending_with_parent() if program in OURS else {}  # a launcher's ranks have the launcher as their parent
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *within,
                 str(COMMANDS / program),
                 *arguments,
                 cwd=self.path,
-                env={**os.environ, **ending_with_parent(), **ENVIRONMENT},
+                env={**os.environ, **ending, **ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
