@@ -216,7 +216,7 @@ def bench_latency(arguments: argparse.Namespace, verdicts: Verdicts) -> None:
     print("control messages")
     case = Case(
         group_size=arguments.latency_group_size, servers=MANY_SERVERS, max_staleness=1,
-        step_trajectories=arguments.latency_trajectories // 2, measured_s=2 * arguments.seconds,
+        step_trajectories=arguments.latency_trajectories // 2, measured_s=2 * arguments.seconds, warm_up_s=3.0,
     )  # fmt: skip
     full: list[Latencies] = []
     paced: list[Latencies] = []

@@ -29,7 +29,7 @@ from tests.benchmarks.dataplane_parties import (
 )
 from tests.benchmarks.dataplane_workload import Plan, Report
 
-PROBES = 2
+PROBES = 8
 NUM_SERVERS = 6  # of run_memory
 PROBE_HEARTBEAT_S = 0.02
 
