@@ -103,4 +103,4 @@ async def a_nemo_gym_server(**fields: Any) -> AsyncIterator[NemoGymTwin]:
     try:
         yield twin
     finally:
-        await twin.http.close()
+        await twin.http.stop()

@@ -284,7 +284,7 @@ async def test_a_server_that_was_started_again_knows_no_session_and_its_reward_i
         async with environment.episode(ROW, seed=0) as episode:
             await episode.reset()
             [replica] = environment.servers._replicas  # type: ignore[attr-defined]
-            await server.http.close()
+            await server.http.stop()
             async with asyncio.timeout(10):
                 while replica.lifeline.deaths == 0:
                     await asyncio.sleep(0.005)
@@ -391,7 +391,7 @@ async def test_a_server_of_another_kind_is_named_as_such():
 async def test_a_server_that_is_down_is_unavailable_and_used_once_it_is_up():
     server = NemoGymTwin()
     await server.http.start(0)
-    await server.http.close()
+    await server.http.stop()
     async with playing(server, tries=2) as environment:
         assert (await failure_of(environment, "reward 1")).kind == "environment_unavailable"
         await server.http.start(server.http.port)
@@ -401,12 +401,12 @@ async def test_a_server_that_is_down_is_unavailable_and_used_once_it_is_up():
                     assert [step.reward for step in await play(environment, "reward 1")] == [1.0]
                     break
                 await asyncio.sleep(0.05)
-        await server.http.close()
+        await server.http.stop()
 
 
 async def test_episodes_go_to_the_server_that_is_up():
     async with a_nemo_gym_server() as down, a_nemo_gym_server() as up:
-        await down.http.close()
+        await down.http.stop()
         async with playing(down, up, tries=6) as environment:
             results = await asyncio.gather(*(play(environment, "reward 1") for _ in range(20)))
         assert {step.reward for [step] in results} == {1.0}
