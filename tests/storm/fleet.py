@@ -19,6 +19,7 @@ from tests.storm.table_policy import save_table_model
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 RESTART_PAUSE_S = 0.2
+FAREWELL_S = 10.0  # for servers to hear that the run is over
 LOOK_EVERY_S = 0.02
 TAIL_BYTES = 1 << 14
 # What each process is known by in its command line. The first that matches counts.
@@ -93,9 +94,8 @@ class Fleet:
             while await self.live_learner() != 0:
                 await asyncio.sleep(RESTART_PAUSE_S)
             self.is_done.set()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(10):
-                    await asyncio.gather(*servers)
+            await asyncio.wait(servers, timeout=FAREWELL_S)
+            # Once cancelled, a server's task waits for its process: a second time would keep it from that.
             for server in servers:
                 server.cancel()
 
